@@ -1,0 +1,22 @@
+"""What all tests share: the folder of real clips."""
+
+from pathlib import Path
+
+import pytest
+
+_DEFAULT_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "videos"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real-clips", metavar="DIR", default=str(_DEFAULT_CLIPS), help="folder of real clips (default: %(default)s)"
+    )
+
+
+@pytest.fixture(scope="session")
+def real_clips(request: pytest.FixtureRequest) -> Path:
+    """The folder of real clips; tests that need it are skipped where it is absent."""
+    folder = Path(request.config.getoption("--real-clips"))
+    if not (folder / "sintel_trailer_30s.mp4").is_file():
+        pytest.skip(f"no real clips in {folder} (choose the folder with --real-clips DIR)")
+    return folder

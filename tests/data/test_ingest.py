@@ -1,0 +1,193 @@
+"""Ingest: clips, cuts and captions arrive; the same bytes after interruptions and at any number of workers."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.shards import ShardSet, sha256_hex
+from videodit.data.video_io import encode_mp4, read_frames, write_mp4
+from videodit.errors import UserError
+
+ONE = IngestConfig(workers=1, clips_per_shard=3)
+
+
+def scene(seed: int, num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    picture = blocks.repeat(8, 0).repeat(8, 1)
+    return np.stack([np.roll(picture, shift, axis=1) for shift in range(num_frames)])
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five good sources, one that is cut short, one with a bad caption file; at 8 frames a second."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(3):
+        write_mp4(folder / f"clip_{i}.mp4", scene(i, 17), 8)
+        (folder / f"clip_{i}.json").write_text(json.dumps({"captions": [f"exact {i}", f"other {i}"], "spec": {"i": i}}))
+    write_mp4(folder / "clip.0.mp4", scene(3, 17), 8)  # the same key, were it not for the hash
+    write_mp4(folder / "three-scenes.mp4", np.concatenate([scene(4, 40), scene(5, 10), scene(6, 130)]), 8)
+    (folder / "short.mp4").write_bytes(encode_mp4(scene(7, 60), 8)[:-3000])
+    write_mp4(folder / "mute.mp4", scene(8, 17), 8)
+    (folder / "mute.json").write_text("{")
+    return folder
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def ingested(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "shards"
+    steps: list[tuple[int, int]] = []
+    result = ingest(videos, out, ONE, progress=lambda done, total: steps.append((done, total)))
+    assert (result.accepted, result.rejected, result.clips, result.up_to_date) == (5, 2, 7, False)
+    assert steps == [(i + 1, 7) for i in range(7)]
+    return out
+
+
+def test_clips_and_their_records(ingested: Path, videos: Path) -> None:
+    shards = ShardSet.open(ingested)
+    keys = [entry.key for entry in shards.entries]
+    hashed = f"clip_0-{sha256_hex(b'clip.0.mp4')[:8]}-0000", f"clip_0-{sha256_hex(b'clip_0.mp4')[:8]}-0000"
+    assert keys == [*hashed, "clip_1-0000", "clip_2-0000", *(f"three-scenes-{i:04d}" for i in range(3))]
+    for i in range(len(shards)):
+        record, frames = shards.read_json(i), read_frames(shards.read(i, "mp4"))
+        assert sha256_hex(shards.read(i, "mp4")) == record["sha256"]
+        assert frames.shape == (record["num_frames"], record["height"], record["width"], 3)
+        assert (record["end_s"] - record["start_s"]) * record["fps"] == pytest.approx(record["num_frames"], abs=1e-3)
+        original = read_frames(videos / record["source"])[round(record["start_s"] * 8) :][: len(frames)]
+        assert np.abs(frames.astype(int) - original).mean() < 6
+    by_source = {entry.meta["source"]: i for i, entry in enumerate(shards.entries)}
+    assert shards.captions(by_source["clip_1.mp4"]) == ["exact 1", "other 1"]
+    assert shards.read_json(by_source["clip_1.mp4"])["extra"] == {"spec": {"i": 1}}
+    assert shards.captions(by_source["clip.0.mp4"]) == ["clip.0"]
+
+
+def test_scenes_and_rejects(ingested: Path) -> None:
+    scenes = [e.meta for e in ShardSet.open(ingested).entries if e.meta["source"] == "three-scenes.mp4"]
+    assert [(round(m["start_s"] * 8), m["num_frames"]) for m in scenes] == [
+        (0, 40),
+        (50, 80),
+        (130, 50),
+    ]  # 10 s at most
+    rejects = [json.loads(line) for line in (ingested / "rejects.jsonl").read_text().splitlines()]
+    assert {reject["source"] for reject in rejects} == {"mute.mp4", "short.mp4", "three-scenes.mp4"}
+    dropped = next(reject for reject in rejects if reject["source"] == "three-scenes.mp4")
+    assert (dropped["start_s"], dropped["end_s"]) == (5, 6.25) and "10 frames" in dropped["reason"]
+
+
+def test_same_bytes_whatever_the_workers(ingested: Path, videos: Path, tmp_path: Path) -> None:
+    ingest(videos, tmp_path / "out", IngestConfig(workers=2, clips_per_shard=3))
+    assert contents(tmp_path / "out") == contents(ingested)
+
+
+def test_again_does_nothing_other_settings_are_refused(ingested: Path, videos: Path) -> None:
+    before = contents(ingested)
+    result = ingest(videos, ingested, ONE)
+    assert result.up_to_date and (result.accepted, result.rejected, result.clips) == (5, 2, 7)
+    with pytest.raises(UserError, match="other settings .crf 18, now 20"):
+        ingest(videos, ingested, IngestConfig(crf=20, clips_per_shard=3))
+    assert contents(ingested) == before
+
+
+def test_killed_and_started_again(ingested: Path, videos: Path, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from videodit.data.ingest import IngestConfig, ingest
+if __name__ == "__main__":
+    kill = lambda done, total: done == 5 and os.kill(os.getpid(), signal.SIGKILL)
+    ingest(sys.argv[1], sys.argv[2], IngestConfig(workers=1, clips_per_shard=3), progress=kill)
+"""
+    (tmp_path / "run.py").write_text(code)
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(tmp_path / "run.py"), str(videos), str(tmp_path / "out")]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match="interrupted"):
+        ShardSet.open(tmp_path / "out")
+    ingest(videos, tmp_path / "out", ONE)
+    assert contents(tmp_path / "out") == contents(ingested)
+
+
+def test_a_new_video_is_taken_in(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    out = tmp_path / "videos" / "shards"  # below the source, and not searched
+    for i in range(2):
+        write_mp4(tmp_path / "videos" / f"{i}.mp4", scene(i, 17), 8)
+        assert ingest(tmp_path / "videos", out, ONE).clips == i + 1
+    assert len(ShardSet.open(out)) == 2
+
+
+def test_sizes(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", scene(0, 17, 96, 136), 8)
+    ingest(tmp_path / "a.mp4", tmp_path / "out", IngestConfig(workers=1, max_short_side=32))
+    shards = ShardSet.open(tmp_path / "out")
+    assert read_frames(shards.read(0, "mp4")).shape == (17, 32, 46, 3)
+
+
+def test_no_usable_video(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a.mp4").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="none of the 1 videos .* see .*rejects.jsonl"):
+        ingest(tmp_path / "v", tmp_path / "out", ONE)
+    assert "cannot be opened" in (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
+def test_wrong_output_folders(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "00000.tar").touch()
+    for out, message in [("file", "not a folder"), ("file/below", "not a folder"), ("foreign", "did not write")]:
+        with pytest.raises(UserError, match=message):
+            ingest(videos, tmp_path / out, ONE)
+    with pytest.raises(UserError, match="is the source itself"):
+        ingest(videos, videos, ONE)
+    with pytest.raises(UserError, match="no such file or folder"):
+        ingest(tmp_path / "none", tmp_path / "out", ONE)
+    (tmp_path / "busy").mkdir()
+    descriptor = os.open(tmp_path / "busy", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process"):
+        ingest(videos, tmp_path / "busy", ONE)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"min_frames": 0},
+        {"max_duration_s": 0},
+        {"crf": 60},
+        {"max_short_side": 8},
+        {"workers": -1},
+        {"stall_limit_s": -1},
+    ],
+)
+def test_impossible_settings(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        IngestConfig(**bad)
+
+
+def test_real_clips_are_ingested(real_clips: Path, tmp_path: Path) -> None:
+    result = ingest(real_clips, tmp_path / "out", IngestConfig(max_short_side=128, crf=30))
+    assert (result.accepted, result.rejected) == (6, 1)
+    shards = ShardSet.open(tmp_path / "out")
+    by_source: dict[str, list[dict]] = {}
+    for entry in shards.entries:
+        by_source.setdefault(entry.meta["source"], []).append(entry.meta)
+    starts = [round(meta["start_s"] * 24) for meta in by_source["sintel_trailer_30s.mp4"]]
+    for listed in (0, 286, 348, 388, 523, 573):  # the scene from 372 to 388 is shorter than 17 frames
+        assert min(abs(start - listed) for start in starts) <= 2
+    rotated = by_source["nasa_13013_rotated.mp4"][0]
+    assert (rotated["height"], rotated["width"], rotated["num_frames"]) == (228, 128, 17)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert any(r["source"] == "corrupted.mp4" and r["reason"].startswith("does not decode") for r in rejects)

@@ -1,0 +1,203 @@
+"""Cases for one or more ranks: `torchrun --nproc-per-node 2 -m tests.training.distributed_cases FOLDER [slow]`.
+
+Many cases share one process group, since a launch costs seconds. Every rank asserts; rank 0 writes name -> ""
+or traceback to FOLDER/report.json.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.training import toy
+from videodit.parallel.mesh import World, barrier, gather_objects, init_process, shutdown
+from videodit.training.checkpoint import load_latest, save
+from videodit.training.ema import PowerEMA
+from videodit.training.run_folder import RunFolder
+
+Case = Callable[[World], None]
+CASES: dict[str, Case] = {}  # every pair of (stage, dtype, optimizer, function) is met here
+SLOW_CASES: dict[str, Case] = {}  # the rest of the matrix
+
+
+def add(function: Callable[..., None], *args: object, slow: bool = False) -> None:
+    """Registers a function with arguments as a case."""
+    name = "-".join([function.__name__, *map(str, args)])
+    (SLOW_CASES if slow else CASES)[name] = lambda world: function(world, *args)
+
+
+def gradient_of_global_mean(world: World, stage: int, micro: int) -> None:
+    """Any number of ranks and micro batches trains as one plain process does on the whole batch."""
+    weights, norms = toy.train_plain(4)
+    engine = toy.make_engine(world, stage)
+    results = toy.train(engine, world, 1, 4, micro)
+    torch.testing.assert_close(torch.tensor([r.grad_norm for r in results]), torch.tensor(norms), rtol=1e-5, atol=0)
+    state = toy.full_state(engine)
+    for name, weight in weights.items():
+        torch.testing.assert_close(state[f"weight/{name}"].view(weight.shape), weight, rtol=1e-5, atol=2e-6)
+
+
+def muon_gradient_norm(world: World, stage: int, dtype: str) -> None:
+    """With Muon the reported norm is still that of the raw gradient, and matrices move by an orthogonal step."""
+    _, norms = toy.train_plain(1)
+    engine = toy.make_engine(world, stage, dtype, "muon")
+    before = toy.full_state(engine)
+    (result,) = toy.train(engine, world, 1, 1, micro=2)
+    tolerance = 1e-4 if dtype == "fp32" else 0.03
+    assert abs(result.grad_norm / norms[0] - 1) < tolerance, (result, norms)
+    after = toy.full_state(engine)
+    lr, decay = toy.optim_config("muon").muon_lr / 3, 1 - toy.optim_config("muon").muon_lr / 3 * 0.1
+    for name in ("up.weight", "down.weight"):
+        shape = engine.shapes[name]
+        update = (before[f"weight/{name}"] * decay - after[f"weight/{name}"]).view(shape) / lr
+        singular = torch.linalg.svdvals(update) / max(1, shape[0] / shape[1]) ** 0.5
+        # Four of five: behind the layer norm the gradient of `up` has rank 4.
+        assert 0.5 < singular[:4].min() and singular.max() < 1.4, (name, singular)
+
+
+def resume(world: World, stage: int, dtype: str, name: str) -> None:
+    """2N steps give bit for bit what N steps, a checkpoint, a new engine and N steps give, averages and metrics too."""
+    engine = toy.make_engine(world, stage, dtype, name)
+    ema = PowerEMA(engine.slices())
+    folder = toy.shared_folder()
+    toy.train(engine, world, 1, 3, 2, ema)
+    assert save(folder, 3, engine, ema, {"seen": 24})
+    straight = toy.train(engine, world, 4, 6, 2, ema)
+    again = toy.make_engine(world, stage, dtype, name)
+    again_ema = PowerEMA(again.slices())
+    checkpoint = load_latest(folder)
+    assert checkpoint is not None and checkpoint.step == 3
+    assert checkpoint.restore(again, again_ema) == {"seen": 24}
+    assert again.optimizer_step == 3
+    resumed = toy.train(again, world, 4, 6, 2, again_ema)
+    assert straight == resumed
+    toy.assert_same(toy.full_state(engine, ema), toy.full_state(again, again_ema))
+
+
+def change_stage(world: World, old: int, new: int, name: str) -> None:
+    """A checkpoint of one stage loads at another and saves again to the same bits; the module computes the same."""
+    engine = toy.make_engine(world, old, name=name)
+    ema = PowerEMA(engine.slices())
+    toy.train(engine, world, 1, 2, 1, ema)
+    folder = toy.shared_folder()
+    assert save(folder, 2, engine, ema)
+    other = toy.make_engine(world, new, name=name)
+    other_ema = PowerEMA(other.slices())
+    checkpoint = load_latest(folder)
+    assert checkpoint is not None
+    checkpoint.restore(other, other_ema)
+    toy.assert_same(toy.whole(checkpoint), toy.full_state(other, other_ema))
+    clip, token, *_ = toy.batch(9)
+    assert torch.equal(engine(clip, token), other(clip, token))
+
+
+def slices_tile(world: World, stage: int) -> None:
+    """Over all ranks every element is owned once."""
+    engine = toy.make_engine(world, stage)
+    mine = [(part.name, part.start, part.weight.numel()) for part in engine.slices()]
+    pieces = sorted(item for part in gather_objects(mine) for item in part)
+    for name, shape in engine.shapes.items():
+        end = 0
+        for _, start, length in [item for item in pieces if item[0] == name]:
+            assert start == end
+            end = start + length
+        assert end == torch.Size(shape).numel()
+
+
+def average_in_module(world: World, stage: int, dtype: str) -> None:
+    """Inside `using` the module computes with the average, afterwards training goes on untouched."""
+    engine = toy.make_engine(world, stage, dtype)
+    ema = PowerEMA(engine.slices())
+    toy.train(engine, world, 1, 3, 1, ema)
+    before = toy.full_state(engine, ema)
+    clip, token, *_ = toy.batch(9)
+    clip = clip.to(engine.dtype)
+    with engine.using(ema.averages[0]), torch.no_grad():
+        got = engine(clip, token)
+    module = toy.make_toy().to(engine.dtype)
+    module.load_state_dict({name: before[f"ema0/{name}"].view(shape) for name, shape in engine.shapes.items()})
+    torch.testing.assert_close(got, module(clip, token), rtol=0, atol=0)
+    toy.assert_same(before, toy.full_state(engine, ema))
+
+
+def not_finite(world: World, stage: int) -> None:
+    """A gradient that is not finite changes nothing and is reported as inf; the next step goes on."""
+    engine = toy.make_engine(world, stage)
+    toy.train(engine, world, 1, 1)
+    before = toy.full_state(engine)
+    clip, token, *_ = toy.batch(1)
+    engine.backward(engine(clip, token).sum() * (float("nan") if world.rank == world.size - 1 else 1.0))
+    assert engine.step(2).grad_norm == float("inf")
+    toy.assert_same(before, toy.full_state(engine))
+    assert toy.train(engine, world, 3, 3)[0].grad_norm < float("inf")
+
+
+def save_for_one_rank(world: World, folder: str) -> None:
+    """Leaves checkpoints that a test loads on one rank."""
+    for name in ("adamw", "muon"):
+        engine = toy.make_engine(world, 2, name=name)
+        ema = PowerEMA(engine.slices())
+        toy.train(engine, world, 1, 2, 1, ema)
+        assert save(Path(folder) / name, 2, engine, ema)
+
+
+def errors_reach_all_ranks(world: World) -> None:
+    """A folder that rank 0 cannot take is an error on every rank, not a hang."""
+    from videodit.errors import UserError
+
+    folder = toy.shared_folder()
+    with RunFolder.open(folder, "model: 1", world):
+        barrier()
+        try:
+            RunFolder.open(folder, "model: 1", world)
+        except UserError as error:
+            assert "in use" in str(error)
+        else:
+            raise AssertionError("a second run took the folder")
+
+
+for _stage in (0, 1, 2, 3):
+    add(gradient_of_global_mean, _stage, 1, slow=_stage in (0, 2))
+    add(gradient_of_global_mean, _stage, 2, slow=_stage in (1, 3))
+    add(slices_tile, _stage, slow=_stage == 2)
+    add(not_finite, _stage, slow=_stage == 2)
+for _stage in (0, 1, 2, 3):
+    for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon"), ("bf16", "muon")):
+        if _stage > 0 or (_dtype, _name) == ("fp32", "adamw"):
+            _quick = [(0, "fp32", "adamw"), (1, "bf16", "adamw"), (1, "fp32", "muon"), (2, "fp32", "adamw")]
+            _quick += [(2, "bf16", "muon"), (3, "bf16", "adamw"), (3, "fp32", "muon")]
+            add(resume, _stage, _dtype, _name, slow=(_stage, _dtype, _name) not in _quick)
+for _stage, _dtype in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")):
+    add(average_in_module, _stage, _dtype, slow=_stage == 2)
+for _stage, _dtype in ((1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16")):
+    add(muon_gradient_norm, _stage, _dtype, slow=(_stage, _dtype) in ((1, "fp32"), (2, "bf16")))
+for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
+    add(change_stage, *_pair, "adamw", slow=_pair == (3, 2))
+for _pair in ((1, 3), (3, 2), (2, 1)):
+    add(change_stage, *_pair, "muon", slow=_pair == (2, 1))
+add(errors_reach_all_ranks)
+
+
+def run_all(world: World, cases: dict[str, Case]) -> dict[str, str]:
+    """Runs every case; "" for a pass, else the traceback of the first rank that failed."""
+    results = {}
+    for name, function in cases.items():
+        try:
+            function(world)
+            mine = ""
+        except Exception:
+            mine = traceback.format_exc()
+        results[name] = next((text for text in gather_objects(mine) if text), "")
+    return results
+
+
+if __name__ == "__main__":
+    this = init_process("cpu")
+    add(save_for_one_rank, sys.argv[1])
+    found = run_all(this, SLOW_CASES if sys.argv[2:] == ["slow"] else CASES)
+    if this.is_main:
+        (Path(sys.argv[1]) / "report.json").write_text(json.dumps(found))
+    shutdown()

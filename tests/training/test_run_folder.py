@@ -1,0 +1,121 @@
+"""The run folder's lock, config check and metrics; the tracker and the meters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from videodit.errors import UserError
+from videodit.parallel.mesh import World
+from videodit.training.meters import StepMeter, count_flops, memory_gib, peak_flops
+from videodit.training.run_folder import RunFolder, read_metrics
+from videodit.training.tracker import Tracker, TrackerConfig
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+OTHER = World(1, 2, 1, torch.device("cpu"))
+
+
+def test_second_process_is_refused_with_the_holders_pid(tmp_path: Path) -> None:
+    code = (
+        "import sys; from videodit.parallel.mesh import World; from videodit.training.run_folder import RunFolder;"
+        "folder = RunFolder.open(sys.argv[1], 'model: 1', World(0, 1, 0, None)); print('held', flush=True); input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"{tmp_path}.*{holder.pid}"):
+        RunFolder.open(tmp_path, "model: 1", ALONE)
+    holder.kill()  # a killed run leaves no stale lock
+    holder.communicate()
+    RunFolder.open(tmp_path, "model: 1", ALONE).close()
+
+
+def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, "model: {depth: 4}\nlr: 1", ALONE).close()
+    RunFolder.open(tmp_path, "model: {depth: 5}\nlr: 1", ALONE).close()  # nothing was trained yet
+    (tmp_path / "checkpoints" / "step-00000010").mkdir()
+    RunFolder.open(tmp_path, "model: {depth: 5}\nlr: 2", ALONE).close()  # only fixed keys count
+    with pytest.raises(UserError, match=r"model\.depth is 6.*with 5"):
+        RunFolder.open(tmp_path, "model: {depth: 6}\nlr: 1", ALONE)
+    assert "depth: 5" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_file_or_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="run_dir"):
+            RunFolder.open(path, "model: 1", ALONE)
+
+
+def test_metrics_are_cut_back_with_a_torn_line(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "model: 1", ALONE) as run:
+        for step in range(1, 6):
+            run.log(step, {"train/loss": torch.tensor(0.5), "bad": float("nan")})
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "train/lo')
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+        run.cut_metrics(3)
+        run.log(4, {"train/loss": 1})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0] == {"step": 1, "train/loss": 0.5, "bad": None}
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, None, OTHER.is_main)
+    run.log(1, {"a": 1})
+    run.cut_metrics(0)
+    Tracker(TrackerConfig(mode="offline"), tmp_path, {}, OTHER).log(1, {"a": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_disabled_tracker_does_nothing(tmp_path: Path) -> None:
+    tracker = Tracker(TrackerConfig(mode="disabled"), tmp_path, {}, ALONE)
+    tracker.log(1, {"a": 1})
+    tracker.video(1, "samples", tmp_path / "none.mp4", "caption")
+    tracker.finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_offline_tracker_keeps_its_id_and_survives_a_failure(tmp_path: Path) -> None:
+    tracker = Tracker(TrackerConfig(mode="offline"), tmp_path, {"lr": 1}, ALONE)
+    tracker.log(1, {"train/loss": 1.0})
+    with pytest.warns(UserWarning, match="wandb is off"):
+        tracker.video(1, "samples", tmp_path / "missing.mp4", "caption")
+    tracker.log(2, {"train/loss": 1.0})
+    tracker.finish()
+    run_id = (tmp_path / "wandb" / "run_id.txt").read_text()
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
+
+
+def test_tracker_mode_is_checked() -> None:
+    with pytest.raises(ValueError, match="sometimes"):
+        TrackerConfig(mode="sometimes")  # type: ignore[arg-type]
+
+
+def test_flops_of_a_linear_layer() -> None:
+    layer, x = torch.nn.Linear(8, 16, bias=False), torch.ones(4, 8)
+    assert count_flops(lambda: layer(x)) == 2 * 4 * 8 * 16
+    assert count_flops(lambda: layer(x).sum().backward()) == 2 * 2 * 4 * 8 * 16  # x needs no gradient
+
+
+def test_known_gpus() -> None:
+    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H20") == 148e12
+    assert peak_flops("Something else") is None
+
+
+def test_step_meter_splits_the_step() -> None:
+    meter = StepMeter(torch.device("cpu"), world_size=2)
+    meter.data_ready()
+    metrics = meter.step(tokens=100, flops=10**9)
+    assert metrics["perf/step_s"] == pytest.approx(metrics["data/wait_s"] + metrics["perf/compute_s"])
+    assert metrics["perf/tokens_per_s"] == pytest.approx(100 / metrics["perf/step_s"])
+    assert metrics["perf/tflops_per_rank"] == pytest.approx(5e-4 / metrics["perf/step_s"])
+    assert metrics["perf/memory_gib"] == pytest.approx(memory_gib(torch.device("cpu")), rel=0.5)
+    assert "perf/mfu" not in metrics  # no known peak on a CPU

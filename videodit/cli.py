@@ -1,0 +1,186 @@
+"""The verbs: parse, call, print; no logic. What a verb needs is imported inside it, so that --help answers at once."""
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from videodit import __version__
+from videodit.config import Argument, parse_command, parse_config
+from videodit.errors import UserError
+from videodit.progress import show_progress
+
+EXIT_DONE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+
+# The machine's refusals, which are the user's to fix; any other OSError is a bug and keeps its traceback.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The config of a verb that has none."""
+
+
+def demo(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.demo import DemoConfig, run_demo
+
+    run_demo(parse_config(DemoConfig, argv, prog, summary, "videodit demo --out runs/demo"))
+
+
+def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.data.ingest import IngestConfig
+    from videodit.data.ingest import ingest as run
+
+    source = Argument("src", "Folder of videos with sidecar captions, or a CSV or JSONL list.", positional=True)
+    example = "videodit ingest my_videos --out runs/a/shards"
+    arguments = [source, Argument("out", "Shard folder to write.")]
+    config, given = parse_command(IngestConfig, argv, prog, summary, example, arguments)
+    with show_progress("ingest videos") as progress:
+        result = run(given["src"], given["out"], config, progress)
+    print(f"{result.accepted} videos to {result.clips} clips in {given['out']}; {result.rejected} rejected")
+
+
+def train_vae(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.training.vae_trainer import VAERunConfig
+    from videodit.training.vae_trainer import train_vae as run
+
+    example = "videodit train vae --config configs/vae_demo.yaml --data.shards runs/a/shards --run_dir runs/a/vae"
+    run(parse_config(VAERunConfig, argv, prog, summary, example))
+
+
+def train_dit(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.training.dit_trainer import DiTRunConfig
+    from videodit.training.dit_trainer import train_dit as run
+
+    example = "videodit train dit --config configs/dit_demo.yaml --data.shards runs/a/latents --run_dir runs/a/dit"
+    run(parse_config(DiTRunConfig, argv, prog, summary, example))
+
+
+def encode(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.generation.encode import EncodeConfig, encode_clips
+
+    example = "videodit encode --data.shards runs/a/shards --vae runs/a/vae/model --out runs/a/latents"
+    config = parse_config(EncodeConfig, argv, prog, summary, example)
+    with show_progress("encode clips") as progress:
+        count = encode_clips(config, progress)
+    print(f"{count} clips encoded in {config.out}")
+
+
+def generate(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.generation.generate import GenerateConfig
+    from videodit.generation.generate import generate as run
+
+    example = 'videodit generate --model runs/demo/model --prompt "a small red circle moves left" --out runs/samples'
+    config = parse_config(GenerateConfig, argv, prog, summary, example)
+    with show_progress("generate clips") as progress:
+        paths = run(config, progress)
+    print("\n".join(map(str, paths)))
+
+
+def evaluate(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.evaluation.evaluate import EvaluateConfig
+    from videodit.evaluation.evaluate import evaluate as run
+
+    run(parse_config(EvaluateConfig, argv, prog, summary, "videodit evaluate --model runs/demo/model"))
+
+
+def export(argv: Sequence[str], prog: str, summary: str) -> None:
+    source = Argument("run", "Run folder of train dit.", positional=True)
+    arguments = [source, Argument("out", "Model folder to write.")]
+    _, given = parse_command(NoSettings, argv, prog, summary, "videodit export runs/demo/dit --out my_model", arguments)
+    from videodit.training.export import export_run
+
+    export_run(given["run"], given["out"])
+    print(f"model folder: {given['out']}")
+
+
+def doctor(argv: Sequence[str], prog: str, summary: str) -> None:
+    parse_config(NoSettings, argv, prog, summary, "videodit doctor")
+    from videodit.doctor import run_doctor
+
+    run_doctor()
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: what it does in a sentence, and the function that parses its arguments and runs it."""
+
+    summary: str
+    run: Callable[[Sequence[str], str, str], None]
+
+
+VERBS = {
+    "demo": Verb("Run the whole way on the built-in world: render to a measured model and report.html.", demo),
+    "ingest": Verb("Turn a folder, CSV or JSONL of videos into checked, cut, captioned shards.", ingest),
+    "train vae": Verb("Train the video VAE on shards; the same command resumes.", train_vae),
+    "train dit": Verb("Train the text-to-video DiT on latent shards; the same command resumes.", train_dit),
+    "encode": Verb("Encode clips into latent shards with a trained VAE.", encode),
+    "generate": Verb("Make clips from prompts: an .mp4 each, beside the .json that reproduces it.", generate),
+    "evaluate": Verb("Measure a model, or one set of videos against another.", evaluate),
+    "export": Verb("Write EMA weights, configs and statistics of a run as one model folder.", export),
+    "doctor": Verb("Say what this machine can run, and what is missing.", doctor),
+}
+
+
+def help_text() -> str:
+    """List the verbs, each with its sentence."""
+    rows = "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+    return (
+        "usage: videodit VERB [--config FILE.yaml] [--key value ...]\n\n"
+        f"Train text-to-video models, from raw videos to clips made from prompts.\n\nverbs:\n{rows}\n\n"
+        "videodit VERB --help shows its settings and an example.\nexample: videodit demo --out runs/demo"
+    )
+
+
+def find_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Split argv into the verb and its arguments. Raises UserError: no such verb."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in VERBS:
+            return name, list(argv[words:])
+    typed = argv[0] if argv[0] != "train" else " ".join(argv[:2])
+    if typed == "train" or typed.startswith("train -"):
+        raise UserError("train needs to know what: videodit train vae or videodit train dit")
+    near = difflib.get_close_matches(typed, VERBS, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}"
+    raise UserError(f"no verb {typed!r}: {advice}")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run one command line; whatever goes wrong is raised."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+    elif argv[0] == "--version":
+        print(f"videodit {__version__}")
+    else:
+        name, rest = find_verb(argv)
+        VERBS[name].run(rest, f"videodit {name}", VERBS[name].summary)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `videodit` and give its exit code: 0 done, 2 the user's to fix (one line on stderr), 130 interrupted.
+
+    Args:
+        argv: the arguments after `videodit`; those of the process if None.
+    """
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        return _report(str(error))
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        return _report(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
+def _report(message: str) -> int:
+    # torchrun starts this once a rank and says so in LOCAL_RANK: one line a machine is enough.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    return EXIT_USER_ERROR

@@ -1,0 +1,198 @@
+"""Micro batches: what one is, and how worker processes read them.
+
+    GlobalOrder -> StepPlan -> deal -> Request --(worker process)--> Rows -> Batch
+
+One Request is one micro batch and one task of a worker. Results come back in order, so the number of workers changes
+nothing but time.
+"""
+
+import logging
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from videodit.data.buckets import Bucket
+from videodit.data.order import PADDING
+from videodit.data.randomness import sample_unit
+from videodit.errors import UserError
+
+MAX_CONSECUTIVE_FAILURES = 100
+"""This many samples in a row that cannot be read are no accident: the data or the disk is broken."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro batch; its rows are padded to micro_batch_size."""
+
+    bucket: Bucket
+    """Shape of the clips in pixels."""
+    captions: list[str]
+    """One per row; "" for padding and for dropped captions."""
+    ids: list[int]
+    """Clip index in the data set per row; -1 is padding."""
+    keys: list[str]
+    """Sample key per row; "" for padding."""
+    weight: Tensor
+    """(b,) float32: 1 for a sample, 0 for padding and for samples that could not be read."""
+    epoch: int
+    """Epoch of the rows, from 0: with the key, what randomness of the sample hangs on."""
+    wait_s: float = 0.0
+    """Seconds that the consumer waited for this micro batch."""
+
+
+@dataclass(kw_only=True)
+class ClipBatch(Batch):
+    """A micro batch of pixels."""
+
+    clip: Tensor
+    """(b, c, t, h, w) float32 in [-1, 1]; rows of weight 0 are black."""
+
+
+@dataclass(kw_only=True)
+class LatentBatch(Batch):
+    """A micro batch of posteriors; rows of weight 0 are zeros."""
+
+    mean: Tensor
+    """(b, c, t, h, w) float32, normalised."""
+    logvar: Tensor
+    """(b, c, t, h, w) float32 log-variance in the same units."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One micro batch to read."""
+
+    bucket: Bucket
+    epoch: int
+    ids: tuple[int, ...]
+
+
+@dataclass
+class Rows:
+    """What a worker made of a Request."""
+
+    request: Request
+    tensors: dict[str, Tensor]
+    """Tensors with one row per id; rows without a sample are zeros."""
+    captions: list[str]
+    failures: dict[int, str] = field(default_factory=dict)
+    """Row -> why its sample could not be read."""
+
+
+class RowReader(Protocol):
+    """Reads micro batches; it is copied into worker processes by fork."""
+
+    def __getitem__(self, request: Request) -> Rows: ...
+
+
+class FailureGuard:
+    """Counts and logs samples that cannot be read, and ends the run when they come in a row.
+
+    Args:
+        keys: sample key by clip index.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.failures = 0
+        self._keys = keys
+        self._consecutive = 0
+
+    def check(self, rows: Rows) -> None:
+        """Looks at one micro batch, in the order of training.
+
+        Raises:
+            UserError: at the 100th failure in a row.
+        """
+        for row, clip in enumerate(rows.request.ids):
+            if clip == PADDING:
+                continue
+            if row not in rows.failures:
+                self._consecutive = 0
+                continue
+            self.failures += 1
+            self._consecutive += 1
+            log.warning("sample %s is left out: %s", self._keys[clip], rows.failures[row])
+            if self._consecutive >= MAX_CONSECUTIVE_FAILURES:
+                raise UserError(
+                    f"{self._consecutive} samples in a row could not be read, the last is {self._keys[clip]} "
+                    f"({rows.failures[row]}): check the disk, or make the shards again"
+                )
+
+
+def read_all(reader: RowReader, requests: Iterable[Request], num_workers: int, prefetch: int) -> Iterator[Rows]:
+    """Reads requests in order, in worker processes or, with none, in this one when asked.
+
+    Args:
+        reader: reads one micro batch.
+        requests: may be endless; taken as far ahead as the workers prefetch.
+        num_workers: processes; 0 reads in this process.
+        prefetch: micro batches that each worker prepares ahead.
+    """
+    if num_workers == 0:
+        yield from map(reader.__getitem__, requests)
+        return
+    loader: Any = DataLoader(
+        reader,  # type: ignore[arg-type]  # a map from requests: torch asks for no more than __getitem__
+        sampler=requests,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch,
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_signals,
+        # Fork, so that workers share the cache and the index without copies; they touch neither the GPU nor threads.
+        multiprocessing_context="fork",
+        generator=torch.Generator(),  # else torch would draw from the global generator of the run
+    )
+    yield from loader
+
+
+def _as_it_is(rows: Any) -> Any:
+    return rows
+
+
+def _ignore_signals(worker: int) -> None:
+    # Launchers and Ctrl-C signal the whole process tree: the main process decides, and then ends its workers itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batch_fields(rows: Rows, keys: Sequence[str]) -> dict[str, Any]:
+    """The fields of Batch that follow from what was read."""
+    ids = list(rows.request.ids)
+    weight = [float(clip != PADDING and row not in rows.failures) for row, clip in enumerate(ids)]
+    return {
+        "bucket": rows.request.bucket,
+        "captions": rows.captions,
+        "ids": ids,
+        "keys": [keys[clip] if clip != PADDING else "" for clip in ids],
+        "weight": torch.tensor(weight, dtype=torch.float32),
+        "epoch": rows.request.epoch,
+    }
+
+
+def choose_caption(captions: list[str], seed: int, epoch: int, key: str, drop: float = 0.0) -> str:
+    """One of a sample's captions, or "" for a share of the epochs.
+
+    Args:
+        captions: at least one.
+        seed, epoch, key: what the choice is a function of.
+        drop: probability of "".
+    """
+    if drop > 0 and sample_unit(seed, epoch, key, "caption_drop") < drop:
+        return ""
+    return captions[int(sample_unit(seed, epoch, key, "caption") * len(captions))]
+
+
+def check_workers(num_workers: int, prefetch: int) -> None:
+    """Raises ValueError if the two cannot be (see `read_all`)."""
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers {num_workers} must be 0 or more")
+    if prefetch < 1:
+        raise ValueError(f"data.prefetch {prefetch} must be at least 1")

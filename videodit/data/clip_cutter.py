@@ -1,0 +1,170 @@
+"""One source video into clips: decoded once, cut at scene changes, resized, encoded, all in constant memory."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from videodit.data.scene_cuts import CutDetector
+from videodit.data.shards import sha256_hex, user_error
+from videodit.data.video_io import Mp4Encoder, VideoError, VideoInfo, open_video
+
+_SQUARE = 0.02  # pixels this near to square are shown as square
+
+
+@dataclass(frozen=True)
+class CutRules:
+    """How a source becomes clips."""
+
+    min_frames: int
+    max_duration_s: float
+    max_short_side: int
+    scene_cuts: bool
+    cut_threshold: float
+    crf: int
+
+    def max_frames(self, fps: float) -> int:
+        """The longest clip, in frames."""
+        return max(self.min_frames, round(self.max_duration_s * fps))
+
+    def size(self, info: VideoInfo) -> tuple[int, int]:
+        """(height, width) of a source's clips: square pixels, short side at most max_short_side, even if scaled."""
+        height, width = info.height, info.width * info.pixel_aspect
+        if abs(info.pixel_aspect - 1) <= _SQUARE:
+            width = info.width
+        scale = self.max_short_side / min(height, width) if self.max_short_side else 1.0
+        if scale >= 1 and width == info.width:
+            return info.height, info.width
+        scale = min(scale, 1.0)
+        return max(2, 2 * round(height * scale / 2)), max(2, 2 * round(width * scale / 2))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An encoded clip in a spool file."""
+
+    start_frame: int
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    offset: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A stretch of a source that does not become a clip."""
+
+    start_frame: int
+    num_frames: int
+    fps: float
+    reason: str
+
+
+@dataclass
+class CutResult:
+    """What became of one source."""
+
+    clips: list[Clip] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    problem: str = ""
+    """Why the source as a whole was refused; empty if it was not."""
+
+
+def cut_source(path: str, spool: Path, rules: CutRules, beat: Callable[[], None] = lambda: None) -> CutResult:
+    """Cuts one source into clips.
+
+    A source that stops decoding half-way gives nothing: what comes before the damage is not to be trusted either.
+
+    Args:
+        path: the source.
+        spool: the file the clips' bytes go to, one after the other.
+        rules: how to cut.
+        beat: called at every frame.
+    Returns:
+        Where in the spool each clip lies, what was dropped, or what is wrong with the source.
+    Raises:
+        UserError: if the spool cannot be written.
+    """
+    cv2.setNumThreads(1)  # one process a core
+    number = 0
+    try:
+        with open(spool, "wb") as file, open_video(path, rules.size) as (info, frames):
+            cutter = _Cutter(rules, info, file.write)
+            try:
+                for frame in frames:
+                    beat()
+                    cutter.push(frame)
+                    number += 1
+                return cutter.finish()
+            finally:
+                cutter.close()
+    except VideoError as error:
+        return CutResult(problem=f"{error}, after {number} good frames" if number else str(error))
+    except OSError as error:
+        raise user_error(error, spool) from error
+
+
+class _Cutter:
+    """Takes frames one by one and writes clips; holds as many frames as the cut detector looks ahead."""
+
+    def __init__(self, rules: CutRules, info: VideoInfo, write: Callable[[bytes], object]) -> None:
+        self._rules = rules
+        self._fps = info.fps
+        self._write = write
+        self._detector = CutDetector(info.fps, rules.cut_threshold) if rules.scene_cuts else None
+        self._held: deque[np.ndarray] = deque()
+        self._cuts: set[int] = set()
+        self._next = 0  # number of the first frame held
+        self._encoder: Mp4Encoder | None = None
+        self._offset = 0
+        self._result = CutResult()
+
+    def push(self, frame: np.ndarray) -> None:
+        self._held.append(frame)
+        if self._detector:
+            self._cuts.update(self._detector.push(frame))
+        while len(self._held) > CutDetector.lookahead:
+            self._encode(self._held.popleft())
+
+    def finish(self) -> CutResult:
+        while self._held:
+            self._encode(self._held.popleft())
+        self._end_clip()
+        return self._result
+
+    def close(self) -> None:
+        if self._encoder:
+            self._encoder.close()
+
+    def _encode(self, frame: np.ndarray) -> None:
+        if self._next in self._cuts or (
+            self._encoder and self._encoder.num_frames >= self._rules.max_frames(self._fps)
+        ):
+            self._cuts.discard(self._next)
+            self._end_clip()
+        if self._encoder is None:
+            self._encoder = Mp4Encoder(frame.shape[0], frame.shape[1], self._fps, crf=self._rules.crf)
+        self._encoder.write(frame)
+        self._next += 1
+
+    def _end_clip(self) -> None:
+        encoder, self._encoder = self._encoder, None
+        if encoder is None:
+            return
+        start, count = self._next - encoder.num_frames, encoder.num_frames
+        if count < self._rules.min_frames:
+            encoder.close()
+            reason = f"{count} frames, shorter than min_frames {self._rules.min_frames}"
+            self._result.dropped.append(Dropped(start, count, self._fps, reason))
+            return
+        data = encoder.finish()
+        self._write(data)
+        clip = Clip(start, count, encoder.height, encoder.width, self._fps, self._offset, len(data), sha256_hex(data))
+        self._offset += len(data)
+        self._result.clips.append(clip)

@@ -1,0 +1,126 @@
+"""Between a codec's pictures and RGB arrays: colour matrix and range always said outright, display rotation applied."""
+
+from typing import Any
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideData
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+_SWSCALE = {
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    6: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+}
+_SWSCALE |= {
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}  # tag -> swscale's; 10 is constant luminance, which it has not
+
+DisplayMatrix = tuple[int, int, int, int]  # (a, b, c, d) of x' = a x + c y, y' = b x + d y; x right, y down
+
+
+class ToRGB:
+    """Converts the decoded frames of one video to displayed RGB, all at one size; keeps swscale's state between them.
+
+    Args:
+        size: (height, width) as displayed, to scale to; None for the first frame's own.
+    """
+
+    def __init__(self, size: tuple[int, int] | None = None) -> None:
+        self._reformatter = VideoReformatter()
+        self._displayed = size
+        self._size: tuple[int, int] | None = None  # (width, height) as coded
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        """Converts one frame.
+
+        Args:
+            frame: as decoded, of any pixel format.
+        Returns:
+            (h, w, 3) uint8, full range, rotation applied.
+        """
+        matrix = display_matrix(frame)
+        if self._size is None:
+            height, width = self._displayed or (frame.height, frame.width)
+            turned = self._displayed is not None and is_transposed(matrix)
+            self._size = (height, width) if turned else (width, height)
+        colorspace = _colorspace(frame)
+        rgb = self._reformatter.reformat(
+            frame,
+            width=self._size[0],
+            height=self._size[1],
+            format="rgb24",
+            src_colorspace=colorspace,
+            dst_colorspace=colorspace,
+            src_color_range=ColorRange.JPEG if frame.color_range == ColorRange.JPEG else ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=Interpolation.BICUBIC,
+            threads=1,
+        )
+        return turn(rgb.to_ndarray(), matrix)
+
+
+class ToYUV:
+    """Converts RGB frames to 8-bit 4:2:0, BT.709 limited range; keeps swscale's state between them."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, image: np.ndarray) -> av.VideoFrame:
+        """Converts one frame.
+
+        Args:
+            image: (h, w, 3) uint8, full range; h and w even.
+        """
+        return self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"),
+            format="yuv420p",
+            src_colorspace=Colorspace.ITU709,
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            threads=1,
+        )
+
+
+def display_matrix(frame: av.VideoFrame) -> DisplayMatrix | None:
+    """The transformation a player applies to the coded picture, None if it shows it as it is."""
+    side_data: Any = frame.side_data  # typed as a mapping by name, kept by kind
+    data = side_data.get(SideData.DISPLAYMATRIX)
+    if data is None:
+        return None
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def is_transposed(matrix: DisplayMatrix | None) -> bool:
+    """Whether height and width change places in display."""
+    return matrix is not None and abs(matrix[1]) > abs(matrix[0])
+
+
+def turn(image: np.ndarray, matrix: DisplayMatrix | None) -> np.ndarray:
+    """Applies a display matrix to the nearest quarter turn, mirrored or not.
+
+    Args:
+        image: (h, w, 3).
+        matrix: as `display_matrix` gives it.
+    Returns:
+        (h, w, 3), or (w, h, 3) where the matrix transposes.
+    """
+    if matrix is None:
+        return image
+    a, b, c, d = matrix
+    if is_transposed(matrix):  # x' = c y, y' = b x
+        image, flip_x, flip_y = image.transpose(1, 0, 2), c < 0, b < 0
+    else:
+        flip_x, flip_y = a < 0, d < 0
+    return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+
+def _colorspace(frame: av.VideoFrame) -> int:
+    # Without a tag it is BT.601, as FFmpeg writes and reads: players guess BT.709 for high definition, the tools that
+    # make data sets do not.
+    return int(_SWSCALE.get(frame.colorspace, Colorspace.ITU601))

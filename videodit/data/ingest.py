@@ -1,0 +1,323 @@
+"""Raw videos to shards: decode check, scene cuts, clips, tars with an index; what did not make it is listed."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import av
+
+from videodit.data.clip_cutter import CutResult, CutRules, cut_source
+from videodit.data.isolation import Beat, Failure, run_isolated
+from videodit.data.shards import INDEX, PART, ShardWriter, json_bytes, sha256_hex, user_error
+from videodit.data.sources import Source, list_sources
+from videodit.errors import UserError
+
+REJECTS = "rejects.jsonl"
+RECORD = "ingest.json"
+_WORK = ".work"
+_CHUNK_BYTES = 4 << 20  # small files go to a worker by the chunk
+_CHUNK_FILES = 32
+
+
+@dataclass(frozen=True)
+class IngestConfig:
+    """How raw videos become clips in shards."""
+
+    min_frames: int = 17
+    """Scenes with fewer frames are dropped; 17 is the shortest clip of the demo's models."""
+    max_duration_s: float = 10.0
+    """Longer scenes are cut into clips of this many seconds."""
+    max_short_side: int = 480
+    """Clips whose shorter side has more pixels are scaled down to it; 0 keeps the size."""
+    scene_cuts: bool = True
+    """Whether to cut at scene changes; without it, a clip may hold a cut."""
+    cut_threshold: float = 3.0
+    """How many times a frame's change must exceed its neighbours' to be a cut; higher finds fewer."""
+    crf: int = 18
+    """x264's constant rate factor of the clips: 0 to 51, lower is better and larger."""
+    clips_per_shard: int = 1000
+    """Clips in one tar."""
+    workers: int = 0
+    """Processes that decode; 0 takes one per core. The result does not depend on it."""
+    stall_limit_s: float = 60.0
+    """A file that yields no frame for so many seconds is given up."""
+    max_memory_gb: float = 8.0
+    """Address space of a decoding process; a file that needs more is rejected; 0 for no limit."""
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("min_frames", 1),
+            ("max_short_side", 0),
+            ("clips_per_shard", 1),
+            ("workers", 0),
+            ("max_memory_gb", 0),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least {low} is needed")
+        for name in ("max_duration_s", "cut_threshold", "stall_limit_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: more than 0 is needed")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf is {self.crf}: 0 (best) to 51 (smallest) is possible")
+        if 0 < self.max_short_side < 16:
+            raise ValueError(f"max_short_side is {self.max_short_side}: 0 (keep the size) or at least 16 is needed")
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that the shards depend on."""
+        fields = dataclasses.asdict(self)
+        return {
+            name: value for name, value in fields.items() if name not in ("workers", "stall_limit_s", "max_memory_gb")
+        }
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """What ingest did."""
+
+    accepted: int
+    """Sources with at least one clip."""
+    rejected: int
+    """Sources without any."""
+    clips: int
+    """Clips in the shards."""
+    seconds: float
+    """Wall time."""
+    up_to_date: bool = False
+    """The shards were there already, made of the same sources with the same config; nothing was done."""
+
+
+def ingest(
+    src: str | Path,
+    out: str | Path,
+    config: IngestConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> IngestResult:
+    """Makes shards of raw videos.
+
+    The same sources and config give the same bytes, however many workers and interruptions there were.
+
+    Writes OUT/shard-*.tar, index.jsonl, rejects.jsonl (a line for each source and scene left out, with the reason) and
+    ingest.json (config, counts).
+
+    Args:
+        src: a folder of videos, a .csv or .jsonl table or one video; see `sources.list_sources`.
+        out: folder of the shards; made if missing, left out of the search if it lies below src.
+        config: how.
+        progress: called as progress(sources done, all sources).
+    Returns:
+        Counts.
+    Raises:
+        UserError: if there is nothing to ingest, nothing was accepted, or `out` cannot be written or holds something
+            else.
+    """
+    started = time.monotonic()
+    config = config or IngestConfig()
+    src, out = Path(src), Path(out)
+    if src.resolve() == out.resolve():
+        raise UserError(f"--out {out} is the source itself: choose another folder")
+    sources = list_sources(src, exclude=[out])
+    record = {"config": config.result_fields(), "sources_sha256": _fingerprint(sources), "av": av.__version__}
+    with _locked(out):
+        earlier = _check_out(out, record)
+        if earlier:
+            return _result(earlier, started, up_to_date=True)
+        try:
+            _write_json(out / RECORD, record | {"complete": False})
+            counts = _run(sources, out, config, progress or (lambda done, total: None))
+            if not counts["clips"]:
+                raise UserError(
+                    f"none of the {len(sources)} videos of {src} gave a clip: see {out / REJECTS} for the reasons"
+                )
+            _write_json(out / RECORD, record | counts | {"complete": True})
+        except OSError as error:
+            raise user_error(error, error.filename or out) from error
+    return _result(counts, started)
+
+
+def _result(counts: dict[str, Any], started: float, up_to_date: bool = False) -> IngestResult:
+    return IngestResult(counts["accepted"], counts["rejected"], counts["clips"], time.monotonic() - started, up_to_date)
+
+
+def _run(
+    sources: list[Source], out: Path, config: IngestConfig, progress: Callable[[int, int], None]
+) -> dict[str, int]:
+    work = out / _WORK
+    shutil.rmtree(work, ignore_errors=True)  # of an interrupted run
+    work.mkdir()
+    rules = CutRules(**{field.name: getattr(config, field.name) for field in dataclasses.fields(CutRules)})
+    results = run_isolated(
+        partial(_cut, rules=rules),
+        _chunks(sources, work),
+        workers=config.workers or _cores(),
+        stall_limit_s=config.stall_limit_s,
+        max_memory_gb=config.max_memory_gb,
+    )
+    counts = {"accepted": 0, "rejected": 0, "clips": 0}
+    writer = ShardWriter(out, config.clips_per_shard)
+    with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
+        for done, (source, base) in enumerate(zip(sources, _key_bases(sources), strict=True), 1):
+            result = CutResult(problem=source.problem) if source.problem else next(results)
+            if isinstance(result, Failure):
+                result = CutResult(problem=result.reason)
+            spool = _spool(work, done - 1)
+            _write_clips(writer, source, base, result, spool)
+            _write_rejects(rejects, source, result)
+            spool.unlink(missing_ok=True)
+            counts["accepted" if result.clips else "rejected"] += 1
+            counts["clips"] += len(result.clips)
+            progress(done, len(sources))
+    os.replace(out / (REJECTS + PART), out / REJECTS)
+    writer.close()
+    shutil.rmtree(work)
+    return counts
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cut(item: tuple[str, str], beat: Beat, rules: CutRules) -> CutResult:
+    """In a worker process."""
+    return cut_source(item[0], Path(item[1]), rules, beat)
+
+
+def _chunks(sources: list[Source], work: Path) -> list[list[tuple[str, str]]]:
+    """(path, spool file) of each source without a problem, small files together."""
+    chunks: list[list[tuple[str, str]]] = [[]]
+    size = 0
+    for number, source in enumerate(sources):
+        if source.problem:
+            continue
+        if len(chunks[-1]) >= _CHUNK_FILES or size >= _CHUNK_BYTES:
+            chunks.append([])
+            size = 0
+        chunks[-1].append((source.path, str(_spool(work, number))))
+        size += _size(source)
+    return chunks
+
+
+def _spool(work: Path, number: int) -> Path:
+    return work / f"{number:08d}.mp4s"
+
+
+def _write_clips(writer: ShardWriter, source: Source, base: str, result: CutResult, spool: Path) -> None:
+    if not result.clips:
+        return
+    captions: dict[str, Any] = (
+        {"captions": source.captions} if len(source.captions) > 1 else {"caption": source.captions[0]}
+    )
+    with open(spool, "rb") as file:
+        for scene, clip in enumerate(result.clips):
+            record = captions | {
+                "source": source.name,
+                "fps": clip.fps,
+                "num_frames": clip.num_frames,
+                "height": clip.height,
+                "width": clip.width,
+                "start_s": round(clip.start_frame / clip.fps, 6),
+                "end_s": round((clip.start_frame + clip.num_frames) / clip.fps, 6),
+                "sha256": clip.sha256,
+            }
+            if source.extra:
+                record["extra"] = source.extra
+            file.seek(clip.offset)
+            writer.write(f"{base}-{scene:04d}", {"mp4": file.read(clip.size), "json": json_bytes(record)})
+
+
+def _write_rejects(file: TextIO, source: Source, result: CutResult) -> None:
+    lines: list[dict[str, Any]] = [{"source": source.name, "reason": result.problem}] if result.problem else []
+    for scene in result.dropped:
+        start_s, end_s = scene.start_frame / scene.fps, (scene.start_frame + scene.num_frames) / scene.fps
+        lines.append(
+            {"source": source.name, "start_s": round(start_s, 6), "end_s": round(end_s, 6), "reason": scene.reason}
+        )
+    for line in lines:
+        file.write(json_bytes(line).decode() + "\n")
+
+
+def _key_bases(sources: list[Source]) -> list[str]:
+    """A key for each source: its name in plain characters, with a hash where two would be alike or one too long."""
+    bases = [re.sub(r"[^A-Za-z0-9_-]+", "_", str(Path(source.name).with_suffix(""))) for source in sources]
+    count = Counter(base.lower() for base in bases)
+    plain = [base if count[base.lower()] == 1 and len(base) <= 60 else "" for base in bases]
+    return [
+        whole or f"{base[:60]}-{sha256_hex(source.name.encode())[:8]}"
+        for whole, base, source in zip(plain, bases, sources, strict=True)
+    ]
+
+
+def _fingerprint(sources: list[Source]) -> str:
+    """Changes when a file, a caption or anything else that goes into the shards does."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(
+            json_bytes([source.name, source.captions, source.extra, source.problem, _size(source), _mtime_ns(source)])
+            + b"\n"
+        )
+    return digest.hexdigest()
+
+
+def _size(source: Source) -> int:
+    return os.stat(source.path).st_size if os.path.exists(source.path) else 0
+
+
+def _mtime_ns(source: Source) -> int:
+    return os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Makes the folder and holds it against other processes that ingest into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise user_error(error, out) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is ingesting into {out}: wait for it or choose another --out") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_out(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The earlier run's record if it did just this; None if there is work to do."""
+    try:
+        earlier = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if any(out.glob("*.tar")):
+            raise UserError(f"{out} holds tars that ingest did not write: choose another --out") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / RECORD} cannot be read ({error}): remove {out} or choose another --out") from error
+    if not earlier.get("complete") or not (out / INDEX).is_file():
+        return None
+    changed = [
+        f"{k} {earlier['config'].get(k)}, now {v}" for k, v in record["config"].items() if earlier["config"].get(k) != v
+    ]
+    if changed:
+        raise UserError(
+            f"{out} holds shards made with other settings ({'; '.join(changed)}): choose another --out or remove it"
+        )
+    return earlier if earlier.get("sources_sha256") == record["sources_sha256"] else None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    part = path.with_name(path.name + PART)
+    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,94 @@
+"""Reading latents, from memory where all of them fit."""
+
+from dataclasses import dataclass
+
+import torch
+
+from videodit.data.batches import Request, Rows, check_workers, choose_caption
+from videodit.data.buckets import Bucket, parse_bucket
+from videodit.data.latents import LatentSample, read_latent_sample
+from videodit.data.order import PADDING
+from videodit.data.shards import ShardSet
+from videodit.errors import UserError
+
+
+@dataclass(frozen=True)
+class LatentDataConfig:
+    """Latents, as DiT training reads them."""
+
+    shards: str = ""
+    """Folder of latent shards, as `videodit encode` writes them."""
+    caption_drop: float = 0.1
+    """Share of samples that train without their caption, for classifier-free guidance."""
+    num_workers: int = 0
+    """Processes that read ahead, per rank; not used where all latents fit in memory."""
+    prefetch: int = 2
+    """Micro batches that each worker prepares ahead."""
+    cache_gib: float = 2.0
+    """Latents are kept in memory where all of them fit in this many GiB per rank."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_drop <= 1:
+            raise ValueError(f"data.caption_drop {self.caption_drop} must be in [0, 1]")
+        check_workers(self.num_workers, self.prefetch)
+
+
+class LatentReader:
+    """Reads micro batches of posteriors.
+
+    Args:
+        shards: latent shards.
+        config: caption drop and memory.
+        seed: the run's seed.
+    Raises:
+        UserError: if the shards hold no latents.
+    """
+
+    def __init__(self, shards: ShardSet, config: LatentDataConfig, seed: int) -> None:
+        self.shards, self.config, self.seed = shards, config, seed
+        sizes = [entry.members["safetensors"][1] for entry in shards.entries if "safetensors" in entry.members]
+        self.in_memory = sum(sizes) <= config.cache_gib * 2**30
+        self._kept: dict[int, tuple[LatentSample, list[str]]] = {}
+        self.members: dict[Bucket, list[int]] = {}
+        try:
+            if len(sizes) != len(shards):
+                raise KeyError("safetensors")
+            for index, entry in enumerate(shards.entries):
+                self.members.setdefault(parse_bucket(entry.meta["bucket"], multiple=1), []).append(index)
+            # From the json, not from a tensor: a micro batch may be all padding, and the first sample may be damaged.
+            self.latent_shapes = {
+                bucket: tuple(int(size) for size in shards.read_json(indices[0])["latent_shape"])
+                for bucket, indices in self.members.items()
+            }
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{shards.root} does not hold latents ({error}): make them with 'videodit encode' and give that folder"
+            ) from error
+
+    def __getitem__(self, request: Request) -> Rows:
+        shape = self.latent_shapes[request.bucket]
+        mean = torch.zeros(len(request.ids), *shape)
+        logvar = torch.zeros(len(request.ids), *shape)
+        rows = Rows(request, {"mean": mean, "logvar": logvar}, [""] * len(request.ids))
+        for row, index in enumerate(request.ids):
+            if index == PADDING:
+                continue
+            try:
+                sample, captions = self._sample(index)
+                if sample.mean.shape != shape or sample.logvar.shape != shape:
+                    raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
+            except (UserError, OSError, ValueError) as error:
+                rows.failures[row] = str(error)
+                continue
+            mean[row], logvar[row] = sample.mean, sample.logvar
+            key = self.shards.entries[index].key
+            rows.captions[row] = choose_caption(captions, self.seed, request.epoch, key, self.config.caption_drop)
+        return rows
+
+    def _sample(self, index: int) -> tuple[LatentSample, list[str]]:
+        kept = self._kept.get(index)
+        if kept is None:
+            kept = read_latent_sample(self.shards, index), self.shards.captions(index)
+            if self.in_memory:
+                self._kept[index] = kept
+        return kept

@@ -1,0 +1,343 @@
+"""Shards: tars of samples (webdataset's layout) and an index that says where each member lies.
+
+A sample is a key and its members: KEY.mp4, KEY.json, KEY.npy, KEY.safetensors. Beside the tars lies index.jsonl, one
+line a sample in the order of writing: {"key", "shard", "members": {extension: [offset, size]}, "meta": {the json
+member's plain values}}. A reader needs one pread a member. Folders without an index (any plain webdataset) are scanned
+instead. The same samples give the same bytes: USTAR, mtime 0, no owner.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from videodit.data import video_io
+from videodit.errors import UserError
+
+INDEX = "index.jsonl"
+PART = ".part"  # what is being written; it loses the suffix when all of it is there
+_MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")  # webdataset: the key ends at the first dot of the base name
+_META_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a shard."""
+
+    key: str
+    """Its name, unique in the set, without a dot."""
+    shard: str
+    """File name of the tar."""
+    members: dict[str, tuple[int, int]]
+    """Extension -> (offset, size) in bytes within the tar."""
+    meta: dict[str, Any]
+    """The plain values of its json but the caption: num_frames, height, width, fps, source, ..."""
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON, always the same bytes for the same value: sorted keys, UTF-8, one line."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_hex(data: bytes) -> str:
+    """The sha256 of bytes, as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def user_error(error: OSError, path: str | Path) -> UserError:
+    """Turns what the disk refuses into one line with the fix.
+
+    Args:
+        error: what the operating system said.
+        path: what was being written or read.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"no space left while writing {path}: free some space, then run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"no permission for {path}: change its permissions or choose another output")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{path} is not a folder: choose another output")
+    return UserError(f"{path}: {error.strerror or error}")
+
+
+class ShardWriter:
+    """Writes samples into PREFIX-000000.tar, PREFIX-000001.tar, ... and, last, index.jsonl.
+
+    It owns those names in its folder: an earlier index goes when it starts and earlier tars when it closes. Until
+    `close`, everything has the suffix .part, so that no reader takes an interrupted run for a complete one. As a
+    context manager it closes, unless an exception passes through.
+
+    Args:
+        out_dir: the folder; made if missing.
+        clips_per_shard: samples in a tar; the last has what is left.
+        prefix: how the tars' names begin.
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+
+    def __init__(self, out_dir: str | Path, clips_per_shard: int = 1000, prefix: str = "shard") -> None:
+        if clips_per_shard < 1:
+            raise ValueError(f"clips_per_shard is {clips_per_shard}: at least 1 is needed")
+        self.out_dir = Path(out_dir)
+        self.clips_per_shard = clips_per_shard
+        self.prefix = prefix
+        self.entries: list[Entry] = []
+        self._keys: set[str] = set()
+        self._shards: list[str] = []
+        self._file: io.BufferedWriter | None = None
+        self._in_shard = 0
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            (self.out_dir / INDEX).unlink(missing_ok=True)
+            for path in self.out_dir.glob(f"{prefix}-*.tar{PART}"):
+                path.unlink()
+            (self.out_dir / (INDEX + PART)).write_bytes(b"")  # an interrupted run shows, even before its first tar
+        except OSError as error:
+            raise user_error(error, self.out_dir) from error
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> Entry:
+        """Adds one sample.
+
+        Args:
+            key: its name: no dot, not used before.
+            members: extension -> bytes. Plain values of the "json" member go into the index.
+        Returns:
+            Where it lies.
+        Raises:
+            ValueError: if the key has a dot or a slash, is too long or was used, or there are no members.
+            UserError: if the disk is full.
+        """
+        if not key or "." in key or "/" in key or len(key.encode()) > 80:
+            raise ValueError(
+                f"key {key!r} must have 1 to 80 bytes and no dot or slash: webdataset ends a key at the first dot"
+            )
+        if key in self._keys:
+            raise ValueError(f"key {key!r} was already written")
+        if not members:
+            raise ValueError(f"key {key!r} has no members")
+        meta = _meta(json.loads(members["json"])) if "json" in members else {}
+        try:
+            if self._file is None or self._in_shard == self.clips_per_shard:
+                self._next_shard()
+            places = {extension: self._add(f"{key}.{extension}", members[extension]) for extension in sorted(members)}
+        except OSError as error:
+            raise user_error(error, self.out_dir / self._shards[-1]) from error
+        self._keys.add(key)
+        self._in_shard += 1
+        entry = Entry(key, self._shards[-1], places, meta)
+        self.entries.append(entry)
+        return entry
+
+    def close(self) -> None:
+        """Completes the set: the last tar, the names, the index."""
+        try:
+            self._end_shard()
+            part = self.out_dir / (INDEX + PART)
+            with open(part, "wb") as file:
+                for entry in self.entries:
+                    line = {"key": entry.key, "shard": entry.shard, "members": entry.members, "meta": entry.meta}
+                    file.write(json_bytes(line) + b"\n")
+                _sync(file)
+            for stale in self.out_dir.glob(f"{self.prefix}-*.tar"):
+                if stale.name not in self._shards:
+                    stale.unlink()
+            for name in self._shards:
+                os.replace(self.out_dir / (name + PART), self.out_dir / name)
+            os.replace(part, self.out_dir / INDEX)
+        except OSError as error:
+            raise user_error(error, self.out_dir) from error
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._file is not None:
+            self._file.close()
+
+    def _next_shard(self) -> None:
+        self._end_shard()
+        self._shards.append(f"{self.prefix}-{len(self._shards):06d}.tar")
+        self._file = open(self.out_dir / (self._shards[-1] + PART), "wb")
+        self._in_shard = 0
+
+    def _end_shard(self) -> None:
+        if self._file is not None:
+            self._file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
+            _sync(self._file)
+            self._file.close()
+            self._file = None
+
+    def _add(self, name: str, data: bytes) -> tuple[int, int]:
+        assert self._file is not None
+        info = tarfile.TarInfo(name)
+        info.size, info.mtime, info.mode = len(data), 0, 0o644
+        self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._file.tell()
+        self._file.write(data)
+        self._file.write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        return offset, len(data)
+
+
+class ShardSet:
+    """The samples of a folder of shards, by number.
+
+    It holds no open file, so it may be shared by forked workers or pickled.
+    """
+
+    def __init__(self, root: str | Path, entries: list[Entry]) -> None:
+        self.root = Path(root)
+        self.entries = entries
+
+    @classmethod
+    def open(cls, root: str | Path) -> "ShardSet":
+        """Opens a folder of shards and checks that every tar is there in full.
+
+        Args:
+            root: a folder with index.jsonl, or with plain webdataset tars, which are then scanned.
+        Raises:
+            UserError: if there is nothing, a tar is missing or cut short, or the set was not completed.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            raise UserError(f"{root}: no such folder of shards: make it with 'videodit ingest SRC --out {root}'")
+        if (root / INDEX).is_file():
+            entries = _read_index(root / INDEX)
+        elif next(root.glob(f"*{PART}"), None):
+            raise UserError(f"{root} is incomplete, its writing was interrupted: run the command that writes it again")
+        else:
+            entries = list(_scan(root))
+        if not entries:
+            raise UserError(
+                f"{root} has no samples: nothing passed ingest (see rejects.jsonl), or it is no folder of shards"
+            )
+        _check_sizes(root, entries)
+        return cls(root, entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, i: int, ext: str) -> bytes:
+        """One member's bytes.
+
+        Args:
+            i: the sample's number in `entries`.
+            ext: extension, as in "mp4".
+        Raises:
+            UserError: if the sample has no such member, or the tar cannot be read or got shorter.
+        """
+        entry = self.entries[i]
+        if ext not in entry.members:
+            raise UserError(
+                f"{self.root / entry.shard}: {entry.key} has no .{ext} (it has {', '.join(sorted(entry.members))})"
+            )
+        offset, size = entry.members[ext]
+        path = self.root / entry.shard
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                data = os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        if len(data) != size:
+            raise UserError(
+                f"{path} is cut short: {entry.key}.{ext} should have {size} bytes at {offset}; write the shards again"
+            )
+        return data
+
+    def read_json(self, i: int) -> dict[str, Any]:
+        """The sample's json, {} if it has none."""
+        return json.loads(self.read(i, "json")) if "json" in self.entries[i].members else {}
+
+    def captions(self, i: int) -> list[str]:
+        """The sample's captions, from its json ("captions" or "caption") or its .txt; [""] if it has none."""
+        record = self.read_json(i)
+        found = record.get("captions") or record.get("caption")
+        if not found and "txt" in self.entries[i].members:
+            found = self.read(i, "txt").decode(errors="replace").strip()
+        return [found or ""] if not isinstance(found, list) else [str(caption) for caption in found]
+
+
+def _meta(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        return {}
+    plain = {
+        key: value for key, value in record.items() if isinstance(value, bool | int | float | str) and key != "caption"
+    }
+    return {key: value for key, value in plain.items() if not (isinstance(value, str) and len(value) > _META_LENGTH)}
+
+
+def _sync(file: io.BufferedWriter) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _read_index(path: Path) -> list[Entry]:
+    entries = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                members = {extension: (int(place[0]), int(place[1])) for extension, place in record["members"].items()}
+                entries.append(Entry(record["key"], record["shard"], members, record["meta"]))
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                raise UserError(
+                    f"{path}, line {number} is damaged: remove the index to scan the tars, or write the shards again"
+                ) from error
+    return entries
+
+
+def _scan(root: Path) -> Iterator[Entry]:
+    """Entries of plain webdataset tars; what the json does not say of a clip (often so) is read from the mp4."""
+    seen: set[str] = set()
+    for path in sorted(root.glob("*.tar")):
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for info in tar:
+                    match = _MEMBER.match(info.name)
+                    if info.isfile() and match:
+                        samples.setdefault(match[1], {})[match[2].lower()] = (info.offset_data, info.size)
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{path} is no readable tar ({error}): remove it or get it again") from error
+        entries = [Entry(key, path.name, members, {}) for key, members in samples.items()]
+        _check_sizes(root, entries)
+        one = ShardSet(root, entries)
+        for i, entry in enumerate(entries):
+            meta = _meta(one.read_json(i))
+            if "mp4" in entry.members and not {"num_frames", "height", "width", "fps"} <= meta.keys():
+                try:
+                    info_ = video_io.probe(one.read(i, "mp4"))
+                except video_io.VideoError:
+                    continue  # it could not be read in training either
+                meta |= {"num_frames": info_.num_frames, "height": info_.height, "width": info_.width, "fps": info_.fps}
+            key = entry.key if entry.key not in seen else f"{path.stem}/{entry.key}"
+            seen.add(key)
+            yield Entry(key, entry.shard, entry.members, meta)
+
+
+def _check_sizes(root: Path, entries: list[Entry]) -> None:
+    ends: dict[str, int] = {}
+    for entry in entries:
+        ends[entry.shard] = max(ends.get(entry.shard, 0), *(offset + size for offset, size in entry.members.values()))
+    for name, end in sorted(ends.items()):
+        try:
+            size = (root / name).stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"{root / name} is missing, but {INDEX} lists it: restore it or write the shards again"
+            ) from error
+        if size < end:
+            raise UserError(
+                f"{root / name} is cut short ({size} bytes of at least {end}): restore it or write the shards again"
+            )

@@ -1,0 +1,329 @@
+"""Video files and arrays of frames: probe, decode, encode. PyAV does the work, this file fixes the choices.
+
+Frames are (t, h, w, 3) uint8 RGB, full range, turned the way a player shows them. What is written is what training
+reads fast: H.264, 8-bit 4:2:0, BT.709 limited range, a keyframe at least every 16 frames, the same bytes for the same
+frames.
+"""
+
+import io
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+from videodit.data.frame_convert import ToRGB, ToYUV, display_matrix, is_transposed
+
+KEYFRAME_EVERY = 16
+MAX_PIXELS = 1 << 26  # of one frame, twice 8K: beyond it, a damaged header is likelier than a picture
+
+
+class VideoError(Exception):
+    """A video that cannot be decoded or encoded; the message is a short reason."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video is, as displayed."""
+
+    path: str
+    """The file, as given ("<bytes>" for bytes)."""
+    num_frames: int
+    """Frames by the container's account, else duration times frame rate, 0 if unknown: only decoding tells."""
+    fps: float
+    """Average frames per second."""
+    height: int
+    """Pixels, after rotation."""
+    width: int
+    """Pixels, after rotation."""
+    duration_s: float
+    """Seconds, 0 if unknown."""
+    rotation: int
+    """Degrees counterclockwise by which the coded picture is turned for display."""
+    codec: str
+    """Name of the codec, as in "h264"."""
+    pix_fmt: str
+    """Pixel format as coded, as in "yuv420p10le"."""
+    pixel_aspect: float = 1.0
+    """Width of a pixel over its height, after rotation; frames are not stretched by it."""
+
+
+@contextmanager
+def open_video(
+    source: str | Path | bytes, size: Callable[[VideoInfo], tuple[int, int]] | None = None
+) -> Iterator[tuple[VideoInfo, Iterator[np.ndarray]]]:
+    """Opens a video for one pass, in constant memory: `with open_video(path) as (info, frames)`.
+
+    The best video stream is read; frames are taken as they come, also at a variable frame rate. Every frame has the
+    same size.
+
+    Args:
+        source: a file, or a file's bytes.
+        size: gives the (height, width) to scale to; without it, frames keep the first one's size.
+    Yields:
+        What the file is, and its frames, (h, w, 3) uint8 RGB each, rotation applied.
+    Raises:
+        VideoError: if it does not open, has no video stream or its first frame does not decode; the iterator: at the
+            frame where decoding fails.
+    """
+    with _open(source) as (container, stream):
+        decoder = _decode(container, stream)
+        first = next(decoder, None)
+        if first is None:
+            raise VideoError("no frames")
+        info = _describe("<bytes>" if isinstance(source, bytes) else str(source), container, stream, first)
+        yield info, map(ToRGB(size(info) if size else None), itertools.chain([first], decoder))
+
+
+def probe(path: str | Path | bytes) -> VideoInfo:
+    """Reads what a video says of itself and decodes its first frame.
+
+    Args:
+        path: a file, or a file's bytes.
+    Raises:
+        VideoError: if it does not open, has no video stream or its first frame does not decode.
+    """
+    with open_video(path) as (info, _):
+        return info
+
+
+def iter_frames(path: str | Path | bytes) -> Iterator[np.ndarray]:
+    """Decodes a video frame by frame, in constant memory.
+
+    Args:
+        path: a file, or a file's bytes.
+    Yields:
+        (h, w, 3) uint8 RGB, rotation applied.
+    Raises:
+        VideoError: at the frame where decoding fails.
+    """
+    with open_video(path) as (_, frames):
+        yield from frames
+
+
+def read_frames(source: str | Path | bytes, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Decodes frames start to stop (exclusive) of a video.
+
+    Where the frame rate is constant, as in every clip of a shard, decoding begins at the keyframe before `start`, else
+    at the beginning.
+
+    Args:
+        source: a file, or a file's bytes.
+        start: first frame, counted from 0.
+        stop: frame after the last one; None reads to the end.
+    Returns:
+        (t, h, w, 3) uint8 RGB, rotation applied.
+    Raises:
+        VideoError: if it does not decode, or ends before `start` or `stop`.
+        ValueError: if the range is negative or empty.
+    """
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError(f"frames {start} to {stop} are no range: 0 <= start < stop")
+    with _open(source) as (container, stream):
+        found = _seek(container, stream, start)
+        frames = _collect(*found, start, stop) if found else None
+    if frames is None:  # the seek led nowhere certain
+        with _open(source) as (container, stream):
+            frames = _collect(0, _decode(container, stream), start, stop)
+    if not frames:
+        raise VideoError(f"ends before frame {start}" if start else "no frames")
+    if stop is not None and len(frames) < stop - start:
+        raise VideoError(f"ends after {start + len(frames)} frames, {stop} were asked for")
+    return np.stack(frames)
+
+
+class Mp4Encoder:
+    """Encodes frames one by one into an H.264 .mp4 in memory: the same frames give the same bytes.
+
+    Args:
+        height: of the frames, in pixels; an odd last row is cut off, as 4:2:0 needs even sizes.
+        width: likewise.
+        fps: frames per second.
+        crf: x264's constant rate factor: 0 is lossless up to colour conversion, 18 looks the same, 51 is worst.
+    Raises:
+        ValueError: if the size is below 2 pixels or fps is not positive.
+        VideoError: if x264 refuses them.
+    """
+
+    def __init__(self, height: int, width: int, fps: float, *, crf: int = 18) -> None:
+        if min(height, width) < 2:
+            raise ValueError(f"frames of {height}x{width}: at least 2x2 is needed")
+        if not (fps > 0 and math.isfinite(fps)):
+            raise ValueError(f"fps is {fps}: a positive number is needed")
+        self.height, self.width, self.num_frames = height - height % 2, width - width % 2, 0
+        self._rate = Fraction(fps).limit_denominator(1001)
+        self._buffer = io.BytesIO()
+        self._to_yuv = ToYUV()
+        # bitexact keeps library versions out of the file
+        self._container = av.open(self._buffer, "w", format="mp4", options={"fflags": "+bitexact"})
+        # no B-frames: frames are shown in decoding order, so there is no edit list for other readers to trip over
+        options = {"preset": "veryfast", "crf": str(crf), "bf": "0", "g": str(KEYFRAME_EVERY)}
+        stream: Any = self._container.add_stream("libx264", rate=self._rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
+        context = stream.codec_context
+        context.thread_count, context.thread_type = 1, "NONE"  # x264 with more threads gives other bytes
+        context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        self._stream = stream
+
+    def write(self, image: np.ndarray) -> None:
+        """Adds one frame, (h, w, 3) uint8 RGB."""
+        frame = self._to_yuv(image[: self.height, : self.width])
+        frame.pts, frame.time_base = self.num_frames, 1 / self._rate
+        self.num_frames += 1
+        self._mux(frame)
+
+    def finish(self) -> bytes:
+        """Ends the file and returns its bytes."""
+        self._mux(None)
+        self._container.close()
+        return self._buffer.getvalue()
+
+    def close(self) -> None:
+        """Gives the encoder up without a result."""
+        self._container.close()
+
+    def _mux(self, frame: av.VideoFrame | None) -> None:
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except av.FFmpegError as error:
+            raise VideoError(f"cannot encode {self.width}x{self.height}: {_reason(error)}") from error
+
+
+def encode_mp4(frames: np.ndarray, fps: float, *, crf: int = 18) -> bytes:
+    """Encodes frames as an H.264 .mp4: the same frames give the same bytes.
+
+    Args:
+        frames: (t, h, w, 3) uint8 RGB; an odd last row or column is cut off, as 4:2:0 needs even sizes.
+        fps: frames per second.
+        crf: x264's constant rate factor: 0 is lossless up to colour conversion, 18 looks the same, 51 is worst.
+    Returns:
+        The file's bytes.
+    Raises:
+        ValueError: if frames are not (t, h, w, 3) uint8 with t >= 1 and h, w >= 2, or fps is not positive.
+        VideoError: if x264 refuses them.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}: (t, h, w, 3) uint8 with t >= 1 is needed")
+    encoder = Mp4Encoder(frames.shape[1], frames.shape[2], fps, crf=crf)
+    try:
+        for image in frames:
+            encoder.write(image)
+        return encoder.finish()
+    finally:
+        encoder.close()
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 18) -> None:
+    """Writes frames to an .mp4 file; the file appears only when it is complete.
+
+    Args:
+        path: the file; its folder must exist.
+        frames: (t, h, w, 3) uint8 RGB.
+        fps: frames per second.
+        crf: x264's constant rate factor.
+    Raises:
+        OSError: if it cannot be written.
+    """
+    data = encode_mp4(frames, fps, crf=crf)
+    part = Path(f"{path}.part{os.getpid()}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _open(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    try:
+        container: Any = av.open(
+            io.BytesIO(source) if isinstance(source, bytes) else str(source), metadata_errors="replace"
+        )
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"cannot be opened: {_reason(error)}") from error
+    with container:  # PyAV leaks containers that are left to the garbage collector
+        stream = container.streams.best("video")
+        if stream is None:
+            raise VideoError("no video stream")
+        if stream.width * stream.height > MAX_PIXELS:
+            raise VideoError(f"frames of {stream.width}x{stream.height} are too large")
+        # Files are spread over processes, one a core; threads beside them only get in the way, and in forked workers
+        # they hang.
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    try:
+        yield from container.decode(stream)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"does not decode: {_reason(error)}") from error
+
+
+def _describe(
+    path: str, container: av.container.InputContainer, stream: av.VideoStream, frame: av.VideoFrame
+) -> VideoInfo:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate or rate <= 0:
+        raise VideoError("no frame rate")
+    if stream.duration and stream.time_base:
+        duration_s = float(stream.duration * stream.time_base)
+    else:
+        duration_s = (container.duration or 0) / av.time_base
+    transposed = is_transposed(display_matrix(frame))
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return VideoInfo(
+        path=path,
+        num_frames=stream.frames or round(duration_s * rate),
+        fps=float(rate),
+        height=frame.width if transposed else frame.height,
+        width=frame.height if transposed else frame.width,
+        duration_s=duration_s,
+        rotation=frame.rotation,
+        codec=stream.codec_context.codec.canonical_name,
+        pix_fmt=frame.format.name,
+        pixel_aspect=1 / aspect if transposed else aspect,
+    )
+
+
+def _seek(
+    container: av.container.InputContainer, stream: av.VideoStream, start: int
+) -> tuple[int, Iterator[av.VideoFrame]] | None:
+    """Goes to the keyframe before `start`: (its number, decoder), None if timestamps do not say which it is."""
+    rate, time_base = stream.average_rate, stream.time_base
+    decoder = _decode(container, stream)
+    if start < KEYFRAME_EVERY or not rate or not time_base:
+        return 0, decoder
+    if stream.guessed_rate != rate or abs((stream.duration or 0) * time_base * rate - stream.frames) > 0.5:
+        return 0, decoder  # the frame rate varies, or the container does not tell
+    origin = stream.start_time or 0
+    container.seek(origin + int(start / rate / time_base), stream=stream)
+    frame = next(decoder, None)
+    if frame is None or frame.pts is None:
+        return None
+    number = float((frame.pts - origin) * time_base * rate)
+    if abs(number - round(number)) > 0.05 or not 0 <= number <= start + 0.5:
+        return None
+    return round(number), itertools.chain([frame], decoder)
+
+
+def _collect(first: int, decoder: Iterator[av.VideoFrame], start: int, stop: int | None) -> list[np.ndarray]:
+    """Frames start to stop of a decoder whose next frame has the number `first`."""
+    to_rgb = ToRGB()
+    count = None if stop is None else stop - first
+    return [to_rgb(frame) for frame in itertools.islice(decoder, start - first, count)]
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error)

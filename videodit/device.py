@@ -1,0 +1,42 @@
+"""Which device and number format a command uses."""
+
+from typing import Literal
+
+import torch
+
+from videodit.errors import UserError
+
+DType = Literal["fp32", "bf16"]
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' is the GPU if there is one.
+
+    Raises:
+        UserError: if the device is unknown, or a GPU is asked for where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {name!r} is not one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' asked for, but torch sees no GPU: use --device cpu, or run videodit doctor")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> DType:
+    """'auto' is bf16 on a GPU and fp32 on a CPU (where bf16 without hardware support is a hundred times slower).
+
+    Raises:
+        UserError: if the name is unknown.
+    """
+    if name not in ("auto", "fp32", "bf16"):
+        raise UserError(f"dtype {name!r} is not one of auto, fp32, bf16")
+    if name == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return "bf16" if name == "bf16" else "fp32"
+
+
+def torch_dtype(name: DType) -> torch.dtype:
+    """fp32 or bf16 as torch names it."""
+    return torch.bfloat16 if name == "bf16" else torch.float32

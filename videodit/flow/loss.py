@@ -1,0 +1,38 @@
+"""The training loss of the flow model."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Weighting = Literal["uniform", "min_snr"]
+
+
+def flow_loss(prediction: Tensor, target: Tensor, frame_weight: Tensor) -> Tensor:
+    """Mean squared error of each clip, over its weighted latent frames.
+
+    Args:
+        prediction: (b, c, t, h, w).
+        target: the same shape.
+        frame_weight: (b, t) weight of each latent frame, 0 for a frame that is given as a condition.
+    Returns:
+        (b,) float32; 0 for a clip all of whose frames are conditions.
+    """
+    error = (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))  # b t
+    return (error * frame_weight).sum(dim=1) / (frame_weight > 0).sum(dim=1).clamp(min=1)
+
+
+def level_weight(sigma: Tensor, weighting: Weighting, gamma: float = 5.0) -> Tensor:
+    """Weight of a noise level in the loss.
+
+    Args:
+        sigma: any shape, noise level in [0, 1].
+        weighting: uniform, or min_snr: min(snr, gamma) / snr with snr = ((1 - sigma) / sigma)^2, for noise prediction.
+    Returns:
+        sigma's shape.
+    Source: Hang et al. (2023), Min-SNR, arXiv:2303.09556, Sec. 3.4.
+    """
+    if weighting == "uniform":
+        return torch.ones_like(sigma)
+    snr = ((1.0 - sigma) / sigma.clamp(min=1e-4)).square()
+    return snr.clamp(max=gamma) / snr.clamp(min=1e-8)

@@ -1,0 +1,68 @@
+"""Which noise levels a model is trained at, and at which it is sampled."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseLevelConfig:
+    """Density of the noise level in training."""
+
+    density: Literal["logit_normal", "uniform", "ddpm"] = "logit_normal"
+    """logit_normal, uniform in sigma, or ddpm (uniform over the 1000 steps of DDPM's linear schedule)"""
+    mean: float = 0.0
+    """mean of logit(sigma) before the shift (logit_normal)"""
+    std: float = 1.0
+    """standard deviation of logit(sigma) (logit_normal)"""
+    shift: float = 3.0
+    """moves levels towards noise, sigma' = s sigma / (1 + (s - 1) sigma); 1 is none"""
+
+    def __post_init__(self) -> None:
+        if self.density not in ("logit_normal", "uniform", "ddpm"):
+            raise ValueError(f"noise.density {self.density!r} is not one of logit_normal, uniform, ddpm")
+        if self.std <= 0:
+            raise ValueError(f"noise.std {self.std} is not positive: use for example 1.0")
+        if self.shift <= 0:
+            raise ValueError(f"noise.shift {self.shift} is not positive: 1 is no shift, 3 moves towards noise")
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """sigma' = s sigma / (1 + (s - 1) sigma). Source: Esser et al. (2024), SD3, arXiv:2403.03206, Eq. 23."""
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def ddpm_sigma(step: Tensor) -> Tensor:
+    """Noise level on the rectified path with the signal-to-noise ratio of DDPM's step 0..999 (betas 1e-4 to 0.02, linear).
+
+    sqrt(alpha_bar) : sqrt(1 - alpha_bar) = (1 - sigma) : sigma. Source: Ho et al. (2020), arXiv:2006.11239, Sec. 4.
+    """
+    alpha_bar = torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)[step]
+    signal, noise = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+    return (noise / (signal + noise)).float()
+
+
+def sigma_from_uniform(uniform: Tensor, config: NoiseLevelConfig) -> Tensor:
+    """Noise levels of the density, by its inverse distribution function.
+
+    Args:
+        uniform: (n,) uniform numbers in (0, 1).
+        config: the density.
+    Returns:
+        (n,) noise levels in (0, 1).
+    Source: logit-normal: Esser et al. (2024), arXiv:2403.03206, Sec. 3.1.
+    """
+    if config.density == "ddpm":
+        return shift_sigma(ddpm_sigma((uniform * 1000).long().clamp(max=999)), config.shift)
+    if config.density == "uniform":
+        return shift_sigma(uniform, config.shift)
+    normal = math.sqrt(2.0) * torch.erfinv(2.0 * uniform.double() - 1.0)
+    return shift_sigma(torch.sigmoid(config.mean + config.std * normal).float(), config.shift)
+
+
+def sampling_levels(num_steps: int, shift: float) -> Tensor:
+    """num_steps + 1 noise levels from 1 to 0, evenly spaced, then shifted."""
+    return shift_sigma(torch.linspace(1.0, 0.0, num_steps + 1), shift)

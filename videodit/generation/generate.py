@@ -1,0 +1,124 @@
+"""`videodit generate`: prompts to .mp4 files, each beside a .json that reproduces it."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from videodit.data.video_io import write_mp4
+from videodit.device import choose_device, choose_dtype, torch_dtype
+from videodit.errors import UserError
+from videodit.generation.pipeline import TextToVideo
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What to generate, and from which model."""
+
+    model: str = ""
+    """model folder, as `videodit export` writes it"""
+    prompt: list[str] = field(default_factory=list)
+    """what the clip should show; repeat for several clips"""
+    prompts: str | None = None
+    """text file with one prompt a line, besides or instead of --prompt"""
+    out: str = "samples"
+    """folder for the clips"""
+    seed: int = 0
+    """of the first clip; clip i uses seed + i"""
+    num_steps: int | None = None
+    """sampler steps; the model's own by default"""
+    guidance_scale: float | None = None
+    """classifier-free guidance, 1 is none; the model's own by default"""
+    sampler: str | None = None
+    """euler or heun; the model's own by default"""
+    num_frames: int | None = None
+    """frames, 4k+1; the model's own by default"""
+    height: int | None = None
+    """pixels; the model's own by default"""
+    width: int | None = None
+    """pixels; the model's own by default"""
+    fps: float | None = None
+    """frames per second of the file; the model's own by default"""
+    batch_size: int = 8
+    """clips computed at once; the result does not depend on it"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    dtype: str = "auto"
+    """auto (bf16 on GPU, fp32 on CPU), fp32 or bf16"""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("--model is missing: give a model folder, as videodit export writes it")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size {self.batch_size} is below 1")
+
+
+def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None = None) -> list[Path]:
+    """Generates one clip per prompt.
+
+    Args:
+        config: what to do.
+        progress: called with (clips done, clips in all).
+    Returns:
+        The .mp4 files written; each has a .json of the same name.
+    Raises:
+        UserError: for a model, prompt, size or folder that cannot be used.
+    """
+    prompts = _prompts(config)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    pipe = TextToVideo.from_pretrained(config.model, device, torch_dtype(dtype))
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+    options = {
+        "num_frames": config.num_frames,
+        "height": config.height,
+        "width": config.width,
+        "num_steps": config.num_steps,
+        "guidance_scale": config.guidance_scale,
+        "sampler": config.sampler,
+    }
+    fps = config.fps if config.fps is not None else pipe.defaults.fps
+    written = []
+    for start in range(0, len(prompts), config.batch_size):
+        batch = prompts[start : start + config.batch_size]
+        try:
+            clips = pipe(batch, seed=config.seed + start, **options)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        for row, (prompt, clip) in enumerate(zip(batch, clips)):
+            path = out / f"{start + row:05d}-{_slug(prompt)}.mp4"
+            write_mp4(path, clip, fps)
+            used = {name: getattr(pipe.defaults, name) if value is None else value for name, value in options.items()}
+            record = {"prompt": prompt, "seed": config.seed + start + row, "fps": fps, **used}
+            record |= {"model": config.model, "dtype": dtype, "device": str(device), "torch": torch.__version__}
+            path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+            written.append(path)
+        if progress is not None:
+            progress(len(written), len(prompts))
+    return written
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    prompts = list(config.prompt)
+    if config.prompts is not None:
+        try:
+            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --prompts {config.prompts}: {error}") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("no prompt: give --prompt TEXT (as often as you like) or --prompts FILE with one a line")
+    if any(not prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty: say what the clip should show, for example 'a small red circle moves left'")
+    return prompts
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "clip"

@@ -1,0 +1,253 @@
+"""TextToVideo: a model folder as one object that turns prompts into clips."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from videodit.data.transforms import to_pixels
+from videodit.errors import UserError
+from videodit.flow.guidance import guided_velocity
+from videodit.flow.noise_level import sampling_levels
+from videodit.flow.path import Parameterization, coefficients, to_velocity
+from videodit.flow.samplers import SAMPLERS
+from videodit.models.dit import DiTConfig, TextContext, VideoDiT
+from videodit.models.text import TextEncoder
+from videodit.models.text_folder import load_text_encoder
+from videodit.models.text_to_video import TextToVideoModel
+from videodit.models.vae import VAEConfig, VideoVAE
+
+INDEX_NAME = "model_index.json"
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a model was made for; used where a caller says nothing."""
+
+    num_frames: int = 17
+    """frames of a clip, 4k+1"""
+    height: int = 64
+    """pixels"""
+    width: int = 64
+    """pixels"""
+    fps: float = 8.0
+    """frames per second of the files that are written"""
+    num_steps: int = 20
+    """sampler steps"""
+    guidance_scale: float = 3.0
+    """classifier-free guidance; 1 is none"""
+    sampler: str = "euler"
+    """euler or heun"""
+    shift: float = 3.0
+    """shift of the sampling noise levels towards noise"""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampling.sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+        if self.num_steps < 1:
+            raise ValueError(f"sampling.num_steps {self.num_steps} is below 1: use for example 20")
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int, int]) -> Tensor:
+    """Standard normal noise, one seed a row, from a CPU generator in (t, c, h, w) order: the same on every device.
+
+    Args:
+        seeds: b seeds.
+        shape: (c, t, h, w) of the latents.
+    Returns:
+        (b, c, t, h, w) float32 on the CPU.
+    """
+    c, t, h, w = shape
+    rows = [torch.randn(t, c, h, w, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return rearrange(torch.stack(rows), "b t c h w -> b c t h w")
+
+
+def velocity_function(
+    model: Callable[[Tensor, Tensor, TextContext], Tensor], parameterization: Parameterization, text: TextContext
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The rectified velocity at (x, sigma) of a model of any parameterization.
+
+    Samplers walk the rectified path; the model is asked at the same noise level on its own path.
+    """
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        level = sigma.view(-1, 1, 1, 1, 1)
+        alpha, beta = coefficients(parameterization.path, level)
+        own = (alpha + beta) * x  # on the rectified path alpha + beta is 1
+        prediction = model(own.to(x.dtype), sigma, text)
+        return to_velocity(parameterization, prediction.float(), own.float(), level).to(x.dtype)
+
+    return velocity
+
+
+class TextToVideo:
+    """A text-to-video model: prompts in, clips out.
+
+    Args:
+        model: the DiT and, if it was trained with it, its text encoder.
+        vae: decodes the latents.
+        text_encoder: reads the prompts (the model's own, or a frozen one).
+        parameterization: what the DiT predicts.
+        defaults: used where a call says nothing.
+    """
+
+    def __init__(
+        self,
+        model: TextToVideoModel,
+        vae: VideoVAE,
+        text_encoder: TextEncoder,
+        parameterization: Parameterization,
+        defaults: SamplingDefaults,
+    ) -> None:
+        self.model = model
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.parameterization = parameterization
+        self.defaults = defaults
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "TextToVideo":
+        """Loads a model folder as `videodit export` writes it.
+
+        Args:
+            folder: with model_index.json, dit/, vae/ and text_encoder/.
+            device: where to compute.
+            dtype: of the DiT and the text encoder; the VAE stays in float32.
+        Raises:
+            UserError: if the folder is not a whole model.
+        """
+        folder = Path(folder)
+        path = folder / INDEX_NAME
+        if not folder.is_dir():
+            raise UserError(f"no such model folder: {folder}; make one with videodit export RUN --out {folder}")
+        if not path.is_file():
+            raise UserError(f"{folder} is not a model folder: it has no {INDEX_NAME}; make one with videodit export")
+        try:
+            index = json.loads(path.read_text())
+            parameterization = Parameterization(**index["parameterization"])
+            defaults = SamplingDefaults(**index["sampling"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): export the run again") from None
+        text_encoder = load_text_encoder(folder / "text_encoder", device, dtype)
+        dit = VideoDiT.from_pretrained(folder / "dit").to(device, dtype)
+        vae = VideoVAE.from_pretrained(folder / "vae").to(device)
+        joint = text_encoder if isinstance(text_encoder, torch.nn.Module) else None
+        return cls(TextToVideoModel(dit, joint).eval(), vae, text_encoder, parameterization, defaults)  # type: ignore[arg-type]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model folder; model_index.json last, so that a folder with it is whole."""
+        folder = Path(folder)
+        self.model.dit.save_pretrained(folder / "dit")
+        self.vae.save_pretrained(folder / "vae")
+        self.text_encoder.save_pretrained(folder / "text_encoder")
+        index = {
+            "format": "videodit",
+            "parameterization": dataclasses.asdict(self.parameterization),
+            "sampling": dataclasses.asdict(self.defaults),
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+    ) -> Tensor:
+        """As `__call__`, but gives the normalised latents (b, c, k+1, h/8, w/8)."""
+        overrides = {
+            "num_frames": num_frames,
+            "height": height,
+            "width": width,
+            "num_steps": num_steps,
+            "guidance_scale": guidance_scale,
+            "sampler": sampler,
+        }
+        given = {name: value for name, value in overrides.items() if value is not None}
+        options = dataclasses.replace(self.defaults, **given)  # type: ignore[arg-type]
+        shape = latent_shape(self.vae.config, self.model.dit.config, options.num_frames, options.height, options.width)
+        device, dtype = self.model.dit.patch_out.weight.device, self.model.dit.patch_out.weight.dtype
+        guided = options.guidance_scale != 1.0
+        features = self.text_encoder.encode(list(prompts) + ([""] * len(prompts) if guided else []))
+        context = self.model.text_context(features)
+        velocity = velocity_function(self.model, self.parameterization, context)
+        if guided:
+            velocity = guided_velocity(velocity, options.guidance_scale)
+        noise = initial_noise([seed + row for row in range(len(prompts))], shape)
+        sigmas = sampling_levels(options.num_steps, options.shift).to(device)
+        # The state stays in float32; only the model computes in its own dtype.
+        return SAMPLERS[options.sampler](
+            lambda x, sigma: velocity(x.to(dtype), sigma).float(), noise.to(device), sigmas
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+    ) -> np.ndarray:
+        """Generates one clip per prompt; row i depends on seed + i alone, not on the batch.
+
+        Args:
+            prompts: b prompts.
+            seed: of the first row.
+            num_frames: 4k+1 frames; likewise height and width in pixels; the model's own if None.
+            num_steps: sampler steps.
+            guidance_scale: classifier-free guidance, 1 is none.
+            sampler: euler or heun.
+        Returns:
+            (b, t, h, w, 3) uint8.
+        Raises:
+            ValueError: if a size does not fit; names the nearest that does.
+        """
+        latents = self.sample_latents(
+            prompts,
+            seed=seed,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+        )
+        return to_pixels(self.vae.decode(latents.float())).cpu().numpy()
+
+
+def latent_shape(vae: VAEConfig, dit: DiTConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(c, t, h, w) of a clip's latents, if VAE and patch both fit.
+
+    Raises:
+        ValueError: names the value and the nearest that fits.
+    """
+    vae.latent_shape(num_frames, height, width)  # checks frames
+    pt, ph, pw = dit.patch_size
+    for name, value, patch in (("height", height, ph), ("width", width, pw)):
+        unit = vae.spatial_compression * patch
+        if value % unit:
+            nearest = max(round(value / unit), 1) * unit
+            raise ValueError(f"{name} {value} is not a multiple of {unit} (VAE x patch): the nearest is {nearest}")
+    shape = vae.latent_shape(num_frames, height, width)
+    if shape[1] % pt:
+        raise ValueError(f"num_frames {num_frames} gives {shape[1]} latent frames, not a multiple of the patch's {pt}")
+    return shape

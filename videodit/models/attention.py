@@ -1,0 +1,125 @@
+"""Attention of the DiT over one contiguous (b t s d) token buffer that nothing rearranges.
+
+Spatial, temporal and full attention differ only in the view that they give to scaled_dot_product_attention:
+
+- spatial 's': batch (b t), sequence s;
+- temporal 't': batch b, "heads" (s h), sequence t: the strides of (b t s h d) allow it without a copy;
+- full 'f': batch b, sequence (t s).
+
+Legend: b batch, t latent frames, s tokens of a frame, h heads, e channels of a head, l text tokens, d = h * e.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from videodit.models.layers import RMSNorm
+from videodit.models.rope import apply_rope
+
+
+def attend(kind: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of one kind.
+
+    Args:
+        kind: 's', 't' or 'f'.
+        query: (b, t, s, h, e); likewise key and value.
+    Returns:
+        (b, t, s, h * e).
+    Raises:
+        ValueError: for another kind.
+    """
+    b, t, s, h, e = query.shape
+    if kind == "s":
+        shape = (b * t, s, h, e)
+    elif kind == "t":
+        shape = (b, t, s * h, e)
+    elif kind == "f":
+        shape = (b, t * s, h, e)
+    else:
+        raise ValueError(f"attention kind {kind!r} is not one of s, t, f")
+    query, key, value = (x.view(shape).transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value)
+    return out.transpose(1, 2).reshape(b, t, s, h * e)
+
+
+class QKNorm(nn.Module):
+    """RMS norm of queries and keys: per head (`head`), over all heads at once as Wan does (`all`), or `none`.
+
+    Source: Dehghani et al. (2023), ViT-22B, arXiv:2302.05442, Sec. 2.1.
+    """
+
+    def __init__(self, mode: str, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.mode = mode
+        if mode != "none":
+            dim = head_dim if mode == "head" else num_heads * head_dim
+            self.query = RMSNorm(dim)
+            self.key = RMSNorm(dim)
+
+    def norm_query(self, x: Tensor) -> Tensor:
+        """(…, h, e) -> the same shape."""
+        return x if self.mode == "none" else self._apply(self.query, x)
+
+    def norm_key(self, x: Tensor) -> Tensor:
+        """(…, h, e) -> the same shape."""
+        return x if self.mode == "none" else self._apply(self.key, x)
+
+    def _apply(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        return norm(x) if self.mode == "head" else norm(x.flatten(-2)).view(x.shape)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with QK norm and 3-axis RoPE.
+
+    Args:
+        dim: hidden size d.
+        num_heads: heads h.
+        qk_norm: see `QKNorm`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: str) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        # A matrix of its own: temporal attention reads (s h) as one axis, which the slices of a fused qkv are not.
+        self.value = nn.Linear(dim, dim)
+        self.norm = QKNorm(qk_norm, num_heads, dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, kind: str, rope: Tensor) -> Tensor:
+        """(b, t, s, d) -> the same; kind as in `attend`, rope as in `apply_rope`."""
+        query, key, value = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.query, self.key, self.value))
+        query = apply_rope(self.norm.norm_query(query), rope)  # b t s h e
+        key = apply_rope(self.norm.norm_key(key), rope)
+        return self.proj(attend(kind, query, key, value))
+
+
+class CrossAttention(nn.Module):
+    """Attention of all tokens of a clip to its text; keys and values are computed apart so that sampling does it once."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: str) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.norm = QKNorm(qk_norm, num_heads, dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, l, d) -> keys and values, each (b, h, l, e)."""
+        key, value = (layer(text).unflatten(-1, (self.num_heads, -1)) for layer in (self.key, self.value))
+        return self.norm.norm_key(key).transpose(1, 2), value.transpose(1, 2)
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """(b, t, s, d) -> the same; mask is (b, 1, 1, l) bool, true where there is text, or None for all."""
+        query = self.norm.norm_query(self.query(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)))  # b (t s) h e
+        key, value = keys_values
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+def text_attention_mask(mask: Tensor) -> Tensor:
+    """(b, l) bool -> (b, 1, 1, l), as `CrossAttention` wants it."""
+    return mask[:, None, None, :].to(torch.bool)

@@ -1,0 +1,259 @@
+"""VideoDiT: a transformer over 3D patches of video latents, factorized over space and time by a pattern string.
+
+Legend: b batch, c latent channels, t latent frames, s tokens of a frame, d hidden size, l text tokens.
+Tokens stay in one contiguous (b t s d) buffer through all blocks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from videodit.models.attention import CrossAttention, SelfAttention, text_attention_mask
+from videodit.models.folder import load_model, save_model
+from videodit.models.layers import MLP, Modulation, modulate, sinusoidal_embedding
+from videodit.models.patchify import patchify, unpatchify
+from videodit.models.rope import rope_table
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of the VideoDiT."""
+
+    in_channels: int = 16
+    """channels of the latents"""
+    hidden_size: int = 1152
+    """width of the tokens"""
+    depth: int = 28
+    """number of blocks, each with its own MLP"""
+    num_heads: int = 16
+    """attention heads; hidden_size / num_heads is even"""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """latent frames, rows and columns of one token"""
+    pattern: str = "st"
+    """attention of the blocks, repeated to the depth: s spatial, t temporal, f full"""
+    cross_attention: str = "sf"
+    """letters of the pattern whose blocks attend to the text"""
+    text_dim: int = 512
+    """channels of the text encoder's output"""
+    pooled_text: bool = True
+    """add the mean text embedding to the noise-level embedding, so that adaLN sees the prompt too"""
+    mask_text: bool = True
+    """hide padding from cross-attention (off for imported models that were trained without)"""
+    mlp_ratio: float = 4.0
+    """hidden width of the MLPs in units of hidden_size"""
+    qk_norm: str = "head"
+    """RMS norm of queries and keys: head, all or none"""
+    frequency_dim: int = 256
+    """channels of the sinusoidal noise-level embedding"""
+    rope_theta: float = 10000.0
+    """base of the RoPE frequencies"""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} over model.num_heads {self.num_heads} is not an even head size: "
+                f"choose a hidden_size that is a multiple of {2 * self.num_heads}"
+            )
+        if not self.pattern or set(self.pattern) - set("stf"):
+            raise ValueError(f"model.pattern {self.pattern!r} has letters other than s, t, f: use for example 'st'")
+        if self.depth % len(self.pattern):
+            raise ValueError(
+                f"model.depth {self.depth} is not a multiple of the {len(self.pattern)} letters of model.pattern "
+                f"{self.pattern!r}: choose {max(self.depth // len(self.pattern), 1) * len(self.pattern)}"
+            )
+        if set(self.cross_attention) - set("stf"):
+            raise ValueError(f"model.cross_attention {self.cross_attention!r} has letters other than s, t, f")
+        if not set(self.cross_attention) & set(self.pattern):
+            raise ValueError(
+                f"model.cross_attention {self.cross_attention!r} matches no block of model.pattern {self.pattern!r}: "
+                f"the prompt would never reach the tokens; use {self.pattern[0]!r}"
+            )
+        if self.qk_norm not in ("head", "all", "none"):
+            raise ValueError(f"model.qk_norm {self.qk_norm!r} is not one of head, all, none")
+
+    @property
+    def block_kinds(self) -> str:
+        """One letter a block."""
+        return self.pattern * (self.depth // len(self.pattern))
+
+
+@dataclass
+class TextContext:
+    """A prompt as the blocks use it: computed once per sampling, used at every step.
+
+    Attributes:
+        pooled: (b, d) mean text embedding, or None.
+        keys_values: for each block that attends to text, its keys and values (b, h, l, e).
+        mask: (b, 1, 1, l) bool, or None.
+    """
+
+    pooled: Tensor | None
+    keys_values: list[tuple[Tensor, Tensor] | None]
+    mask: Tensor | None
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention to the text (if any) and MLP, the first and last modulated by adaLN.
+
+    The six modulations are the shared ones plus this block's bias. Source: Wan Team (2025), arXiv:2503.20314, Sec. 4.2
+    (shared MLP, bias per block); Peebles & Xie (2022), arXiv:2212.09748 (adaLN-Zero).
+    """
+
+    def __init__(self, config: DiTConfig, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.modulation_bias = nn.Parameter(torch.zeros(6, config.hidden_size))
+        self.attention = SelfAttention(config.hidden_size, config.num_heads, config.qk_norm)
+        self.cross_norm: nn.LayerNorm | None = None
+        self.cross_attention: CrossAttention | None = None
+        if kind in config.cross_attention:
+            self.cross_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+            self.cross_attention = CrossAttention(config.hidden_size, config.num_heads, config.qk_norm)
+        self.mlp = MLP(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        shared: Tensor,
+        rope: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None,
+        text_mask: Tensor | None,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: (b, t, s, d) tokens.
+            shared: (b, t, 1, 6, d) modulations shared by all blocks.
+            rope: (2, t, s, e), see `rope_table`.
+            keys_values: of the text for this block, or None.
+            text_mask: (b, 1, 1, l) or None.
+        Returns:
+            (b, t, s, d).
+        """
+        six = (shared + self.modulation_bias).unbind(-2)  # each b t 1 d
+        attention, mlp = Modulation(*six[:3]), Modulation(*six[3:])
+        x = torch.addcmul(x, attention.gate, self.attention(modulate(x, attention), self.kind, rope))
+        if self.cross_attention is not None and self.cross_norm is not None and keys_values is not None:
+            x = x + self.cross_attention(self.cross_norm(x), keys_values, text_mask)
+        return torch.addcmul(x, mlp.gate, self.mlp(modulate(x, mlp)))
+
+
+class VideoDiT(nn.Module):
+    """Predicts the velocity of noisy video latents.
+
+    Args:
+        config: its shape.
+    """
+
+    # Input and output layers, embeddings and modulations: Muon is meant for the hidden matrices only.
+    muon_exclude = ("patch_in", "patch_out", "sigma_embedding", "modulation", "final_modulation", "text_projection")
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        patch_channels = config.in_channels * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.patch_in = nn.Linear(patch_channels, d)
+        self.sigma_embedding = nn.Sequential(nn.Linear(config.frequency_dim, d), nn.SiLU(), nn.Linear(d, d))
+        self.modulation = nn.Linear(d, 6 * d)
+        self.text_projection = MLP(config.text_dim, d, d)
+        self.blocks = nn.ModuleList(DiTBlock(config, kind) for kind in config.block_kinds)
+        self.final_modulation = nn.Linear(d, 2 * d)
+        self.patch_out = nn.Linear(d, patch_channels)
+        self._rope: dict[tuple[int, int, int], Tensor] = {}
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Every initialisation of the DiT.
+
+        Linear layers: Xavier uniform, biases zero. Noise-level embedding: normal 0.02. Zero: the modulations (so that every gate starts closed and each block is the identity, adaLN-Zero), the
+        cross-attention's output and the last layer (so that the first prediction is zero). Norms: one.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.sigma_embedding[0], self.sigma_embedding[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (self.modulation, self.final_modulation, self.patch_out):
+            nn.init.zeros_(layer.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation_bias)
+            if block.cross_attention is not None:
+                nn.init.zeros_(block.cross_attention.proj.weight)
+
+    def text_context(self, text: Tensor, text_mask: Tensor) -> TextContext:
+        """Text keys and values of every block and the pooled prompt.
+
+        Args:
+            text: (b, l, text_dim) from a text encoder.
+            text_mask: (b, l) bool, true where there is text; at least one token each.
+        """
+        text = self.text_projection(text)  # b l d
+        pooled = None
+        if self.config.pooled_text:
+            weight = text_mask.to(text.dtype)[..., None]
+            pooled = (text * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+        keys_values = [None if b.cross_attention is None else b.cross_attention.keys_values(text) for b in self.blocks]
+        return TextContext(pooled, keys_values, text_attention_mask(text_mask) if self.config.mask_text else None)
+
+    def forward(
+        self, latents: Tensor, sigma: Tensor, text: Tensor | TextContext, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """Velocity noise - x0 at the given noise level.
+
+        Args:
+            latents: (b, c, t, h, w) noisy latents.
+            sigma: (b,) or (b, t) noise level in [0, 1] of the clip or of each latent frame.
+            text: (b, l, text_dim), or a `TextContext` from `text_context`.
+            text_mask: (b, l) bool; needed unless text is a `TextContext`.
+        Returns:
+            The latents' shape and dtype.
+        Raises:
+            ValueError: if the patch does not divide the latents, or sigma does not fit.
+        """
+        b, _, t, h, w = latents.shape
+        pt, ph, pw = self.config.patch_size
+        if t % pt or h % ph or w % pw:
+            raise ValueError(f"latents of {t}x{h}x{w} are not divided by the patch {pt}x{ph}x{pw}")
+        if sigma.shape not in ((b,), (b, t)):
+            raise ValueError(f"sigma has shape {tuple(sigma.shape)}: give ({b},) or ({b}, {t})")
+        if not isinstance(text, TextContext):
+            if text_mask is None:
+                raise ValueError("text without text_mask: give the (b, l) mask of the tokens that are text")
+            text = self.text_context(text, text_mask)
+
+        x = self.patch_in(patchify(latents, self.config.patch_size))  # b t s d
+        per_token_frame = sigma[:, None] if sigma.dim() == 1 else sigma[:, ::pt]  # b 1 or b t
+        embedded = sinusoidal_embedding(1000.0 * per_token_frame, self.config.frequency_dim).to(x.dtype)
+        condition = self.sigma_embedding(embedded)  # b t d
+        if text.pooled is not None:
+            condition = condition + text.pooled[:, None]
+        condition = nn.functional.silu(condition)
+        shared = self.modulation(condition).unflatten(-1, (6, -1))[:, :, None]  # b t 1 6 d
+        rope = self._rope_table(t // pt, h // ph, w // pw, x.device)
+        for block, keys_values in zip(self.blocks, text.keys_values):
+            x = block(x, shared, rope, keys_values, text.mask)
+        shift, scale = self.final_modulation(condition)[:, :, None].chunk(2, dim=-1)
+        x = self.patch_out(modulate(x, Modulation(shift, scale, gate=scale)))
+        return unpatchify(x, self.config.patch_size, h // ph, w // pw)
+
+    def _rope_table(self, t: int, h: int, w: int, device: torch.device) -> Tensor:
+        table = self._rope.get((t, h, w))
+        if table is None or table.device != device:
+            head_dim = self.config.hidden_size // self.config.num_heads
+            table = rope_table(t, h, w, head_dim, self.config.rope_theta).to(device)
+            self._rope = {(t, h, w): table}
+        return table
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors."""
+        save_model(self, self.config, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VideoDiT":
+        """Loads what `save_pretrained` wrote, in evaluation mode; raises UserError if the folder is not whole."""
+        return load_model(cls, DiTConfig, folder)

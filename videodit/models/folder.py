@@ -1,0 +1,76 @@
+"""One model, one folder: config.json beside model.safetensors."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from videodit.errors import UserError
+
+WEIGHTS_NAME = "model.safetensors"
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class ModelClass(Protocol[ModelT]):  # type: ignore[misc]
+    """A model that is built from its config dataclass."""
+
+    def __call__(self, config: Any) -> ModelT: ...
+
+
+def save_model(model: nn.Module, config: Any, folder: str | Path) -> None:
+    """Writes a model's config (a dataclass) and weights; bit-exact.
+
+    Args:
+        model: any module.
+        config: the dataclass it is built from.
+        folder: created if missing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_NAME)
+
+
+def load_config(config_class: type, folder: str | Path) -> Any:
+    """Reads config.json of a model folder into its dataclass.
+
+    Raises:
+        UserError: if it is missing, is no JSON, or has keys or values that the dataclass refuses.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json; make one with videodit export")
+    try:
+        values = json.loads(path.read_text())
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return config_class(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} does not describe a {config_class.__name__}: {error}") from None
+
+
+def load_model(model_class: ModelClass[ModelT], config_class: type, folder: str | Path) -> ModelT:
+    """Builds a model from a folder and fills it with its weights, in evaluation mode.
+
+    Raises:
+        UserError: if config or weights are missing, the file is truncated, or the two do not fit.
+    """
+    folder = Path(folder)
+    model = model_class(load_config(config_class, folder))
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} has no weights: {WEIGHTS_NAME} is missing; copy it there or export the run again")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): copy it or export the run again") from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit {folder / 'config.json'}: {detail[:300]}") from None
+    return model.eval()

@@ -1,0 +1,64 @@
+"""Small parts of the DiT: noise-level embedding, adaLN modulation, MLP, RMS norm.
+
+Legend: b batch, t latent frames, s tokens of a frame, d hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoidal_embedding(value: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """(…,) -> (…, dim): cosines, then sines, of value * max_period^(-i / (dim / 2)); float32.
+
+    Source: Vaswani et al. (2017), arXiv:1706.03762, Sec. 3.5, in the form used by DDPM and DiT.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=value.device) / half)
+    angles = value.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis. Source: Zhang & Sennrich (2019), arXiv:1910.07467, Eq. 4."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass
+class Modulation:
+    """What adaLN does to one branch of a block; each (b, t, 1, d), broadcast over the tokens of a frame."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(x: Tensor, modulation: Modulation, eps: float = 1e-6) -> Tensor:
+    """Layer norm without weights, then (1 + scale) * x + shift: (b, t, s, d) -> the same.
+
+    Source: Peebles & Xie (2022), DiT, arXiv:2212.09748, Sec. 3.2.
+    """
+    x = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return torch.addcmul(modulation.shift, x, 1.0 + modulation.scale)
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh form), linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

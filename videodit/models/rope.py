@@ -1,0 +1,54 @@
+"""Rotary position embedding over the three axes of a clip.
+
+Interleaved pairs; a head's channels are split over (t, h, w) as Wan 2.1 does: h and w get 2 * (head_dim // 6) each, t the rest.
+
+Source: Su et al. (2021), RoFormer, arXiv:2104.09864, Eq. 15; Wan Team (2025), arXiv:2503.20314 (the split).
+"""
+
+import torch
+from torch import Tensor
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that rotate with t, h and w; each even, together head_dim."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Angles position * theta^(-2i/dim): (n,) positions -> (n, dim / 2), float64."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return positions.double()[:, None] * frequencies[None, :]
+
+
+def rope_table(num_frames: int, height: int, width: int, head_dim: int, theta: float = 10_000.0) -> Tensor:
+    """cos and sin of every token's angles, each repeated for the two channels of its pair.
+
+    Args:
+        num_frames: latent frames after patchify; likewise height and width, in tokens.
+        head_dim: channels of a head, even.
+        theta: base of the frequencies.
+    Returns:
+        (2, t, s, head_dim) float32 with s = height * width; [0] is cos, [1] is sin.
+    """
+    dim_t, dim_h, dim_w = axis_dims(head_dim)
+    angles_t = axis_angles(torch.arange(num_frames), dim_t, theta)[:, None, None].expand(-1, height, width, -1)
+    angles_h = axis_angles(torch.arange(height), dim_h, theta)[None, :, None].expand(num_frames, -1, width, -1)
+    angles_w = axis_angles(torch.arange(width), dim_w, theta)[None, None, :].expand(num_frames, height, -1, -1)
+    angles = torch.cat([angles_t, angles_h, angles_w], dim=-1).repeat_interleave(2, dim=-1)
+    return torch.stack([angles.cos(), angles.sin()]).float().reshape(2, num_frames, height * width, head_dim)
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates each pair (x[2i], x[2i+1]) by its token's angle.
+
+    Args:
+        x: (b, t, s, heads, head_dim).
+        table: (2, t, s, head_dim) from `rope_table`.
+    Returns:
+        x's shape and dtype; computed in float32.
+    """
+    cos, sin = table[:, None, :, :, None]
+    pairs = x.float().unflatten(-1, (-1, 2))
+    rotated = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return (x.float() * cos + rotated * sin).to(x.dtype)

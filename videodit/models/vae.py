@@ -1,0 +1,278 @@
+"""The video VAE: a clip of 4k+1 frames becomes k+1 latent frames, 8x smaller in height and width.
+
+Causal in time and without statistics over time, so that a clip can be encoded and decoded in chunks (`stream=True`).
+
+Legend: b batch, c channels, t frames, h height, w width; latents (b, latent_channels, 1 + (t-1)/4, h/8, w/8).
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from videodit.models.causal_conv import (
+    CausalConv3d,
+    CausalDownsample,
+    CausalUpsample,
+    ChannelNorm,
+    StreamCache,
+    fold,
+    unfold,
+)
+from videodit.models.folder import load_model, save_model
+
+INITIAL_LOGVAR = -6.0
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of the video VAE."""
+
+    in_channels: int = 3
+    """channels of a frame; 3 is RGB"""
+    latent_channels: int = 16
+    """channels of a latent frame"""
+    patch_size: int = 2
+    """pixels (height and width) folded into channels before the first convolution"""
+    channels: tuple[int, ...] = (96, 192, 384)
+    """width of each level, from the pixels to the latents"""
+    downsample: tuple[str, ...] = ("st", "st")
+    """what is halved between two levels: s space, t time, st both"""
+    encoder_blocks: tuple[int, ...] = (2, 2, 2)
+    """residual blocks at each level of the encoder"""
+    decoder_blocks: tuple[int, ...] = (3, 3, 3)
+    """residual blocks at each level of the decoder"""
+
+    def __post_init__(self) -> None:
+        levels = len(self.channels)
+        if len(self.downsample) != levels - 1:
+            raise ValueError(f"model.downsample has {len(self.downsample)} entries for {levels} levels: give {levels - 1}")
+        for name in ("encoder_blocks", "decoder_blocks"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(f"model.{name} {list(getattr(self, name))} does not fit {levels} levels: give {levels} numbers")
+        for entry in self.downsample:
+            if entry not in ("s", "t", "st"):
+                raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent position, along height and along width."""
+        return self.patch_size * 2 ** sum("s" in entry for entry in self.downsample)
+
+    @property
+    def temporal_compression(self) -> int:
+        """Frames per latent frame, after the first."""
+        return 2 ** sum("t" in entry for entry in self.downsample)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(c, t, h, w) of the latents of a clip.
+
+        Raises:
+            ValueError: if the clip's size does not fit; names the nearest that does.
+        """
+        time, space = self.temporal_compression, self.spatial_compression
+        if num_frames < 1 or (num_frames - 1) % time:
+            nearest = max(round((num_frames - 1) / time), 0) * time + 1
+            raise ValueError(f"num_frames {num_frames} is not {time}k+1: the nearest is {nearest}")
+        for name, value in (("height", height), ("width", width)):
+            if value < space or value % space:
+                raise ValueError(f"{name} {value} is not a multiple of {space}: the nearest is {max(round(value / space), 1) * space}")
+        return self.latent_channels, (num_frames - 1) // time + 1, height // space, width // space
+
+
+class ResidualBlock(nn.Module):
+    """norm, 1x3x3 convolution, SiLU, causal 3x1x1 convolution, added to the input.
+
+    The factorized pair has 12 instead of 27 weights per channel pair. Source: Tran et al. (2018), R(2+1)D, arXiv:1711.11248; one norm and one
+    activation a block as in Liu et al. (2022), ConvNeXt, arXiv:2201.03545.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.conv_space = CausalConv3d(channels, channels, (1, 3, 3))
+        self.conv_time = CausalConv3d(channels, channels, (3, 1, 1))
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        return x + self.conv_time(F.silu(self.conv_space(self.norm(x))), cache)
+
+
+def _factor(entry: str) -> tuple[int, int, int]:
+    space = 2 if "s" in entry else 1
+    return (2 if "t" in entry else 1, space, space)
+
+
+class Encoder(nn.Module):
+    """(b, c, t, h, w) pixels -> (b, 2 * latent_channels, t', h', w') mean and log-variance."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.patch = (1, config.patch_size, config.patch_size)
+        self.conv_in = CausalConv3d(config.in_channels * config.patch_size**2, config.channels[0], (1, 3, 3))
+        layers: list[nn.Module] = []
+        for level, width in enumerate(config.channels):
+            layers += [ResidualBlock(width) for _ in range(config.encoder_blocks[level])]
+            if level < len(config.downsample):
+                layers.append(CausalDownsample(width, config.channels[level + 1], _factor(config.downsample[level])))
+        self.layers = nn.ModuleList(layers)
+        self.norm_out = ChannelNorm(config.channels[-1])
+        self.conv_out = CausalConv3d(config.channels[-1], 2 * config.latent_channels, (1, 3, 3))
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        x = self.conv_in(fold(x, self.patch).contiguous(memory_format=torch.channels_last_3d))
+        for layer in self.layers:
+            x = layer(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(b, latent_channels, t', h', w') -> (b, c, t, h, w) pixels."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.patch = (1, config.patch_size, config.patch_size)
+        self.conv_in = CausalConv3d(config.latent_channels, config.channels[-1], (1, 3, 3))
+        layers: list[nn.Module] = []
+        for level in reversed(range(len(config.channels))):
+            width = config.channels[level]
+            layers += [ResidualBlock(width) for _ in range(config.decoder_blocks[level])]
+            if level > 0:
+                layers.append(CausalUpsample(width, config.channels[level - 1], _factor(config.downsample[level - 1])))
+        self.layers = nn.ModuleList(layers)
+        self.norm_out = ChannelNorm(config.channels[0])
+        self.conv_out = CausalConv3d(config.channels[0], config.in_channels * config.patch_size**2, (1, 3, 3))
+
+    def forward(self, z: Tensor, cache: StreamCache | None = None) -> Tensor:
+        x = self.conv_in(z.contiguous(memory_format=torch.channels_last_3d))
+        for layer in self.layers:
+            x = layer(x, cache)
+        return unfold(self.conv_out(F.silu(self.norm_out(x))), self.patch)
+
+
+@dataclass
+class Posterior:
+    """The diagonal Gaussian that the encoder gives for a clip, in normalised latent units.
+
+    Attributes:
+        mean: (b, c, t, h, w).
+        logvar: (b, c, t, h, w) log of the variance.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, with standard normal noise of the mean's shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+
+def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) summed over each clip's latents, (b, ...) -> (b,), in nats.
+
+    Source: Kingma & Welling (2013), arXiv:1312.6114, Appendix B.
+    """
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
+
+
+class VideoVAE(nn.Module):
+    """Causal video VAE with per-channel latent statistics: latents that leave it have zero mean and unit variance.
+
+    Args:
+        config: its shape.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        # Per-channel statistics of the raw latents, measured on the training clips after training.
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Every initialisation of the VAE.
+
+        Convolutions: normal with standard deviation 1/sqrt(fan_in), biases zero. The last convolution of each residual block is zero, so
+        that a block starts as the identity; the convolutions beside a shortcut start at a tenth, so that the shortcut leads. Norms: weight one, bias zero.
+        The log-variance's bias is INITIAL_LOGVAR: with a unit-variance posterior the first steps would train on noise.
+        """
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                fan_in = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=1.0 / math.sqrt(fan_in))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, ChannelNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv_time.weight)
+            elif isinstance(module, (CausalDownsample, CausalUpsample)):
+                module.conv.weight.mul_(0.1)
+        nn.init.constant_(self.encoder.conv_out.bias[self.config.latent_channels :], INITIAL_LOGVAR)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        return self.latent_mean.view(1, -1, 1, 1, 1), self.latent_std.view(1, -1, 1, 1, 1)
+
+    def posterior(self, clip: Tensor, cache: StreamCache | None = None) -> Posterior:
+        """Encodes (b, c, t, h, w) in [-1, 1] into a Posterior over normalised latents."""
+        mean, logvar = self.encoder(clip, cache).chunk(2, dim=1)
+        shift, scale = self._statistics()
+        return Posterior((mean - shift) / scale, logvar.clamp(-20.0, 10.0) - 2.0 * torch.log(scale))
+
+    def encode(self, clip: Tensor) -> Tensor:
+        """The posterior mean, normalised.
+
+        Args:
+            clip: (b, c, t, h, w) in [-1, 1], with t = 4k+1 and h, w multiples of 8 (for a 4x8x8 VAE).
+        Returns:
+            (b, latent_channels, k+1, h/8, w/8).
+        Raises:
+            ValueError: if the size does not fit; names the nearest that does.
+        """
+        self.config.latent_shape(*clip.shape[2:])
+        return self.posterior(clip).mean
+
+    def decode(self, latents: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """(b, latent_channels, k+1, h, w) normalised latents -> (b, c, 4k+1, 8h, 8w), about [-1, 1] (not clamped)."""
+        shift, scale = self._statistics()
+        return self.decoder(latents * scale + shift, cache)
+
+    def decode_stream(self, latents: Tensor) -> Tensor:
+        """As `decode`, one latent frame at a time: the same result with the memory of one chunk's activations."""
+        cache = StreamCache()
+        chunks = []
+        for frame in latents.split(1, dim=2):
+            chunks.append(self.decode(frame, cache))
+            cache.first_chunk = False
+        return torch.cat(chunks, dim=2)
+
+    def encode_stream(self, clip: Tensor) -> Tensor:
+        """As `encode`, in chunks of 1, 4, 4, ... frames."""
+        self.config.latent_shape(*clip.shape[2:])
+        cache = StreamCache()
+        chunks = []
+        step = self.config.temporal_compression
+        for chunk in clip.tensor_split(tuple(range(1, clip.shape[2], step)), dim=2):
+            chunks.append(self.posterior(chunk, cache).mean)
+            cache.first_chunk = False
+        return torch.cat(chunks, dim=2)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors."""
+        save_model(self, self.config, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VideoVAE":
+        """Loads what `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            UserError: if the folder or its weights are missing, damaged or do not fit the config.
+        """
+        return load_model(cls, VAEConfig, folder)

@@ -1,0 +1,119 @@
+"""The processes of one run: who I am, on which device, and the collectives that training needs outside the engine."""
+
+import datetime
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+TIMEOUT = datetime.timedelta(minutes=30)  # a slow shared disk must not look like a hang
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of a run.
+
+    Attributes:
+        rank: 0 … size - 1 over all nodes.
+        size: number of processes in the run.
+        local_rank: index of this process on its node, the number of its GPU.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and logs."""
+        return self.rank == 0
+
+
+def init_process(device: str | None = None) -> World:
+    """Joins the process group that torchrun announced, or makes a group of one without torchrun.
+
+    Args:
+        device: "cpu" or "cuda"; by default CUDA where there is a GPU.
+    Returns:
+        This process' place in the run. Gloo carries collectives on CPU, NCCL on GPU (gloo beside it for CPU tensors).
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    launched = dist.is_torchelastic_launched()
+    rank = int(os.environ["RANK"]) if launched else 0
+    size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        if launched:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            # A file store needs no port and no environment, so two single-process runs never collide.
+            store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="videodit-"), "store"), 1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+    return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums a tensor over all ranks, in place; returns it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if the flag is set on at least one (a failure, a request to stop)."""
+    return bool(all_reduce_sum(torch.tensor([int(flag)])).item())
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    all_reduce_sum(torch.zeros(1))
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Every rank gets the source rank's value (any small picklable object)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    box: list[T | None] = [None] * dist.get_world_size()
+    # Sizes and bytes travel as CPU tensors, so that this works beside NCCL too.
+    dist.all_gather_object(box, value, group=_cpu_group())
+    return [item for item in box if item is not None]
+
+
+_gloo: dist.ProcessGroup | None = None
+
+
+def _cpu_group() -> dist.ProcessGroup | None:
+    """The default group on gloo, else one gloo group made once (all_gather_object follows the default device)."""
+    global _gloo
+    if dist.get_backend() == "gloo":
+        return None
+    if _gloo is None:
+        _gloo = dist.new_group(backend="gloo")
+    return _gloo
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    global _gloo
+    _gloo = None
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,66 @@
+"""Progress of long work: one live line on a terminal, a plain line now and then elsewhere. Goes to stderr."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+Report = Callable[[int, int], None]  # (done, in all)
+PLAIN_INTERVAL_S = 15.0
+
+
+class Progress:
+    """`with Progress("train dit", max_steps) as progress: progress.update(step, "loss 0.31")`.
+
+    Args:
+        label: what is done, with its unit, for example "encode clips".
+        total: units in all; 0 if unknown until an update says it.
+        enabled: False shows nothing (ranks other than 0).
+    """
+
+    def __init__(self, label: str, total: int = 0, enabled: bool = True) -> None:
+        self.label, self.total, self.enabled = label, total, enabled
+        self._console = Console(stderr=True)
+        self._live: RichProgress | None = None
+        self._started = self._last_line = time.monotonic()
+        self._first_done: int | None = None
+
+    def __enter__(self) -> "Progress":
+        if self.enabled and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._live = RichProgress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
+            self._task = self._live.add_task(self.label, total=self.total or None, text="")
+            self._live.start()
+        return self
+
+    def update(self, done: int, text: str = "", total: int | None = None) -> None:
+        """Shows that `done` units are done, with figures beside it."""
+        self.total = total or self.total
+        if self._first_done is None:
+            self._first_done = done
+        if self._live is not None:
+            self._live.update(self._task, completed=done, total=self.total or None, text=text)
+        elif self.enabled and (done == self.total or time.monotonic() - self._last_line >= PLAIN_INTERVAL_S):
+            self._last_line = time.monotonic()
+            print(f"{self.label}: {done}/{self.total}{self._left(done)} {text}".rstrip(), file=sys.stderr, flush=True)
+
+    def _left(self, done: int) -> str:
+        advanced = done - (self._first_done or 0)
+        if not advanced or done >= self.total:
+            return ""
+        return f", {(self.total - done) * (time.monotonic() - self._started) / advanced:.0f} s left,"
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+@contextmanager
+def show_progress(label: str) -> Iterator[Report]:
+    """Gives a function of (done, in all), to be called as often as the work likes."""
+    with Progress(label) as progress:
+        yield lambda done, total: progress.update(done, total=total)

@@ -1,0 +1,216 @@
+"""`videodit train dit`: the text-to-video DiT, and its text encoder, on latents."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from videodit.config import to_yaml
+from videodit.data.latent_reader import LatentDataConfig
+from videodit.data.latents import read_manifest
+from videodit.data.loader import LatentBatch, LatentLoader
+from videodit.data.randomness import sample_noise, sample_uniform
+from videodit.data.video_io import write_mp4
+from videodit.errors import UserError
+from videodit.flow.loss import Weighting, flow_loss, level_weight
+from videodit.flow.noise_level import NoiseLevelConfig, sigma_from_uniform
+from videodit.flow.path import Parameterization, interpolate, target
+from videodit.generation.pipeline import SamplingDefaults, TextToVideo
+from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.text import ByteTextConfig, ByteTextEncoder
+from videodit.models.text_to_video import TextToVideoModel
+from videodit.models.vae import VideoVAE
+from videodit.training.checkpoint import Checkpoint, load_average
+from videodit.training.run import RunConfig, TrainingRun, micro_batch_tokens, open_world
+
+
+@dataclass(frozen=True)
+class DiTRunConfig(RunConfig):
+    """A DiT training run."""
+
+    data: LatentDataConfig = field(default_factory=LatentDataConfig)
+    """latents to train on"""
+    vae: str | None = None
+    """VAE folder that decodes samples and goes into the export; by default the one that made the latents"""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """shape of the DiT; in_channels and text_dim follow the latents and the text encoder"""
+    text: ByteTextConfig = field(default_factory=ByteTextConfig)
+    """byte-level text encoder, trained with the DiT"""
+    flow: Parameterization = field(default_factory=Parameterization)
+    """what the DiT predicts"""
+    noise: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
+    """at which noise levels it is trained"""
+    weighting: Weighting = "uniform"
+    """weight of a noise level in the loss: uniform or min_snr"""
+    condition_rate: float = 0.0
+    """share of samples whose first latent frames are given clean (image-to-video, extension)"""
+    compile: bool = False
+    """torch.compile each block"""
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """how samples are drawn, in training and from the export; sizes follow the latents"""
+    prompts: tuple[str, ...] = ()
+    """prompts of the samples drawn in training"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data.shards:
+            raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit encode writes it")
+        if not 0 <= self.condition_rate <= 1:
+            raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
+
+
+def build_model(config: DiTRunConfig) -> TextToVideoModel:
+    """The module of a run, {dit, text_encoder}, with fresh weights."""
+    encoder = ByteTextEncoder(config.text)
+    return TextToVideoModel(VideoDiT(config.model), encoder)
+
+
+def train_dit(config: DiTRunConfig) -> Path:
+    """Trains, or goes on training, a DiT.
+
+    Args:
+        config: of the run.
+    Returns:
+        The run folder.
+    Raises:
+        UserError: for latents, a VAE or a folder that cannot be used.
+    """
+    config = follow_latents(config)
+    with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
+        loader = LatentLoader(
+            config.data,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            rank=world.rank,
+            world=world.size,
+        )
+        model = build_model(config)
+        if config.compile:
+            for block in model.dit.blocks:
+                block.compile()
+        run.start(model)
+        steps = loader.iterate(run.step + 1)
+        while run.running:
+            plan, batches = next(steps)
+            total = run.total_weight(batches)
+            loss_sum = torch.zeros(())
+            for batch in batches:
+                noisy = make_noisy(batch, config)
+                prediction = run.engine(run.cast(noisy.latents), noisy.sigma.to(world.device), batch.captions)
+                loss = flow_loss(prediction, noisy.target.to(world.device), noisy.weight.to(world.device))
+                loss = (batch.weight.to(world.device) * loss).sum() / total
+                run.engine.backward(loss)
+                loss_sum += loss.detach().cpu()
+            tokens = micro_batch_tokens(batches, clip_tokens(config.model, batches[0].mean.shape), world)
+            run.finish_step({"loss": loss_sum}, digest=loader.digest(plan), tokens=tokens)
+            if run.time_to_sample() and config.prompts:
+                _draw_samples(run, config)
+        run.save()
+    return Path(config.run_dir)
+
+
+def export_dit(config: DiTRunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
+    """Writes the model folder of a run: averaged weights of DiT and text encoder, and the VAE.
+
+    Args:
+        config: of the run, as its folder has it.
+        checkpoint: of the run.
+        out: folder to write.
+        ema: which average.
+    """
+    model = build_model(config)
+    load_average(model, checkpoint, ema)
+    assert config.vae is not None and model.text_encoder is not None  # a run's own config has them
+    vae = VideoVAE.from_pretrained(config.vae)
+    TextToVideo(model, vae, model.text_encoder, config.flow, config.sampling).save_pretrained(out)
+
+
+@dataclass
+class NoisyBatch:
+    """A micro batch on its way to the model.
+
+    Attributes:
+        latents: (b, c, t, h, w) what the model sees.
+        sigma: (b, t) noise level of each latent frame.
+        target: (b, c, t, h, w) what it should predict.
+        weight: (b, t) weight of each latent frame in the loss.
+    """
+
+    latents: Tensor
+    sigma: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+def make_noisy(batch: LatentBatch, config: DiTRunConfig) -> NoisyBatch:
+    """Draws latent, noise, level and condition of each row: functions of (seed, epoch, sample key) alone."""
+    seed, epoch, keys = config.seed, batch.epoch, batch.keys
+    b, c, t, h, w = batch.mean.shape
+    shape = (c, t, h, w)
+    posterior_noise = sample_noise(seed, epoch, keys, shape, "posterior")
+    x0 = batch.mean + torch.exp(0.5 * batch.logvar) * posterior_noise
+    noise = sample_noise(seed, epoch, keys, shape, "noise")
+    sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), config.noise)[:, None].expand(b, t)
+    weight = level_weight(sigma, config.weighting)
+    if config.condition_rate > 0:
+        given = sample_uniform(seed, epoch, keys, "condition") < config.condition_rate
+        count = (sample_uniform(seed, epoch, keys, "condition frames") * (t - 1)).long() + 1  # 1 … t - 1
+        clean = given[:, None] & (torch.arange(t)[None] < count[:, None])
+        sigma, weight = sigma.masked_fill(clean, 0.0), weight.masked_fill(clean, 0.0)
+    level = sigma[:, None, :, None, None]
+    latents = interpolate(config.flow.path, x0, noise, level)
+    return NoisyBatch(latents, sigma, target(config.flow, x0, noise, level), weight)
+
+
+def clip_tokens(model: DiTConfig, shape: torch.Size) -> int:
+    """Tokens of one clip with latents of shape (b, c, t, h, w)."""
+    pt, ph, pw = model.patch_size
+    return (shape[2] // pt) * (shape[3] // ph) * (shape[4] // pw)
+
+
+def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
+    """The config with what the latents decide filled in: channels, VAE, size of the samples.
+
+    Raises:
+        UserError: if the folder is no finished set of latents, or the patch does not divide them.
+    """
+    manifest = read_manifest(config.data.shards)
+    if manifest is None:
+        raise UserError(
+            f"data.shards {config.data.shards} has no finished latents: run videodit encode --out {config.data.shards}"
+        )
+    vae = VideoVAE.from_pretrained(config.vae or manifest["vae"])
+    frames, height, width = (int(size) for size in manifest["fingerprint"]["buckets"][0].split("x"))
+    shape = vae.config.latent_shape(frames, height, width)
+    for name, size, patch in zip(("frames", "height", "width"), shape[1:], config.model.patch_size):
+        if size % patch:
+            raise UserError(
+                f"model.patch_size {list(config.model.patch_size)} does not divide latents of {shape[1:]} ({name}): "
+                "change the patch, or encode clips of another size"
+            )
+    return dataclasses.replace(
+        config,
+        vae=config.vae or manifest["vae"],
+        model=dataclasses.replace(config.model, in_channels=shape[0], text_dim=config.text.dim),
+        sampling=dataclasses.replace(config.sampling, num_frames=frames, height=height, width=width),
+    )
+
+
+def _draw_samples(run: TrainingRun, config: DiTRunConfig) -> None:
+    """Clips for the fixed prompts, with the averaged weights and always the same seeds."""
+    assert config.vae is not None  # follow_latents has set it
+    with run.averaged() as module:
+        vae = VideoVAE.from_pretrained(config.vae).to(run.world.device)
+        pipe = TextToVideo(module, vae, module.text_encoder, config.flow, config.sampling)  # type: ignore[arg-type]
+        clips = pipe(config.prompts, seed=config.seed)
+    if run.world.is_main:
+        folder = run.folder.path / "samples" / f"step-{run.step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        videos = {}
+        for row, (prompt, clip) in enumerate(zip(config.prompts, clips)):
+            videos[prompt] = folder / f"{row:02d}.mp4"
+            write_mp4(videos[prompt], clip, config.sampling.fps)
+        run.log_videos(videos)

@@ -1,0 +1,295 @@
+"""DeepSpeed behind one small class: gradients of a global weighted mean, fp32 state in one form at every ZeRO stage.
+
+Nothing else in the project imports deepspeed. Its checkpoints are not used (they are tied to stage and rank count, and
+unpickle): `slices` and `load_slices` give and take fp32 weights and moments as flat pieces of named parameters.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed has no other switch, and reads it at import
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+from videodit.parallel.mesh import World, all_reduce_sum  # noqa: E402
+from videodit.training.optim import OptimConfig, lr_factor, param_groups  # noqa: E402
+from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReader  # noqa: E402
+
+# torch's own wrappers around collectives warn about each other's names on every call
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: global norm of the gradient of the weighted mean loss, before clipping; inf if it was not finite, and
+            then no weight changed.
+        lr: AdamW's learning rate of this step.
+        update_norm: with Muon, global norm of what DeepSpeed applies (orthogonalised matrices beside raw gradients).
+    """
+
+    grad_norm: float
+    lr: float
+    update_norm: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """The same under the names of metrics.jsonl."""
+        norms = {} if self.update_norm is None else {"train/update_norm": self.update_norm}
+        return {"train/grad_norm": self.grad_norm, "train/lr": self.lr, **norms}
+
+
+class Engine:
+    """A module being trained.
+
+    ```
+    for clips, weights, total in micro_batches:          # total = sum of the weights over all ranks and micro batches
+        engine.backward((weights * per_clip_loss(engine(clips))).sum() / total)
+    result = engine.step(step)
+    ```
+
+    Args:
+        module: trained in place; its trainable parameters are moved, flattened and, at bf16, cast (buffers are not).
+        optim: optimizer and schedule.
+        zero_stage: 0 replicates; 1 shards optimizer state, 2 also gradients, 3 also weights.
+        dtype: "fp32", or "bf16" weights with fp32 master weights (ZeRO 1-3).
+        world: from init_process().
+        max_steps: where the learning-rate schedule ends.
+    Raises:
+        ValueError: for combinations that DeepSpeed cannot do: bf16 or Muon at stage 0.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        *,
+        zero_stage: int,
+        dtype: Literal["fp32", "bf16"],
+        world: World,
+        max_steps: int,
+    ) -> None:
+        check_combination(zero_stage, dtype, optim)
+        self.module = module
+        self.zero_stage = zero_stage
+        self.rank = world.rank
+        self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        self._config, self._world, self._max_steps = optim, world, max_steps
+        module.to(world.device)
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        for p in named.values():
+            p.data = p.data.contiguous()  # slices are views of the flattened weight
+        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
+        self._optimizer = _build_optimizer(param_groups(module, optim))
+        self._norm = 0.0
+        if zero_stage == 0:
+            self._optimizer.register_step_pre_hook(self._clip_stage_0)
+        self._deepspeed = _initialize(module, self._optimizer, self._deepspeed_config(), world.local_rank)
+        names = {id(p): name for name, p in named.items()}
+        self._state = ShardedState(self._deepspeed.optimizer, self._optimizer, zero_stage, world.rank, names)
+        self._muon = optim.name == "muon"
+        self._last_momentum: dict[str, list[torch.Tensor]] = {}
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        # Muon's update has a norm that the gradient does not change, so clipping by it would only rescale the rate.
+        clip = 0.0 if self._config.name == "muon" or self.zero_stage == 0 else self._config.grad_clip
+        return {
+            "train_batch_size": self._world.size,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            # backward() only accumulates, step() is the boundary: each step may have its own number of micro batches.
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": clip,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": self.dtype == torch.bfloat16, "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "steps_per_print": None,
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "overlap_comm": self.zero_stage == 2 and self._world.device.type == "cuda",
+                # No copy of every gradient into a bucket when there is nobody to send it to.
+                "contiguous_gradients": self._world.size > 1,
+                "reduce_scatter": not (self.zero_stage == 3 and self._config.name == "muon"),
+                "reduce_bucket_size": 50_000_000,
+                "allgather_bucket_size": 50_000_000,
+            },
+        }
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module (ZeRO's hooks included)."""
+        return self._deepspeed(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds a micro batch's gradient; any number of times before `step`, but on every rank equally often.
+
+        Args:
+            loss: () this micro batch's part of the global weighted mean: its sum of w·loss divided by the sum of w over
+                all ranks and micro batches of the step. Zero-weight rows and even a constant 0·output are fine.
+        """
+        # DeepSpeed averages over ranks; the parts have to be summed.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._deepspeed.backward(loss * self._world.size, scale_wrt_gas=False)
+
+    def step(self, step: int) -> StepResult:
+        """Reduces, clips and applies the gradients.
+
+        Args:
+            step: optimizer step, counted from 1; decides the learning rate.
+        """
+        factor = lr_factor(self._config, step, self._max_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        with self._eager_muon():
+            self._deepspeed.step()
+        norm = self._norm if self.zero_stage == 0 else float(self._deepspeed.get_global_grad_norm())
+        norm = norm if 0 <= norm < float("inf") else float("inf")
+        lr = self._config.lr * factor
+        if not self._muon:
+            return StepResult(norm, lr)
+        gradient_norm = self._norm_from_momentum()
+        return StepResult(gradient_norm if norm < float("inf") else norm, lr, update_norm=norm)
+
+    @contextlib.contextmanager
+    def _eager_muon(self) -> Iterator[None]:
+        """DeepSpeed wraps Muon in torch.compile; on a CPU that costs a minute of C++ builds and gains nothing."""
+        if not self._muon or self._world.device.type != "cpu":
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+    def _clip_stage_0(self, *_: Any) -> None:
+        """Stage 0 has no norm of its own. Runs between the reduction and the update; drops a non-finite gradient."""
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        limit = self._config.grad_clip or float("inf")
+        grads = [p.grad for p in params if p.grad is not None]
+        self._norm = float(torch.nn.utils.get_total_norm(grads))
+        if self._norm < float("inf"):
+            torch.nn.utils.clip_grads_with_norm_(params, limit, torch.tensor(self._norm))
+        else:
+            for p in params:
+                p.grad = None
+
+    def _momentum(self) -> dict[str, list[torch.Tensor]]:
+        """Copies of the first moments: what `_norm_from_momentum` compares the next step's with."""
+        slices = self.slices()
+        kinds = ("momentum_buffer", "exp_avg")
+        return {kind: [p.state[kind].float().clone() for p in slices if kind in p.state] for kind in kinds}
+
+    @torch.no_grad()
+    def _norm_from_momentum(self) -> float:
+        """Norm of the raw gradient, which Muon overwrites in place: g = (m - beta·m_before) / (1 - beta)."""
+        total = torch.zeros((), device=self._world.device)
+        now = self._momentum()
+        betas = {"momentum_buffer": self._config.muon_momentum, "exp_avg": self._config.betas[0]}
+        for kind, beta in betas.items():
+            if now[kind]:
+                before = self._last_momentum.get(kind)
+                change = torch._foreach_sub(now[kind], before, alpha=beta) if before else now[kind]
+                total += (torch.stack(torch._foreach_norm(change)) / (1 - beta)).square().sum()
+        self._last_momentum = now
+        return float(all_reduce_sum(total).sqrt())
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates applied so far; steps with a non-finite gradient do not count."""
+        return max((int(s["step"]) for s in self._optimizer.state.values() if "step" in s), default=0)
+
+    def slices(self) -> list[ParamSlice]:
+        """What this rank owns: over all ranks every element of every trainable parameter exactly once."""
+        owned = self.zero_stage > 0 or self._world.rank == 0
+        return self._state.slices() if owned else []
+
+    @torch.no_grad()
+    def load_slices(self, read: SliceReader, optimizer_step: int) -> None:
+        """Writes weights and moments back, whatever stage and rank count they were saved at. Call on every rank.
+
+        Args:
+            read: gives any range of any parameter's weight or moment.
+            optimizer_step: that was saved with them; 0 leaves the moments alone.
+        """
+        self._state.load(read, optimizer_step)
+        self._state.refresh_module()
+        self._last_momentum = self._momentum() if self._muon else {}
+
+    @contextlib.contextmanager
+    def using(self, weights: Sequence[torch.Tensor]) -> Iterator[nn.Module]:
+        """The module with other weights for a while, such as an average's; the training weights come back bit-exact.
+
+        Call on every rank. At stage 3 every rank has to run the same forward calls inside.
+
+        Args:
+            weights: one flat tensor per slice, in the order of `slices` (PowerEMA.averages[k]).
+        """
+        live = [piece.weight for piece in self.slices()]
+        kept = [weight.clone() for weight in live]
+        try:
+            self._write_weights(live, weights)
+            yield self.module
+        finally:
+            self._write_weights(live, kept)
+
+    @torch.no_grad()
+    def _write_weights(self, live: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        for weight, value in zip(live, values, strict=True):
+            weight.copy_(value)
+        if self.zero_stage == 0 and self._world.size > 1:
+            for p in self.module.parameters():
+                if p.requires_grad:
+                    torch.distributed.broadcast(p.data, 0)
+        self._state.refresh_module()
+
+
+def check_combination(zero_stage: int, dtype: str, optim: OptimConfig) -> None:
+    """Refuses what DeepSpeed cannot do, before anything is built.
+
+    Raises:
+        ValueError: names the value and the fix.
+    """
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_stage is {zero_stage}; use 0, 1, 2 or 3")
+    if dtype not in ("fp32", "bf16"):
+        raise ValueError(f"dtype is {dtype!r}; use fp32 or bf16")
+    if dtype == "bf16" and zero_stage == 0:
+        raise ValueError("dtype bf16 at zero_stage 0 keeps no fp32 master weights; set zero_stage to 1")
+    if optim.name == "muon" and zero_stage == 0:
+        raise ValueError("optim.name muon at zero_stage 0 is not DeepSpeed's Muon; set zero_stage to 1")
+
+
+def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    # fused=True is torch's own kernel, on CPU too: no DeepSpeed op gets compiled.
+    muon = any(group["use_muon"] for group in groups)
+    if not muon:
+        return torch.optim.AdamW(groups, fused=True)
+    for group in groups:
+        for p in group["params"]:
+            p.use_muon = group["use_muon"]  # how DeepSpeed's ZeRO optimizers tell
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], local_rank: int) -> Any:
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # its sanity check wants it, torchrun or not
+    if not torch.cuda.is_available():
+        # Probing and building its shared-memory collective takes ninja and seconds; gloo does the work.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=None)
+    return engine

@@ -1,0 +1,163 @@
+"""The folder of one run: its lock, its resolved config, its metrics.jsonl."""
+
+import fcntl
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from videodit.errors import UserError
+from videodit.parallel.mesh import World, broadcast_object
+from videodit.training.checkpoint import FOLDER, steps_in
+
+
+class RunFolder:
+    """A run folder that this run holds alone; only rank 0 writes, the other ranks' calls do nothing.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path, lock: IO[str] | None, is_main: bool) -> None:
+        self.path = path
+        self._lock, self._is_main = lock, is_main
+        self._metrics: IO[str] | None = None
+        self._warned = False
+
+    @classmethod
+    def open(
+        cls, path: str | Path, config_text: str, world: World, *, fixed_keys: Sequence[str] = ("model",)
+    ) -> "RunFolder":
+        """Makes the folder, locks it, and writes config.yaml. Call on every rank.
+
+        Args:
+            config_text: the resolved config as YAML.
+            fixed_keys: top-level keys that a run with checkpoints must not change.
+        Raises:
+            UserError: on every rank: another process holds the folder, it cannot be written, or a fixed key changed.
+        """
+        path, lock, problem = Path(path), None, ""
+        if world.is_main:
+            try:
+                for folder in (path, path / FOLDER, path / "samples"):
+                    folder.mkdir(parents=True, exist_ok=True)
+                lock = _lock(path)
+                _write_config(path, config_text, fixed_keys)
+            except UserError as error:
+                problem = str(error)
+            except FileExistsError:
+                problem = f"run_dir {path} is a file; choose another run_dir"
+            except OSError as error:
+                problem = f"run_dir {path} cannot be written ({error.strerror}); choose another run_dir"
+        problem = broadcast_object(problem)
+        if problem:
+            if lock:
+                lock.close()
+            raise UserError(problem)
+        return cls(path, lock, world.is_main)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after a step (0: all), for those steps are about to be run again."""
+        file = self.path / "metrics.jsonl"
+        if not self._is_main or not file.exists():
+            return
+        self._close_metrics()
+        kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+        temp = file.with_suffix(".tmp")
+        temp.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temp, file)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl; numbers that are not finite become null. A full disk costs a warning."""
+        if not self._is_main:
+            return
+        line = json.dumps({"step": step, **{key: _json_value(value) for key, value in metrics.items()}})
+        try:
+            if self._metrics is None:
+                self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
+            self._metrics.write(f"{line}\n")
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"metrics.jsonl cannot be written: {error}; training goes on", stacklevel=2)
+            self._warned = True
+
+    def close(self) -> None:
+        """Gives the folder free."""
+        self._close_metrics()
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _close_metrics(self) -> None:
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a torn last line is left out."""
+    file = Path(path) / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
+
+
+def _lock(path: Path) -> IO[str]:
+    # The kernel drops the lock with the process, so a killed run leaves nothing behind to clean up.
+    lock = (path / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise UserError(f"run_dir {path} is in use by process {holder}; stop it, or choose another run_dir") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _write_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
+    file = path / "config.yaml"
+    if file.exists() and steps_in(path):
+        old, new = yaml.safe_load(file.read_text()) or {}, yaml.safe_load(text) or {}
+        for key in fixed_keys:
+            for name, before, after in _differences(key, old.get(key), new.get(key)):
+                raise UserError(
+                    f"{name} is {after}, but run_dir {path} was trained with {before}: "
+                    f"set {name} back to {before}, or choose another run_dir"
+                )
+    temp = file.with_suffix(".tmp")
+    temp.write_text(text)
+    os.replace(temp, file)
+
+
+def _differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new), key=str)
+        return [item for key in keys for item in _differences(f"{name}.{key}", old.get(key), new.get(key))]
+    return [] if old == new else [(name, old, new)]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # torn by a kill
+
+
+def _json_value(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,196 @@
+"""`videodit train vae`: the video VAE on clips in pixels."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from videodit.config import to_yaml
+from videodit.data.clip_reader import DataConfig
+from videodit.data.loader import ClipLoader, clips_in_order
+from videodit.data.randomness import sample_noise
+from videodit.data.shards import ShardSet
+from videodit.data.transforms import to_pixels
+from videodit.data.video_io import write_mp4
+from videodit.errors import UserError
+from videodit.evaluation.reconstruction import psnr
+from videodit.models.vae import VAEConfig, VideoVAE, gaussian_kl
+from videodit.training.checkpoint import Checkpoint, load_average, load_latest
+from videodit.training.run import RunConfig, TrainingRun, micro_batch_tokens, open_world
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """Weights of the VAE's loss terms, each a mean over values."""
+
+    l1: float = 1.0
+    """absolute error of the pixels in [-1, 1]"""
+    mse: float = 1.0
+    """squared error of the pixels: weighs what is far off, such as an object that is missing"""
+    kl: float = 1e-6
+    """KL divergence of the posterior from a standard normal, in nats per latent value"""
+
+
+@dataclass(frozen=True)
+class VAERunConfig(RunConfig):
+    """A VAE training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """clips to train on"""
+    eval_shards: str | None = None
+    """shards of held-out clips; their PSNR is measured every sample_every steps"""
+    eval_clips: int = 32
+    """how many of them"""
+    model: VAEConfig = field(default_factory=VAEConfig)
+    """shape of the VAE"""
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    """loss terms"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data.shards:
+            raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit ingest writes it")
+
+
+class VAEObjective(torch.nn.Module):
+    """The VAE with its loss, as one module: clips in, losses per clip out."""
+
+    def __init__(self, vae: VideoVAE, weights: VAELossConfig) -> None:
+        super().__init__()
+        self.vae, self.weights = vae, weights
+
+    def forward(self, clip: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of a micro batch.
+
+        Args:
+            clip: (b, c, t, h, w) in [-1, 1].
+            noise: standard normal, of the latents' shape.
+        Returns:
+            (b,) the weighted loss and (b,) the squared error alone, float32.
+        """
+        posterior = self.vae.posterior(clip)
+        error = (self.vae.decode(posterior.sample(noise)) - clip).float().flatten(1)
+        squared = error.square().mean(dim=1)
+        kl = gaussian_kl(posterior.mean.float(), posterior.logvar.float()) / noise[0].numel()
+        return self.weights.l1 * error.abs().mean(dim=1) + self.weights.mse * squared + self.weights.kl * kl, squared
+
+
+def train_vae(config: VAERunConfig) -> Path:
+    """Trains, or goes on training, a VAE.
+
+    Args:
+        config: of the run.
+    Returns:
+        RUN/model, the VAE with averaged weights and latent statistics.
+    Raises:
+        UserError: for data or a folder that cannot be used.
+    """
+    multiple = config.model.spatial_compression
+    with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
+        vae = VideoVAE(config.model).to(memory_format=torch.channels_last_3d)
+        run.start(VAEObjective(vae, config.loss))
+        loader = ClipLoader(
+            config.data,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            rank=world.rank,
+            world=world.size,
+            multiple=multiple,
+        )
+        held_out = _held_out_clips(config, multiple)
+        steps = loader.iterate(run.step + 1)
+        while run.running:
+            plan, batches = next(steps)
+            total = run.total_weight(batches)
+            sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
+            for batch in batches:
+                shape = config.model.latent_shape(*batch.clip.shape[2:])
+                noise = sample_noise(config.seed, batch.epoch, batch.keys, shape, "posterior")
+                loss, squared = run.engine(run.cast(batch.clip), run.cast(noise))
+                weight = batch.weight.to(loss.device) / total
+                run.engine.backward((weight * loss).sum())
+                sums["loss"] += (weight * loss).sum().detach().cpu()
+                sums["mse"] += (weight * squared).sum().detach().cpu()
+            positions = shape[1] * shape[2] * shape[3]
+            run.finish_step(sums, digest=loader.digest(plan), tokens=micro_batch_tokens(batches, positions, world))
+            if run.time_to_sample() and held_out is not None:
+                _reconstruct(run, held_out, fps=8.0)
+        run.save()
+        newest = load_latest(config.run_dir)
+        if world.is_main and newest is not None:
+            export_vae(config, newest, Path(config.run_dir) / "model")
+    return Path(config.run_dir) / "model"
+
+
+def export_vae(config: VAERunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
+    """Writes the VAE folder of a run: averaged weights, and latent statistics measured with them.
+
+    Args:
+        config: of the run.
+        checkpoint: of the run.
+        out: folder to write.
+        ema: which average.
+    """
+    vae = VideoVAE(config.model)
+    load_average(VAEObjective(vae, config.loss), checkpoint, ema)
+    measure_latent_statistics(vae, config.data)
+    vae.save_pretrained(out)
+
+
+@torch.no_grad()
+def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 512, batch_size: int = 8) -> None:
+    """Sets the VAE's per-channel mean and standard deviation from the latents of up to num_clips training clips.
+
+    Args:
+        vae: its statistics are overwritten.
+        data: the clips.
+        num_clips: how many are enough.
+        batch_size: clips encoded at once.
+    """
+    vae.latent_mean.zero_()
+    vae.latent_std.fill_(1.0)
+    channels = vae.config.latent_channels
+    total, total_square = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    positions = seen = 0
+    device = vae.latent_mean.device
+    for batch in clips_in_order(data, ShardSet.open(data.shards), batch_size, multiple=vae.config.spatial_compression):
+        mean = vae.encode(batch.clip[batch.weight > 0].to(device)).double().cpu()
+        total += mean.sum(dim=(0, 2, 3, 4))
+        total_square += mean.square().sum(dim=(0, 2, 3, 4))
+        positions += mean.numel() // channels
+        seen += mean.shape[0]
+        if seen >= num_clips:
+            break
+    center = total / positions
+    vae.latent_mean.copy_(center)
+    vae.latent_std.copy_((total_square / positions - center.square()).clamp(min=1e-8).sqrt())
+
+
+def _held_out_clips(config: VAERunConfig, multiple: int) -> Tensor | None:
+    """(n, c, t, h, w) in [-1, 1] of the first bucket, or None if there are none."""
+    if config.eval_shards is None:
+        return None
+    data = dataclasses.replace(config.data, shards=config.eval_shards, buckets=config.data.buckets[:1])
+    batches = clips_in_order(data, ShardSet.open(config.eval_shards), config.eval_clips, multiple=multiple)
+    batch = next(iter(batches))
+    clips = batch.clip[batch.weight > 0]
+    if not len(clips):
+        raise UserError(f"eval_shards {config.eval_shards} has no readable clip")
+    return clips
+
+
+def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
+    """Measures PSNR on held-out clips with the averaged weights, and keeps four of them beside their originals."""
+    with run.averaged() as module:
+        vae = module.vae
+        made = torch.cat([vae.decode(vae.encode(run.cast(c))).float().cpu() for c in clips.split(8)]).clamp(-1, 1)
+    run.log({"eval/psnr_db": float(psnr(clips, made).mean())})
+    if run.world.is_main:
+        pairs = np.concatenate([to_pixels(clips[:4]).numpy(), to_pixels(made[:4]).numpy()], axis=2)  # b t 2h w c
+        path = run.folder.path / "samples" / f"step-{run.step:08d}.mp4"
+        write_mp4(path, np.concatenate(list(pairs), axis=2), fps)
+        run.log_videos({"above: clip, below: reconstruction": path})
