@@ -2,7 +2,7 @@
 
 import datetime
 import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,8 +56,8 @@ def init_process(device: str | None = None) -> World:
         if launched:
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
-            # A file store needs no port and no environment, so two single-process runs never collide.
-            store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="videodit-"), "store"), 1)
+            # A store in memory needs no port, no file and no environment.
+            store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
 
@@ -111,9 +111,18 @@ def _cpu_group() -> dist.ProcessGroup | None:
     return _gloo
 
 
+_destroy: Callable[[], object] = dist.destroy_process_group
+
+
+def destroy_with(destroy: Callable[[], object]) -> None:
+    """For a library that keeps groups of its own: shutdown() calls this instead of torch's destroy_process_group."""
+    global _destroy
+    _destroy = destroy
+
+
 def shutdown() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one; another run may then start in this process."""
     global _gloo
     _gloo = None
     if dist.is_initialized():
-        dist.destroy_process_group()
+        _destroy()

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or do not count, and load at any ZeRO stage and number of ranks.
 
 RUN/checkpoints/step-00001000/
-    rank-00000.safetensors …   slices KIND/NAME@START, flat fp32; KIND: weight, exp_avg, exp_avg_sq, momentum_buffer, ema0 …
+    rank-00000.safetensors …   slices KIND/NAME@START, flat fp32: weight, exp_avg, exp_avg_sq, momentum_buffer, ema0 …
     state.json                 step, optimizer_step, shapes, ema profiles, and what the trainer adds
     manifest.json              sha256 and size of each file; written last
 

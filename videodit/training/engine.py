@@ -25,7 +25,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-from videodit.parallel.mesh import World, all_reduce_sum  # noqa: E402
+from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
 from videodit.training.optim import OptimConfig, lr_factor, param_groups  # noqa: E402
 from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReader  # noqa: E402
 
@@ -288,6 +288,7 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     if not torch.cuda.is_available():
         # Probing and building its shared-memory collective takes ninja and seconds; gloo does the work.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
+    destroy_with(deepspeed.comm.destroy_process_group)  # else its cached groups outlive the run
     deepspeed.utils.logger.setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
