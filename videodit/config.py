@@ -121,9 +121,12 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], origin: str = "conf
     return _build(cls, [(origin, dict(values))])
 
 
-def load_yaml(cls: type[ConfigT], path: str | Path) -> ConfigT:
-    """Read a YAML file into `cls`, checked as `parse_config` does. Raises UserError."""
-    return _build(cls, [(str(path), read_yaml(Path(path)))])
+def load_yaml(cls: type[ConfigT], path: str | Path, overrides: Mapping[str, Any] | None = None) -> ConfigT:
+    """Read a YAML file into `cls`, checked as `parse_config` does; overrides have dotted keys. Raises UserError."""
+    values: Values = {}
+    for key, value in (overrides or {}).items():
+        put(values, key, value)
+    return _build(cls, [(str(path), read_yaml(Path(path))), ("", values)])
 
 
 def to_dict(config: Any) -> Values:

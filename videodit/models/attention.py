@@ -58,13 +58,13 @@ class QKNorm(nn.Module):
 
     def norm_query(self, x: Tensor) -> Tensor:
         """(…, h, e) -> the same shape."""
-        return x if self.mode == "none" else self._apply(self.query, x)
+        return x if self.mode == "none" else self._normalize(self.query, x)
 
     def norm_key(self, x: Tensor) -> Tensor:
         """(…, h, e) -> the same shape."""
-        return x if self.mode == "none" else self._apply(self.key, x)
+        return x if self.mode == "none" else self._normalize(self.key, x)
 
-    def _apply(self, norm: RMSNorm, x: Tensor) -> Tensor:
+    def _normalize(self, norm: RMSNorm, x: Tensor) -> Tensor:
         return norm(x) if self.mode == "head" else norm(x.flatten(-2)).view(x.shape)
 
 

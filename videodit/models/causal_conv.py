@@ -7,7 +7,7 @@ Legend: b batch, c channels, t frames, h height, w width.
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 
@@ -143,3 +143,25 @@ class CausalUpsample(nn.Module):
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         x = self.conv(x) + x.repeat_interleave(self.repeats, dim=1)
         return unfold(x, self.factor, cache is None or cache.first_chunk)
+
+
+def block_average(x: Tensor, time: int, space: int, first_chunk: bool = True) -> Tensor:
+    """Averages blocks of time x space x space, causally: (b, c, time*k+1, h, w) -> (b, c, k+1, h/space, w/space).
+
+    Args:
+        x: (b, c, t, h, w).
+        time: frames of a block, a power of 2; the first frame of a clip is a block of its own.
+        space: rows and columns of a block.
+        first_chunk: whether x begins the clip.
+    """
+    x = reduce(x, "b c t (h fh) (w fw) -> b c t h w", "mean", fh=space, fw=space)
+    while time > 1:
+        x = rearrange(fold(x, (2, 1, 1), first_chunk), "b (c ft) t h w -> b c ft t h w", ft=2).mean(dim=2)
+        time //= 2
+    return x
+
+
+def block_repeat(x: Tensor, time: int, space: int, first_chunk: bool = True) -> Tensor:
+    """Repeats each value over its block, the way back of `block_average`."""
+    x = repeat(x, "b c t h w -> b c (t ft) (h fh) (w fw)", ft=time, fh=space, fw=space)
+    return x[:, :, time - 1 :] if first_chunk else x

@@ -19,6 +19,8 @@ from videodit.models.causal_conv import (
     CausalUpsample,
     ChannelNorm,
     StreamCache,
+    block_average,
+    block_repeat,
     fold,
     unfold,
 )
@@ -56,6 +58,8 @@ class VAEConfig:
         for entry in self.downsample:
             if entry not in ("s", "t", "st"):
                 raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")
+        if self.latent_channels < self.in_channels:
+            raise ValueError(f"model.latent_channels {self.latent_channels} is below in_channels {self.in_channels}: use at least that")
 
     @property
     def spatial_compression(self) -> int:
@@ -180,6 +184,10 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 class VideoVAE(nn.Module):
     """Causal video VAE with per-channel latent statistics: latents that leave it have zero mean and unit variance.
 
+    Beside encoder and decoder runs a shortcut: the first latent channels are the clip's colours averaged over each latent position's block of
+    pixels plus what the encoder adds, and the decoder adds detail to these colours. So an untrained VAE already gives a coarse picture
+    (DC-AE's residual autoencoding, arXiv:2410.10733, over the whole depth), and training starts from there (docs/decisions.md).
+
     Args:
         config: its shape.
     """
@@ -199,7 +207,8 @@ class VideoVAE(nn.Module):
         """Every initialisation of the VAE.
 
         Convolutions: normal with standard deviation 1/sqrt(fan_in), biases zero. The last convolution of each residual block is zero, so
-        that a block starts as the identity; the convolutions beside a shortcut start at a tenth, so that the shortcut leads. Norms: weight one, bias zero.
+        that a block starts as the identity; the convolutions beside a shortcut start at a tenth, so that the shortcut leads; the encoder's
+        last starts at 0.3 and the decoder's at zero, so that the first reconstruction is the shortcut's coarse picture. Norms: weight one, bias zero.
         The log-variance's bias is INITIAL_LOGVAR: with a unit-variance posterior the first steps would train on noise.
         """
         for module in self.modules():
@@ -215,7 +224,13 @@ class VideoVAE(nn.Module):
                 nn.init.zeros_(module.conv_time.weight)
             elif isinstance(module, (CausalDownsample, CausalUpsample)):
                 module.conv.weight.mul_(0.1)
+        nn.init.zeros_(self.decoder.conv_out.weight)
+        self.encoder.conv_out.weight.mul_(0.3)
         nn.init.constant_(self.encoder.conv_out.bias[self.config.latent_channels :], INITIAL_LOGVAR)
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        return self.config.temporal_compression, self.config.spatial_compression
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         return self.latent_mean.view(1, -1, 1, 1, 1), self.latent_std.view(1, -1, 1, 1, 1)
@@ -223,6 +238,8 @@ class VideoVAE(nn.Module):
     def posterior(self, clip: Tensor, cache: StreamCache | None = None) -> Posterior:
         """Encodes (b, c, t, h, w) in [-1, 1] into a Posterior over normalised latents."""
         mean, logvar = self.encoder(clip, cache).chunk(2, dim=1)
+        average = block_average(clip, *self._blocks, cache is None or cache.first_chunk)
+        mean = mean + F.pad(average, (0, 0, 0, 0, 0, 0, 0, mean.shape[1] - average.shape[1]))
         shift, scale = self._statistics()
         return Posterior((mean - shift) / scale, logvar.clamp(-20.0, 10.0) - 2.0 * torch.log(scale))
 
@@ -242,7 +259,9 @@ class VideoVAE(nn.Module):
     def decode(self, latents: Tensor, cache: StreamCache | None = None) -> Tensor:
         """(b, latent_channels, k+1, h, w) normalised latents -> (b, c, 4k+1, 8h, 8w), about [-1, 1] (not clamped)."""
         shift, scale = self._statistics()
-        return self.decoder(latents * scale + shift, cache)
+        raw = latents * scale + shift
+        enlarged = block_repeat(raw[:, : self.config.in_channels], *self._blocks, cache is None or cache.first_chunk)
+        return enlarged + self.decoder(raw, cache)
 
     def decode_stream(self, latents: Tensor) -> Tensor:
         """As `decode`, one latent frame at a time: the same result with the memory of one chunk's activations."""

@@ -90,7 +90,7 @@ def train_vae(config: VAERunConfig) -> Path:
     """
     multiple = config.model.spatial_compression
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
-        vae = VideoVAE(config.model).to(memory_format=torch.channels_last_3d)
+        vae = VideoVAE(config.model)
         run.start(VAEObjective(vae, config.loss))
         loader = ClipLoader(
             config.data,
