@@ -1,7 +1,6 @@
 """The verbs: parse, call, print; no logic. What a verb needs is imported inside it, so that --help answers at once."""
 
 import difflib
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,13 +8,10 @@ from dataclasses import dataclass
 
 from videodit import __version__
 from videodit.config import Argument, parse_command, parse_config
-from videodit.errors import UserError
+from videodit.errors import REFUSALS, UserError
 from videodit.progress import show_progress
 
 EXIT_DONE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
-
-# The machine's refusals, which are the user's to fix; any other OSError is a bug and keeps its traceback.
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -171,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(str(error))
     except OSError as error:
         if error.errno not in REFUSALS:
-            raise
+            raise  # a bug keeps its traceback
         return _report(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

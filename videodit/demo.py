@@ -23,7 +23,7 @@ from videodit.data.shards import ShardSet
 from videodit.data.transforms import to_pixels
 from videodit.data.video_io import encode_mp4
 from videodit.device import choose_device
-from videodit.errors import UserError
+from videodit.errors import REFUSALS, UserError, user_error
 from videodit.evaluation.charts import curve_from_metrics
 from videodit.evaluation.evaluate import follow_prompts
 from videodit.evaluation.machine import machine_facts
@@ -96,9 +96,15 @@ class Stages:
             self.done.append(name)
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            temp = self._path.with_suffix(".tmp")
+            self._write()
+
+    def _write(self) -> None:
+        temp = self._path.with_suffix(".tmp")
+        try:
             temp.write_text(json.dumps({"seconds": self.seconds, "done": self.done}, indent=2))
             temp.replace(self._path)
+        except OSError as error:
+            raise user_error(error, self._path) from None
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+        raise user_error(error, out) from None
     console = Console()
     stages = Stages(out)
     vae_run, dit_run = _recipes(config)
@@ -144,7 +150,12 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         for split, count in (("train", config.num_prompts), ("held_out", config.num_held_out_prompts)):
             specs = prompt_specs(count, split, config.seed)  # type: ignore[arg-type]
             clips[split] = follow_prompts(str(out / "model"), specs, str(out / "samples" / split), config.seed, 32)
-    return _measure_and_report(config, stages, clips, (vae_run, dit_run), console)
+    try:
+        return _measure_and_report(config, stages, clips, (vae_run, dit_run), console)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise user_error(error, out) from None
 
 
 def _recipes(config: DemoConfig) -> tuple[VAERunConfig, DiTRunConfig]:
@@ -156,7 +167,11 @@ def _recipes(config: DemoConfig) -> tuple[VAERunConfig, DiTRunConfig]:
     vae = load_yaml(
         VAERunConfig,
         config.vae_config,
-        {"run_dir": str(out / "vae"), "data.shards": str(out / "shards/train"), "eval_shards": str(out / "shards/eval")},
+        {
+            "run_dir": str(out / "vae"),
+            "data.shards": str(out / "shards/train"),
+            "eval_shards": str(out / "shards/eval"),
+        },
     )
     dit = load_yaml(DiTRunConfig, config.dit_config, {"run_dir": str(out / "dit"), "data.shards": str(out / "latents")})
     if config.smoke:
@@ -207,7 +222,9 @@ def _measure_and_report(
         clips=_cards(clips),
         reconstructions=pairs,
         curves=[
-            curve_from_metrics(out / "vae/metrics.jsonl", "train/loss", "VAE training loss", "loss", smooth=True, log=True),
+            curve_from_metrics(
+                out / "vae/metrics.jsonl", "train/loss", "VAE training loss", "loss", smooth=True, log=True
+            ),
             curve_from_metrics(out / "vae/metrics.jsonl", "eval/psnr_db", "VAE on held-out clips", "PSNR (dB)"),
             curve_from_metrics(out / "dit/metrics.jsonl", "train/loss", "DiT training loss", "loss", smooth=True),
         ],
@@ -215,7 +232,7 @@ def _measure_and_report(
         machine=machine,
         notes=["A smoke run: it shows that everything runs, and learns nothing."] if config.smoke else [],
         configs={"vae": to_yaml(runs[0]), "dit": to_yaml(runs[1])},
-        confusion={name: table for name, table in clips["train"][1].confusion.items()},
+        confusion=clips["train"][1].confusion,
     )
     write_report(out / "report.html", report)
     _print_summary(console, result, clips)
@@ -241,13 +258,18 @@ def _cards(clips: dict[str, tuple[list[Path], PromptFollowing]]) -> list[ClipCar
     for split, (paths, measured) in clips.items():
         for path, judgement in list(zip(paths, measured.judgements))[: 24 if split == "train" else 12]:
             prompt = json.loads(path.with_suffix(".json").read_text())["prompt"]
-            cards.append(ClipCard(prompt, path.read_bytes(), judgement["read"], judgement["asked"], split == "held_out"))
+            cards.append(
+                ClipCard(prompt, path.read_bytes(), judgement["read"], judgement["asked"], split == "held_out")
+            )
     return cards
 
 
-def _print_summary(console: Console, result: dict[str, Any], clips: dict[str, tuple[list[Path], PromptFollowing]]) -> None:
+def _print_summary(
+    console: Console, result: dict[str, Any], clips: dict[str, tuple[list[Path], PromptFollowing]]
+) -> None:
     for split, (paths, measured) in clips.items():
-        console.print(f"[bold]{'prompts' if split == 'train' else 'prompts of combinations held out of training'}[/bold]")
+        title = "prompts" if split == "train" else "prompts of combinations held out of training"
+        console.print(f"[bold]{title}[/bold]")
         for path, judgement in list(zip(paths, measured.judgements))[:4]:
             prompt = json.loads(path.with_suffix(".json").read_text())["prompt"]
             read = judgement["read"]
@@ -257,6 +279,7 @@ def _print_summary(console: Console, result: dict[str, Any], clips: dict[str, tu
         text = ", ".join(f"{key} {figures[key]:.2f}" for key in ("color", "shape", "motion", "all"))
         console.print(f"{name.replace('_', ' ')}: {text} (n = {figures['n']})")
     console.print(
-        f"VAE on held-out clips: {result['vae_psnr_db']:.1f} dB, in the objects' boxes {result['vae_psnr_boxes_db']:.1f} dB"
+        f"VAE on held-out clips: {result['vae_psnr_db']:.1f} dB, "
+        f"in the objects' boxes {result['vae_psnr_boxes_db']:.1f} dB"
     )
     console.print(f"total: {result['seconds']['total']:.0f} s on {result['device']}")

@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 
 from videodit.data.scene_cuts import CutDetector
-from videodit.data.shards import sha256_hex, user_error
+from videodit.data.shards import sha256_hex
 from videodit.data.video_io import Mp4Encoder, VideoError, VideoInfo, open_video
+from videodit.errors import user_error
 
 _SQUARE = 0.02  # pixels this near to square are shown as square
 

@@ -20,9 +20,9 @@ import av
 
 from videodit.data.clip_cutter import CutResult, CutRules, cut_source
 from videodit.data.isolation import Beat, Failure, run_isolated
-from videodit.data.shards import INDEX, PART, ShardWriter, json_bytes, sha256_hex, user_error
+from videodit.data.shards import INDEX, PART, ShardWriter, json_bytes, sha256_hex
 from videodit.data.sources import Source, list_sources
-from videodit.errors import UserError
+from videodit.errors import UserError, user_error
 
 REJECTS = "rejects.jsonl"
 RECORD = "ingest.json"

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from videodit.data.shards import Entry, ShardSet, ShardWriter, json_bytes, user_error
-from videodit.errors import UserError
+from videodit.data.shards import Entry, ShardSet, ShardWriter, json_bytes
+from videodit.errors import UserError, user_error
 
 MANIFEST = "latents.json"
 
@@ -123,8 +123,15 @@ def write_manifest(out_dir: str | Path, fingerprint: Mapping[str, Any], num_clip
 
 
 def invalidate(out_dir: str | Path) -> None:
-    """Removes the declaration; called before the shards are written anew."""
-    (Path(out_dir) / MANIFEST).unlink(missing_ok=True)
+    """Removes the declaration; called before the shards are written anew.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    try:
+        (Path(out_dir) / MANIFEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise user_error(error, out_dir) from error
 
 
 def read_manifest(out_dir: str | Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ member's plain values}}. A reader needs one pread a member. Folders without an i
 instead. The same samples give the same bytes: USTAR, mtime 0, no owner.
 """
 
-import errno
+import contextlib
 import hashlib
 import io
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from videodit.data import video_io
-from videodit.errors import UserError
+from videodit.errors import UserError, user_error
 
 INDEX = "index.jsonl"
 PART = ".part"  # what is being written; it loses the suffix when all of it is there
@@ -49,22 +49,6 @@ def json_bytes(value: Any) -> bytes:
 def sha256_hex(data: bytes) -> str:
     """The sha256 of bytes, as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def user_error(error: OSError, path: str | Path) -> UserError:
-    """Turns what the disk refuses into one line with the fix.
-
-    Args:
-        error: what the operating system said.
-        path: what was being written or read.
-    """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"no space left while writing {path}: free some space, then run the same command again")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"no permission for {path}: change its permissions or choose another output")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"{path} is not a folder: choose another output")
-    return UserError(f"{path}: {error.strerror or error}")
 
 
 class ShardWriter:
@@ -161,7 +145,8 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # the disk is still full; what passes through says so
+                self._file.close()
 
     def _next_shard(self) -> None:
         self._end_shard()

@@ -76,6 +76,8 @@ def follow_prompts(
 ) -> tuple[list[Path], PromptFollowing]:
     """Generates one clip per scene's exact caption and reads the files back with the oracle.
 
+    Clips that an earlier call with the same model made are kept.
+
     Args:
         model: model folder.
         specs: what to ask for.
@@ -86,7 +88,7 @@ def follow_prompts(
         The .mp4 files, and what was measured on them.
     """
     prompts = [captions(spec)[0] for spec in specs]
-    config = GenerateConfig(model=model, prompt=prompts, out=out, seed=seed, batch_size=batch_size)
+    config = GenerateConfig(model=model, prompt=prompts, out=out, seed=seed, batch_size=batch_size, keep_existing=True)
     with show_progress("generate clips") as progress:
         paths = generate(config, progress)
     return paths, measure([read_frames(path) for path in paths], specs)

@@ -35,4 +35,4 @@ def level_weight(sigma: Tensor, weighting: Weighting, gamma: float = 5.0) -> Ten
     if weighting == "uniform":
         return torch.ones_like(sigma)
     snr = ((1.0 - sigma) / sigma.clamp(min=1e-4)).square()
-    return snr.clamp(max=gamma) / snr.clamp(min=1e-8)
+    return gamma / snr.clamp(min=gamma)  # min(snr, gamma) / snr, and 1 at snr 0

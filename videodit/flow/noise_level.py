@@ -36,9 +36,10 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def ddpm_sigma(step: Tensor) -> Tensor:
-    """Noise level on the rectified path with the signal-to-noise ratio of DDPM's step 0..999 (betas 1e-4 to 0.02, linear).
+    """Noise level on the rectified path with the signal-to-noise ratio of DDPM's step 0..999.
 
-    sqrt(alpha_bar) : sqrt(1 - alpha_bar) = (1 - sigma) : sigma. Source: Ho et al. (2020), arXiv:2006.11239, Sec. 4.
+    Betas run linearly from 1e-4 to 0.02; sqrt(alpha_bar) : sqrt(1 - alpha_bar) = (1 - sigma) : sigma.
+    Source: Ho et al. (2020), arXiv:2006.11239, Sec. 4.
     """
     alpha_bar = torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)[step]
     signal, noise = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()

@@ -1,8 +1,9 @@
 """The path between data and noise, and what a model is asked to predict on it.
 
-Noise level sigma in [0, 1], 1 is noise: x_sigma = (1 - sigma) x0 + sigma noise; its velocity is noise - x0. The variance-preserving path of DDPM
-is the same path rescaled: at equal signal-to-noise ratio its point is x_sigma / sqrt((1 - sigma)^2 + sigma^2). So one sigma names a noise
-level on both, and a model trained on either is sampled by the same samplers (`to_velocity`).
+Noise level sigma in [0, 1], 1 is noise: x_sigma = (1 - sigma) x0 + sigma noise; its velocity is noise - x0. The
+variance-preserving path of DDPM is the same path rescaled: at equal signal-to-noise ratio its point is
+x_sigma / sqrt((1 - sigma)^2 + sigma^2). So one sigma names a noise level on both, and a model trained on either is
+sampled by the same samplers (`to_velocity`).
 
 Legend: sigma is broadcast against x0 (b, c, t, h, w); noise has x0's shape.
 """
@@ -32,7 +33,9 @@ class Parameterization:
         if self.prediction not in ("velocity", "noise", "v"):
             raise ValueError(f"flow.prediction {self.prediction!r} is not one of velocity, noise, v")
         if self.prediction == "v" and self.path == "rectified":
-            raise ValueError("flow.prediction 'v' belongs to flow.path variance_preserving: set that, or predict velocity")
+            raise ValueError(
+                "flow.prediction 'v' belongs to flow.path variance_preserving: set that, or predict velocity"
+            )
 
 
 def coefficients(path: Path, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,19 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from videodit.data.clip_reader import DataConfig
-from videodit.data.latents import cache_is_valid, invalidate, latent_key, shards_fingerprint, write_latent_sample, write_manifest
+from videodit.data.latents import (
+    cache_is_valid,
+    invalidate,
+    latent_key,
+    shards_fingerprint,
+    write_latent_sample,
+    write_manifest,
+)
 from videodit.data.loader import clips_in_order
 from videodit.data.order import PADDING
 from videodit.data.shards import ShardSet, ShardWriter
@@ -76,7 +84,9 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
                 if index == PADDING or weight == 0:
                     continue
                 clip = shards.read_json(index)
-                kept = {name: clip[name] for name in ("caption", "captions", "fps", "source", "extra") if name in clip}
+                kept: dict[str, Any] = {
+                    name: clip[name] for name in ("caption", "captions", "fps", "source", "extra") if name in clip
+                }
                 meta = {**kept, "bucket": batch.bucket.name, "clip": batch.keys[row]}
                 key = latent_key(batch.keys[row])
                 write_latent_sample(writer, key, posterior.mean[row], posterior.logvar[row], meta)

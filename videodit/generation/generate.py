@@ -1,17 +1,22 @@
 """`videodit generate`: prompts to .mp4 files, each beside a .json that reproduces it."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from videodit.data.video_io import write_mp4
 from videodit.device import choose_device, choose_dtype, torch_dtype
-from videodit.errors import UserError
+from videodit.errors import UserError, user_error
 from videodit.generation.pipeline import TextToVideo
+from videodit.models.folder import WEIGHTS_NAME
+
+OPTIONS = ("num_frames", "height", "width", "num_steps", "guidance_scale", "sampler")  # the model's own where None
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class GenerateConfig:
     """frames per second of the file; the model's own by default"""
     batch_size: int = 8
     """clips computed at once; the result does not depend on it"""
+    keep_existing: bool = False
+    """leave clips alone whose .json says that they were made just so, from these weights"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: str = "auto"
@@ -53,7 +60,9 @@ class GenerateConfig:
         if not self.model:
             raise ValueError("--model is missing: give a model folder, as videodit export writes it")
         if self.batch_size < 1:
-            raise ValueError(f"--batch_size {self.batch_size} is below 1")
+            raise ValueError(f"--batch_size {self.batch_size} is below 1: use for example 8")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"--fps {self.fps} is not positive: use for example 8")
 
 
 def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None = None) -> list[Path]:
@@ -63,7 +72,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
         config: what to do.
         progress: called with (clips done, clips in all).
     Returns:
-        The .mp4 files written; each has a .json of the same name.
+        The .mp4 files, one a prompt; each has a .json of the same name.
     Raises:
         UserError: for a model, prompt, size or folder that cannot be used.
     """
@@ -75,34 +84,51 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    options = {
-        "num_frames": config.num_frames,
-        "height": config.height,
-        "width": config.width,
-        "num_steps": config.num_steps,
-        "guidance_scale": config.guidance_scale,
-        "sampler": config.sampler,
-    }
+        raise user_error(error, out) from None
+    options = {name: getattr(config, name) for name in OPTIONS}
+    used = {name: getattr(pipe.defaults, name) if value is None else value for name, value in options.items()}
     fps = config.fps if config.fps is not None else pipe.defaults.fps
-    written = []
+    made_by = {"model": config.model, "weights_sha256": _weights_sha256(Path(config.model))}
+    made_by |= {"dtype": dtype, "device": str(device), "torch": torch.__version__}
+    paths = [out / f"{index:05d}-{_slug(prompt)}.mp4" for index, prompt in enumerate(prompts)]
+    records = [
+        {"prompt": prompt, "seed": config.seed + index, "fps": fps, **used, **made_by}
+        for index, prompt in enumerate(prompts)
+    ]
     for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        try:
-            clips = pipe(batch, seed=config.seed + start, **options)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        for row, (prompt, clip) in enumerate(zip(batch, clips)):
-            path = out / f"{start + row:05d}-{_slug(prompt)}.mp4"
-            write_mp4(path, clip, fps)
-            used = {name: getattr(pipe.defaults, name) if value is None else value for name, value in options.items()}
-            record = {"prompt": prompt, "seed": config.seed + start + row, "fps": fps, **used}
-            record |= {"model": config.model, "dtype": dtype, "device": str(device), "torch": torch.__version__}
-            path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-            written.append(path)
+        rows = range(start, min(start + config.batch_size, len(prompts)))
+        if not (config.keep_existing and all(_is_made(paths[row], records[row]) for row in rows)):
+            try:
+                clips = pipe([prompts[row] for row in rows], seed=config.seed + start, **options)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            for row, clip in zip(rows, clips):
+                try:
+                    write_mp4(paths[row], clip, fps)
+                    paths[row].with_suffix(".json").write_text(json.dumps(records[row], indent=2) + "\n")
+                except OSError as error:
+                    raise user_error(error, paths[row]) from None
         if progress is not None:
-            progress(len(written), len(prompts))
-    return written
+            progress(rows.stop, len(prompts))
+    return paths
+
+
+def _weights_sha256(model: Path) -> str:
+    """Of all weight files of a model folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob(f"*/{WEIGHTS_NAME}")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_made(path: Path, record: dict[str, Any]) -> bool:
+    """Whether the clip is there, and its .json, which is written after it, says the same."""
+    try:
+        return path.is_file() and json.loads(path.with_suffix(".json").read_text()) == record
+    except (OSError, ValueError):
+        return False
 
 
 def _prompts(config: GenerateConfig) -> list[str]:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from videodit.data.transforms import to_pixels
-from videodit.errors import UserError
+from videodit.errors import UserError, user_error
 from videodit.flow.guidance import guided_velocity
 from videodit.flow.noise_level import sampling_levels
 from videodit.flow.path import Parameterization, coefficients, to_velocity
@@ -153,7 +153,10 @@ class TextToVideo:
             "parameterization": dataclasses.asdict(self.parameterization),
             "sampling": dataclasses.asdict(self.defaults),
         }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        try:
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        except OSError as error:
+            raise user_error(error, folder / INDEX_NAME) from None
 
     @torch.no_grad()
     def sample_latents(
@@ -240,14 +243,15 @@ def latent_shape(vae: VAEConfig, dit: DiTConfig, num_frames: int, height: int, w
     Raises:
         ValueError: names the value and the nearest that fits.
     """
-    vae.latent_shape(num_frames, height, width)  # checks frames
     pt, ph, pw = dit.patch_size
+    time = vae.temporal_compression
+    nearest = (max(round(((num_frames - 1) / time + 1) / pt), 1) * pt - 1) * time + 1
+    if num_frames != nearest:
+        form = f"{time}k+1" + (f" with k+1 a multiple of {pt}" if pt > 1 else "")
+        raise ValueError(f"num_frames {num_frames} is not {form}: the nearest is {nearest}")
     for name, value, patch in (("height", height, ph), ("width", width, pw)):
         unit = vae.spatial_compression * patch
-        if value % unit:
-            nearest = max(round(value / unit), 1) * unit
+        nearest = max(round(value / unit), 1) * unit
+        if value != nearest:
             raise ValueError(f"{name} {value} is not a multiple of {unit} (VAE x patch): the nearest is {nearest}")
-    shape = vae.latent_shape(num_frames, height, width)
-    if shape[1] % pt:
-        raise ValueError(f"num_frames {num_frames} gives {shape[1]} latent frames, not a multiple of the patch's {pt}")
-    return shape
+    return vae.latent_shape(num_frames, height, width)

@@ -89,14 +89,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, kind: str, rope: Tensor) -> Tensor:
         """(b, t, s, d) -> the same; kind as in `attend`, rope as in `apply_rope`."""
-        query, key, value = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.query, self.key, self.value))
+        query, key, value = (
+            layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.query, self.key, self.value)
+        )
         query = apply_rope(self.norm.norm_query(query), rope)  # b t s h e
         key = apply_rope(self.norm.norm_key(key), rope)
         return self.proj(attend(kind, query, key, value))
 
 
 class CrossAttention(nn.Module):
-    """Attention of all tokens of a clip to its text; keys and values are computed apart so that sampling does it once."""
+    """Attention of all tokens of a clip to its text; keys and values come apart, so that sampling makes them once."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: str) -> None:
         super().__init__()

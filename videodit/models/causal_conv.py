@@ -7,7 +7,7 @@ Legend: b batch, c channels, t frames, h height, w width.
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -31,7 +31,8 @@ class CausalConv3d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
         super().__init__()
         self.kernel = kernel
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
+        # A matrix, so that Muon can take it: one row an output channel.
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels * kernel[0] * kernel[1] * kernel[2]))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
@@ -41,6 +42,7 @@ class CausalConv3d(nn.Module):
         frames: on channels-last tensors both are several times faster than the general 3D convolution on CPUs (docs/decisions.md).
         """
         kt, kh, kw = self.kernel
+        weight = rearrange(self.weight, "o (i kt kh kw) -> o i kt kh kw", kt=kt, kh=kh, kw=kw)
         if kt > 1:
             if cache is None or cache.first_chunk:
                 x = F.pad(x, (0, 0, 0, 0, kt - 1, 0))
@@ -50,16 +52,16 @@ class CausalConv3d(nn.Module):
                 cache.frames[self] = x[:, :, -(kt - 1) :]
         if kt == 1 and kh > 1:
             frames = rearrange(x, "b c t h w -> (b t) c h w")
-            frames = F.conv2d(frames, self.weight[:, :, 0], self.bias, padding=(kh // 2, kw // 2))
+            frames = F.conv2d(frames, weight[:, :, 0], self.bias, padding=(kh // 2, kw // 2))
             return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
         if kh == kw == 1:
             positions = rearrange(x, "b c t h w -> b t h w c")
             num_frames = x.shape[2] - kt + 1
             if kt > 1:
                 positions = torch.cat([positions[:, i : i + num_frames] for i in range(kt)], dim=-1)
-            weight = rearrange(self.weight, "o i kt 1 1 -> o (kt i)")
-            return rearrange(F.linear(positions, weight, self.bias), "b t h w c -> b c t h w")
-        return F.conv3d(x, self.weight, self.bias, padding=(0, kh // 2, kw // 2))
+            matrix = rearrange(weight, "o i kt 1 1 -> o (kt i)")
+            return rearrange(F.linear(positions, matrix, self.bias), "b t h w c -> b c t h w")
+        return F.conv3d(x, weight, self.bias, padding=(0, kh // 2, kw // 2))
 
 
 class ChannelNorm(nn.Module):
@@ -81,20 +83,20 @@ class ChannelNorm(nn.Module):
 
 
 def fold(x: Tensor, factor: tuple[int, int, int], first_chunk: bool = True) -> Tensor:
-    """Moves (t, h, w) blocks of `factor` into channels; time is causal: 2k+1 frames become k+1.
+    """Moves (t, h, w) blocks of `factor` into channels; time is causal: ft * k + 1 frames become k + 1.
 
-    With a time factor of 2 the first frame of a clip is a block of its own (it is repeated once in front).
+    The first frame of a clip is a block of its own (it is repeated in front).
 
     Args:
         x: (b, c, t, h, w).
-        factor: block size over (t, h, w); the time factor is 1 or 2.
+        factor: block size (ft, fh, fw).
         first_chunk: whether x begins the clip.
     Returns:
         (b, c * prod(factor), t', h / factor, w / factor).
     """
     ft, fh, fw = factor
     if ft > 1 and first_chunk:
-        x = torch.cat([x[:, :, :1], x], dim=2)
+        x = torch.cat([x[:, :, :1].expand(-1, -1, ft - 1, -1, -1), x], dim=2)
     return rearrange(x, "b c (t ft) (h fh) (w fw) -> b (c ft fh fw) t h w", ft=ft, fh=fh, fw=fw)
 
 
@@ -102,7 +104,7 @@ def unfold(x: Tensor, factor: tuple[int, int, int], first_chunk: bool = True) ->
     """The inverse of `fold`: (b, c * prod(factor), t', h, w) -> (b, c, t, h * factor, w * factor)."""
     ft, fh, fw = factor
     x = rearrange(x, "b (c ft fh fw) t h w -> b c (t ft) (h fh) (w fw)", ft=ft, fh=fh, fw=fw)
-    return x[:, :, 1:] if ft > 1 and first_chunk else x
+    return x[:, :, ft - 1 :] if first_chunk else x
 
 
 class CausalDownsample(nn.Module):
@@ -144,24 +146,3 @@ class CausalUpsample(nn.Module):
         x = self.conv(x) + x.repeat_interleave(self.repeats, dim=1)
         return unfold(x, self.factor, cache is None or cache.first_chunk)
 
-
-def block_average(x: Tensor, time: int, space: int, first_chunk: bool = True) -> Tensor:
-    """Averages blocks of time x space x space, causally: (b, c, time*k+1, h, w) -> (b, c, k+1, h/space, w/space).
-
-    Args:
-        x: (b, c, t, h, w).
-        time: frames of a block, a power of 2; the first frame of a clip is a block of its own.
-        space: rows and columns of a block.
-        first_chunk: whether x begins the clip.
-    """
-    x = reduce(x, "b c t (h fh) (w fw) -> b c t h w", "mean", fh=space, fw=space)
-    while time > 1:
-        x = rearrange(fold(x, (2, 1, 1), first_chunk), "b (c ft) t h w -> b c ft t h w", ft=2).mean(dim=2)
-        time //= 2
-    return x
-
-
-def block_repeat(x: Tensor, time: int, space: int, first_chunk: bool = True) -> Tensor:
-    """Repeats each value over its block, the way back of `block_average`."""
-    x = repeat(x, "b c t h w -> b c (t ft) (h fh) (w fw)", ft=time, fh=space, fw=space)
-    return x[:, :, time - 1 :] if first_chunk else x

@@ -4,8 +4,10 @@ Legend: b batch, c latent channels, t latent frames, s tokens of a frame, d hidd
 Tokens stay in one contiguous (b t s d) buffer through all blocks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,15 @@ class DiTConfig:
     """base of the RoPE frequencies"""
 
     def __post_init__(self) -> None:
+        for name in ("in_channels", "hidden_size", "depth", "num_heads", "text_dim", "frequency_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} {getattr(self, name)} is not positive")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(
+                f"model.patch_size {list(self.patch_size)} is not 3 positive numbers: use for example [1, 2, 2]"
+            )
+        if self.frequency_dim % 2:
+            raise ValueError(f"model.frequency_dim {self.frequency_dim} is odd: use {self.frequency_dim + 1}")
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ValueError(
                 f"model.hidden_size {self.hidden_size} over model.num_heads {self.num_heads} is not an even head size: "
@@ -169,18 +180,20 @@ class VideoDiT(nn.Module):
     def init_weights(self) -> None:
         """Every initialisation of the DiT.
 
-        Linear layers: Xavier uniform, biases zero. Noise-level embedding: normal 0.02. Zero: the modulations (so that every gate starts closed and each block is the identity, adaLN-Zero), the
-        cross-attention's output and the last layer (so that the first prediction is zero). Norms: one.
+        Linear layers: Xavier uniform, biases zero. Noise-level embedding: normal 0.02. Zero: the modulations (so that
+        every gate starts closed and each block is the identity, adaLN-Zero), the cross-attention's output and the last
+        layer (so that the first prediction is zero). Norms: one.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.sigma_embedding[0], self.sigma_embedding[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for module in self.sigma_embedding:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
         for layer in (self.modulation, self.final_modulation, self.patch_out):
             nn.init.zeros_(layer.weight)
-        for block in self.blocks:
+        for block in cast("Iterable[DiTBlock]", self.blocks):
             nn.init.zeros_(block.modulation_bias)
             if block.cross_attention is not None:
                 nn.init.zeros_(block.cross_attention.proj.weight)
@@ -197,7 +210,8 @@ class VideoDiT(nn.Module):
         if self.config.pooled_text:
             weight = text_mask.to(text.dtype)[..., None]
             pooled = (text * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
-        keys_values = [None if b.cross_attention is None else b.cross_attention.keys_values(text) for b in self.blocks]
+        attentions = [block.cross_attention for block in cast("Iterable[DiTBlock]", self.blocks)]
+        keys_values = [None if attention is None else attention.keys_values(text) for attention in attentions]
         return TextContext(pooled, keys_values, text_attention_mask(text_mask) if self.config.mask_text else None)
 
     def forward(

@@ -2,23 +2,19 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from videodit.errors import UserError
+from videodit.errors import UserError, user_error
 
 WEIGHTS_NAME = "model.safetensors"
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-
-class ModelClass(Protocol[ModelT]):  # type: ignore[misc]
-    """A model that is built from its config dataclass."""
-
-    def __call__(self, config: Any) -> ModelT: ...
 
 
 def save_model(model: nn.Module, config: Any, folder: str | Path) -> None:
@@ -28,12 +24,22 @@ def save_model(model: nn.Module, config: Any, folder: str | Path) -> None:
         model: any module.
         config: the dataclass it is built from.
         folder: created if missing.
+    Raises:
+        UserError: if the folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME)
+    part = folder / f"{WEIGHTS_NAME}.part"  # never half a file under the name that is loaded
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        save_file(weights, part)
+        os.replace(part, folder / WEIGHTS_NAME)
+    except OSError as error:
+        raise user_error(error, folder) from None
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        part.unlink(missing_ok=True)
+        raise UserError(f"{folder} cannot be written ({error}): free some space, or choose another folder") from None
 
 
 def load_config(config_class: type, folder: str | Path) -> Any:
@@ -49,18 +55,23 @@ def load_config(config_class: type, folder: str | Path) -> Any:
         values = json.loads(path.read_text())
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return config_class(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe a {config_class.__name__}: {error}") from None
 
 
-def load_model(model_class: ModelClass[ModelT], config_class: type, folder: str | Path) -> ModelT:
+def load_model(model_class: Callable[[Any], ModelT], config_class: type, folder: str | Path) -> ModelT:
     """Builds a model from a folder and fills it with its weights, in evaluation mode.
 
     Raises:
         UserError: if config or weights are missing, the file is truncated, or the two do not fit.
     """
     folder = Path(folder)
-    model = model_class(load_config(config_class, folder))
+    config = load_config(config_class, folder)
+    try:
+        model = model_class(config)
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{folder / 'config.json'} does not describe a model: {detail[:300]}") from None
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"{folder} has no weights: {WEIGHTS_NAME} is missing; copy it there or export the run again")

@@ -1,6 +1,7 @@
 """Rotary position embedding over the three axes of a clip.
 
-Interleaved pairs; a head's channels are split over (t, h, w) as Wan 2.1 does: h and w get 2 * (head_dim // 6) each, t the rest.
+Interleaved pairs; a head's channels are split over (t, h, w) as Wan 2.1 does: h and w get 2 * (head_dim // 6) each,
+t the rest.
 
 Source: Su et al. (2021), RoFormer, arXiv:2104.09864, Eq. 15; Wan Team (2025), arXiv:2503.20314 (the split).
 """

@@ -3,9 +3,10 @@
 Legend: b batch, l words of a caption, u different words in the batch, n bytes of a word, d channels.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,8 @@ class WordTransformerLayer(nn.Module):
 class ByteTextEncoder(nn.Module):
     """Reads UTF-8 bytes: convolutions make one vector of each word, a small transformer reads the words in order.
 
-    No vocabulary: a word it has never seen is read letter by letter like any other. Every different word of a batch is read once.
+    No vocabulary: a word it has never seen is read letter by letter like any other. Every different word of a batch is
+    read once.
     Source: Kim et al. (2016), character-aware neural language models, arXiv:1508.06615.
     """
 
@@ -157,19 +159,22 @@ class ByteTextEncoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Embeddings: normal 1 (bytes) and 0.1 (positions). Linear layers: Xavier uniform, biases zero, the two that end a residual branch
-        scaled by 1/sqrt(2 depth). Convolutions: He normal, biases zero."""
+        """Every initialisation of the encoder.
+
+        Embeddings: normal 1 (bytes) and 0.1 (positions). Linear layers: Xavier uniform, biases zero, the two that end a
+        residual branch scaled by 1/sqrt(2 depth). Convolutions: He normal, biases zero.
+        """
         nn.init.normal_(self.byte_embedding.weight)
         nn.init.normal_(self.byte_position, std=0.1)
         nn.init.normal_(self.word_position, std=0.1)
         for module in self.modules():
             if isinstance(module, nn.Conv1d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, (nn.Conv1d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for layer in self.layers:
+        for layer in cast("Iterable[WordTransformerLayer]", self.layers):
             layer.proj.weight.mul_((2 * self.config.depth) ** -0.5)
             layer.fc2.weight.mul_((2 * self.config.depth) ** -0.5)
 
@@ -181,10 +186,13 @@ class ByteTextEncoder(nn.Module):
 
     def forward(self, words: Tensor, index: Tensor, mask: Tensor) -> TextFeatures:
         """See `ByteTokens` for the arguments."""
+        padding = (words == 0)[:, None]  # u 1 n
         x = self.byte_embedding(words) + self.byte_position[: words.shape[1]]  # u n byte_dim
-        x = F.silu(self.conv1(x.transpose(1, 2)))
+        # Zeros behind a word, as the convolutions see them behind the longest one: a word's neighbours change nothing.
+        x = x.transpose(1, 2).masked_fill(padding, 0.0)
+        x = F.silu(self.conv1(x)).masked_fill(padding, 0.0)
         x = self.conv2(x)  # u d n
-        x = x.masked_fill((words == 0)[:, None], -torch.inf).amax(dim=-1)  # u d
+        x = x.masked_fill(padding, -torch.inf).amax(dim=-1)  # u d
         x = x.masked_fill(x.isinf(), 0.0)  # the empty word has no bytes
         x = x[index] + self.word_position[: index.shape[1]]  # b l d
         for layer in self.layers:

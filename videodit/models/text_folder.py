@@ -10,7 +10,9 @@ from videodit.models.text import ByteTextEncoder, TextEncoder
 from videodit.models.text_transformers import REFERENCE_NAME, TransformersTextEncoder
 
 
-def load_text_encoder(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> TextEncoder:
+def load_text_encoder(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TextEncoder:
     """The byte-level encoder (config.json + model.safetensors) or a reference to a `transformers` one.
 
     Raises:
@@ -21,7 +23,8 @@ def load_text_encoder(folder: str | Path, device: str | torch.device = "cpu", dt
     if reference.is_file():
         try:
             values = json.loads(reference.read_text())
-            return TransformersTextEncoder(values["source"], max_length=values["max_length"], device=device, dtype=dtype)
-        except (ValueError, KeyError) as error:
+            source, max_length = str(values["source"]), int(values["max_length"])
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{reference} is damaged ({error}): export the run again") from None
+        return TransformersTextEncoder(source, max_length=max_length, device=device, dtype=dtype)
     return ByteTextEncoder.from_pretrained(folder).to(device, dtype)

@@ -1,17 +1,24 @@
-"""Frozen text encoders of the `transformers` library (T5, UMT5, CLIP's text tower) behind the interface of `text.py`."""
+"""Frozen text encoders of the `transformers` library (T5, UMT5, CLIP's text tower), with the interface of `text.py`."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from videodit.errors import MissingExtra, UserError
 from videodit.models.text import TextFeatures
 
 REFERENCE_NAME = "reference.json"
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
 # Encoder-only classes by config.model_type: AutoModel would build T5's decoder too.
-_ENCODER_CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
+_ENCODER_CLASSES = {
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
 
 
 class TransformersTextEncoder:
@@ -19,12 +26,12 @@ class TransformersTextEncoder:
 
     Args:
         source: folder with config.json, tokenizer and safetensors weights.
-        max_length: tokens that are read of a caption; the rest is cut.
+        max_length: tokens that are read of a caption, at most what the encoder has positions for; the rest is cut.
         device: where to compute.
         dtype: of the weights.
     Raises:
         MissingExtra: if transformers is not installed.
-        UserError: if the folder is no encoder that we know, or its weights are missing.
+        UserError: if the folder is no encoder that we know, or its tokenizer or weights are missing or damaged.
     """
 
     def __init__(
@@ -38,19 +45,37 @@ class TransformersTextEncoder:
             import transformers
         except ImportError:
             raise MissingExtra("transformers", "text") from None
-        self.source, self.max_length = str(source), max_length
+        self.source = str(source)
         if not (Path(source) / "config.json").is_file():
             raise UserError(f"text encoder {source} is not a folder with config.json: give a local transformers folder")
-        model_type = json.loads((Path(source) / "config.json").read_text()).get("model_type")
+        try:
+            model_type = dict(json.loads((Path(source) / "config.json").read_text())).get("model_type")
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{Path(source) / 'config.json'} is damaged ({error}): copy the folder again") from None
         if model_type not in _ENCODER_CLASSES:
-            raise UserError(f"text encoder {source} is a {model_type!r}: give one of {', '.join(sorted(_ENCODER_CLASSES))}")
+            raise UserError(
+                f"text encoder {source} is a {model_type!r}: give one of {', '.join(sorted(_ENCODER_CLASSES))}"
+            )
+        # transformers would go on with an empty vocabulary, or with random weights: both are refused here.
+        if not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+            raise UserError(
+                f"text encoder {source} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it there too"
+            )
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
-            model: Any = getattr(transformers, _ENCODER_CLASSES[model_type]).from_pretrained(
-                source, local_files_only=True, use_safetensors=True, dtype=dtype
+            model: Any
+            model, loaded = getattr(transformers, _ENCODER_CLASSES[model_type]).from_pretrained(
+                source, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"text encoder {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        missing = sorted(loaded["missing_keys"])
+        if missing:
+            raise UserError(
+                f"text encoder {source} lacks {len(missing)} weights, {missing[0]} for one: copy the folder again"
+            )
+        positions = getattr(model.config, "max_position_embeddings", None)  # CLIP has 77, T5 any number
+        self.max_length = min(max_length, positions or max_length)
         self._model = model.eval().requires_grad_(False).to(device)
         self._device = torch.device(device)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from videodit.models.causal_conv import (
@@ -19,8 +20,6 @@ from videodit.models.causal_conv import (
     CausalUpsample,
     ChannelNorm,
     StreamCache,
-    block_average,
-    block_repeat,
     fold,
     unfold,
 )
@@ -37,16 +36,16 @@ class VAEConfig:
     """channels of a frame; 3 is RGB"""
     latent_channels: int = 16
     """channels of a latent frame"""
-    patch_size: int = 2
-    """pixels (height and width) folded into channels before the first convolution"""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """frames, rows and columns folded into channels before the first convolution; the first frame is alone in time"""
     channels: tuple[int, ...] = (96, 192, 384)
     """width of each level, from the pixels to the latents"""
     downsample: tuple[str, ...] = ("st", "st")
     """what is halved between two levels: s space, t time, st both"""
-    encoder_blocks: tuple[int, ...] = (2, 2, 2)
-    """residual blocks at each level of the encoder"""
-    decoder_blocks: tuple[int, ...] = (3, 3, 3)
-    """residual blocks at each level of the decoder"""
+    encoder_blocks: tuple[str, ...] = ("cc", "cc", "cc")
+    """residual blocks at each level of the encoder, a letter each: c convolution over space and time, p pointwise"""
+    decoder_blocks: tuple[str, ...] = ("ccc", "ccc", "ccc")
+    """residual blocks at each level of the decoder, in the levels' order (the last level comes first)"""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -54,22 +53,24 @@ class VAEConfig:
             raise ValueError(f"model.downsample has {len(self.downsample)} entries for {levels} levels: give {levels - 1}")
         for name in ("encoder_blocks", "decoder_blocks"):
             if len(getattr(self, name)) != levels:
-                raise ValueError(f"model.{name} {list(getattr(self, name))} does not fit {levels} levels: give {levels} numbers")
+                raise ValueError(f"model.{name} {list(getattr(self, name))} does not fit {levels} levels: give {levels} strings")
+            if set("".join(getattr(self, name))) - set("cp"):
+                raise ValueError(f"model.{name} {list(getattr(self, name))} has letters other than c and p")
+        if self.patch_size[1] != self.patch_size[2]:
+            raise ValueError(f"model.patch_size {list(self.patch_size)} is not square in space: use equal rows and columns")
         for entry in self.downsample:
             if entry not in ("s", "t", "st"):
                 raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")
-        if self.latent_channels < self.in_channels:
-            raise ValueError(f"model.latent_channels {self.latent_channels} is below in_channels {self.in_channels}: use at least that")
 
     @property
     def spatial_compression(self) -> int:
         """Pixels per latent position, along height and along width."""
-        return self.patch_size * 2 ** sum("s" in entry for entry in self.downsample)
+        return self.patch_size[1] * 2 ** sum("s" in entry for entry in self.downsample)
 
     @property
     def temporal_compression(self) -> int:
         """Frames per latent frame, after the first."""
-        return 2 ** sum("t" in entry for entry in self.downsample)
+        return self.patch_size[0] * 2 ** sum("t" in entry for entry in self.downsample)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(c, t, h, w) of the latents of a clip.
@@ -87,7 +88,7 @@ class VAEConfig:
         return self.latent_channels, (num_frames - 1) // time + 1, height // space, width // space
 
 
-class ResidualBlock(nn.Module):
+class ConvBlock(nn.Module):
     """norm, 1x3x3 convolution, SiLU, causal 3x1x1 convolution, added to the input.
 
     The factorized pair has 12 instead of 27 weights per channel pair. Source: Tran et al. (2018), R(2+1)D, arXiv:1711.11248; one norm and one
@@ -97,11 +98,28 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = ChannelNorm(channels)
-        self.conv_space = CausalConv3d(channels, channels, (1, 3, 3))
-        self.conv_time = CausalConv3d(channels, channels, (3, 1, 1))
+        self.expand = CausalConv3d(channels, channels, (1, 3, 3))
+        self.project = CausalConv3d(channels, channels, (3, 1, 1))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        return x + self.conv_time(F.silu(self.conv_space(self.norm(x))), cache)
+        return x + self.project(F.silu(self.expand(self.norm(x))), cache)
+
+
+class PointwiseBlock(nn.Module):
+    """norm, linear to twice the channels, SiLU, linear back, added to the input: each position by itself, nothing but matrix products."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.expand = CausalConv3d(channels, 2 * channels, (1, 1, 1))
+        self.project = CausalConv3d(2 * channels, channels, (1, 1, 1))
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        return x + self.project(F.silu(self.expand(self.norm(x))))
+
+
+def _block(letter: str, channels: int) -> nn.Module:
+    return ConvBlock(channels) if letter == "c" else PointwiseBlock(channels)
 
 
 def _factor(entry: str) -> tuple[int, int, int]:
@@ -114,22 +132,23 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.patch = (1, config.patch_size, config.patch_size)
-        self.conv_in = CausalConv3d(config.in_channels * config.patch_size**2, config.channels[0], (1, 3, 3))
+        self.patch = config.patch_size
+        self.conv_in = CausalConv3d(config.in_channels * math.prod(self.patch), config.channels[0], (1, 1, 1))
         layers: list[nn.Module] = []
         for level, width in enumerate(config.channels):
-            layers += [ResidualBlock(width) for _ in range(config.encoder_blocks[level])]
+            layers += [_block(letter, width) for letter in config.encoder_blocks[level]]
             if level < len(config.downsample):
                 layers.append(CausalDownsample(width, config.channels[level + 1], _factor(config.downsample[level])))
         self.layers = nn.ModuleList(layers)
         self.norm_out = ChannelNorm(config.channels[-1])
-        self.conv_out = CausalConv3d(config.channels[-1], 2 * config.latent_channels, (1, 3, 3))
+        self.conv_out = CausalConv3d(config.channels[-1], 2 * config.latent_channels, (3, 3, 3))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        x = self.conv_in(fold(x, self.patch).contiguous(memory_format=torch.channels_last_3d))
+        x = fold(x, self.patch, cache is None or cache.first_chunk)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
         for layer in self.layers:
             x = layer(x, cache)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
 
 
 class Decoder(nn.Module):
@@ -137,23 +156,23 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.patch = (1, config.patch_size, config.patch_size)
-        self.conv_in = CausalConv3d(config.latent_channels, config.channels[-1], (1, 3, 3))
+        self.patch = config.patch_size
+        self.conv_in = CausalConv3d(config.latent_channels, config.channels[-1], (3, 3, 3))
         layers: list[nn.Module] = []
         for level in reversed(range(len(config.channels))):
             width = config.channels[level]
-            layers += [ResidualBlock(width) for _ in range(config.decoder_blocks[level])]
+            layers += [_block(letter, width) for letter in config.decoder_blocks[level]]
             if level > 0:
                 layers.append(CausalUpsample(width, config.channels[level - 1], _factor(config.downsample[level - 1])))
         self.layers = nn.ModuleList(layers)
         self.norm_out = ChannelNorm(config.channels[0])
-        self.conv_out = CausalConv3d(config.channels[0], config.in_channels * config.patch_size**2, (1, 3, 3))
+        self.conv_out = CausalConv3d(config.channels[0], config.in_channels * math.prod(self.patch), (1, 1, 1))
 
     def forward(self, z: Tensor, cache: StreamCache | None = None) -> Tensor:
-        x = self.conv_in(z.contiguous(memory_format=torch.channels_last_3d))
+        x = self.conv_in(z.contiguous(memory_format=torch.channels_last_3d), cache)
         for layer in self.layers:
             x = layer(x, cache)
-        return unfold(self.conv_out(F.silu(self.norm_out(x))), self.patch)
+        return unfold(self.conv_out(F.silu(self.norm_out(x))), self.patch, cache is None or cache.first_chunk)
 
 
 @dataclass
@@ -184,19 +203,26 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 class VideoVAE(nn.Module):
     """Causal video VAE with per-channel latent statistics: latents that leave it have zero mean and unit variance.
 
-    Beside encoder and decoder runs a shortcut: the first latent channels are the clip's colours averaged over each latent position's block of
-    pixels plus what the encoder adds, and the decoder adds detail to these colours. So an untrained VAE already gives a coarse picture
-    (DC-AE's residual autoencoding, arXiv:2410.10733, over the whole depth), and training starts from there (docs/decisions.md).
+    Beside encoder and decoder runs a linear shortcut over blocks of 4x8x8 pixels, which `fit_shortcut` sets to the blocks' principal components:
+    training starts at the best linear code, and encoder and decoder learn what a linear code cannot say. It is the residual autoencoding of
+    DC-AE (arXiv:2410.10733) over the whole depth; what it gains is in docs/decisions.md.
 
     Args:
         config: its shape.
     """
+
+    latent_mean: Tensor
+    latent_std: Tensor
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.block = (config.temporal_compression, config.spatial_compression, config.spatial_compression)
+        block_channels = config.in_channels * math.prod(self.block)
+        self.shortcut_in = CausalConv3d(block_channels, config.latent_channels, (1, 1, 1))
+        self.shortcut_out = CausalConv3d(config.latent_channels, block_channels, (1, 1, 1))
         # Per-channel statistics of the raw latents, measured on the training clips after training.
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
@@ -208,29 +234,47 @@ class VideoVAE(nn.Module):
 
         Convolutions: normal with standard deviation 1/sqrt(fan_in), biases zero. The last convolution of each residual block is zero, so
         that a block starts as the identity; the convolutions beside a shortcut start at a tenth, so that the shortcut leads; the encoder's
-        last starts at 0.3 and the decoder's at zero, so that the first reconstruction is the shortcut's coarse picture. Norms: weight one, bias zero.
+        last starts at a tenth and the decoder's at zero, so that the first reconstruction is the shortcut's coarse picture. Norms: weight one, bias zero.
         The log-variance's bias is INITIAL_LOGVAR: with a unit-variance posterior the first steps would train on noise.
         """
         for module in self.modules():
             if isinstance(module, CausalConv3d):
-                fan_in = module.weight[0].numel()
+                fan_in = module.weight.shape[1]
                 nn.init.normal_(module.weight, std=1.0 / math.sqrt(fan_in))
                 nn.init.zeros_(module.bias)
             elif isinstance(module, ChannelNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.conv_time.weight)
+            if isinstance(module, (ConvBlock, PointwiseBlock)):
+                nn.init.zeros_(module.project.weight)
             elif isinstance(module, (CausalDownsample, CausalUpsample)):
                 module.conv.weight.mul_(0.1)
         nn.init.zeros_(self.decoder.conv_out.weight)
-        self.encoder.conv_out.weight.mul_(0.3)
+        self.encoder.conv_out.weight.mul_(0.1)
         nn.init.constant_(self.encoder.conv_out.bias[self.config.latent_channels :], INITIAL_LOGVAR)
 
-    @property
-    def _blocks(self) -> tuple[int, int]:
-        return self.config.temporal_compression, self.config.spatial_compression
+    @torch.no_grad()
+    def fit_shortcut(self, clips: Tensor) -> None:
+        """Sets the shortcut to the principal components of the clips' blocks: the best linear code there is.
+
+        Part of the initialisation; call it once, before training. The latents it gives have zero mean and unit variance.
+
+        Args:
+            clips: (b, c, t, h, w) in [-1, 1], a few dozen.
+        """
+        blocks = rearrange(fold(clips, self.block), "b c t h w -> (b t h w) c").double()
+        center = blocks.mean(dim=0)
+        covariance = (blocks - center).T @ (blocks - center) / len(blocks)
+        values, vectors = torch.linalg.eigh(covariance)  # ascending
+        values, vectors = values[-self.config.latent_channels :], vectors[:, -self.config.latent_channels :]
+        # The sign of an eigenvector is arbitrary: make it a function of the data, not of the LAPACK build.
+        vectors = vectors * torch.where(vectors.sum(dim=0) < 0, -1.0, 1.0)
+        std = values.clamp(min=1e-6).sqrt()
+        self.shortcut_in.weight.copy_((vectors / std).T)
+        self.shortcut_in.bias.copy_(-(center @ vectors) / std)
+        self.shortcut_out.weight.copy_(vectors * std)
+        self.shortcut_out.bias.copy_(center)  # shortcut_in has subtracted it
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         return self.latent_mean.view(1, -1, 1, 1, 1), self.latent_std.view(1, -1, 1, 1, 1)
@@ -238,8 +282,7 @@ class VideoVAE(nn.Module):
     def posterior(self, clip: Tensor, cache: StreamCache | None = None) -> Posterior:
         """Encodes (b, c, t, h, w) in [-1, 1] into a Posterior over normalised latents."""
         mean, logvar = self.encoder(clip, cache).chunk(2, dim=1)
-        average = block_average(clip, *self._blocks, cache is None or cache.first_chunk)
-        mean = mean + F.pad(average, (0, 0, 0, 0, 0, 0, 0, mean.shape[1] - average.shape[1]))
+        mean = mean + self.shortcut_in(fold(clip, self.block, cache is None or cache.first_chunk))
         shift, scale = self._statistics()
         return Posterior((mean - shift) / scale, logvar.clamp(-20.0, 10.0) - 2.0 * torch.log(scale))
 
@@ -260,8 +303,8 @@ class VideoVAE(nn.Module):
         """(b, latent_channels, k+1, h, w) normalised latents -> (b, c, 4k+1, 8h, 8w), about [-1, 1] (not clamped)."""
         shift, scale = self._statistics()
         raw = latents * scale + shift
-        enlarged = block_repeat(raw[:, : self.config.in_channels], *self._blocks, cache is None or cache.first_chunk)
-        return enlarged + self.decoder(raw, cache)
+        coarse = unfold(self.shortcut_out(raw), self.block, cache is None or cache.first_chunk)
+        return coarse + self.decoder(raw, cache)
 
     def decode_stream(self, latents: Tensor) -> Tensor:
         """As `decode`, one latent frame at a time: the same result with the memory of one chunk's activations."""

@@ -1,7 +1,7 @@
 """A training run without its model: processes, run folder, engine, averages, checkpoints, tracker, console."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 from videodit.config import to_dict
 from videodit.data.batches import Batch
 from videodit.device import choose_device, choose_dtype
+from videodit.errors import UserError
 from videodit.parallel.mesh import World, all_reduce_sum, any_rank, init_process, shutdown
 from videodit.progress import Progress
 from videodit.training import checkpoint
@@ -69,8 +70,7 @@ class RunConfig:
             raise ValueError(f"sample_every {self.sample_every} is negative: use 0 for no samples")
         if not self.ema_profiles:
             raise ValueError("ema_profiles is empty: give at least one width, for example 0.05")
-        if self.dtype != "auto":
-            check_combination(self.zero_stage, self.dtype, self.optim)
+        check_combination(self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim)
 
 
 class TrainingRun:
@@ -166,7 +166,7 @@ class TrainingRun:
             self.save()
         if self.world.is_main:
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
-        if stop and self.running:
+        if stop:
             raise SystemExit(STOP_EXIT_CODE)
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -194,11 +194,21 @@ class TrainingRun:
         self.meter.restart()
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step unless there is one."""
-        if self.saved_step != self.step:
-            checkpoint.save(self.folder.path, self.step, self.engine, self.ema, {}, self.config.keep_last)
+        """Writes a checkpoint of the current step unless there is one.
+
+        Raises:
+            UserError: if that of the last step cannot be written; before, training goes on without.
+        """
+        if self.saved_step == self.step:
+            return
+        if checkpoint.save(self.folder.path, self.step, self.engine, self.ema, {}, self.config.keep_last):
             self.saved_step = self.step
-            self.meter.restart()
+        elif not self.running:
+            raise UserError(
+                f"run_dir {self.folder.path} has no room for the checkpoint of the last step: "
+                "free some space, then run the same command again"
+            )
+        self.meter.restart()
 
     def request_stop(self, *_: object) -> None:
         """Checkpoint and leave after the running step (the handler of SIGTERM)."""
@@ -207,8 +217,16 @@ class TrainingRun:
 
 @contextmanager
 def open_world(config: RunConfig) -> Iterator[World]:
-    """The process group of a run, left at the end even after an error."""
+    """The process group of a run, left at the end even after an error.
+
+    Raises:
+        UserError: if the device is not there, or its number format does not go with the ZeRO stage.
+    """
     device = choose_device(config.device)
+    try:
+        check_combination(config.zero_stage, choose_dtype(config.dtype, device), config.optim)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     # Every rank draws the same initial weights, so that they do not depend on the number of ranks.
     torch.manual_seed(config.seed)
     world = init_process(device.type)
@@ -218,6 +236,6 @@ def open_world(config: RunConfig) -> Iterator[World]:
         shutdown()
 
 
-def micro_batch_tokens(batches: list[Batch], tokens_per_clip: int, world: World) -> int:
+def micro_batch_tokens(batches: Sequence[Batch], tokens_per_clip: int, world: World) -> int:
     """Tokens of the global batch, padding rows included."""
     return sum(len(batch.ids) for batch in batches) * tokens_per_clip * world.size

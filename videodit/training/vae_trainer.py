@@ -186,6 +186,7 @@ def _held_out_clips(config: VAERunConfig, multiple: int) -> Tensor | None:
 def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
     """Measures PSNR on held-out clips with the averaged weights, and keeps four of them beside their originals."""
     with run.averaged() as module:
+        assert isinstance(module, VAEObjective)
         vae = module.vae
         made = torch.cat([vae.decode(vae.encode(run.cast(c))).float().cpu() for c in clips.split(8)]).clamp(-1, 1)
     run.log({"eval/psnr_db": float(psnr(clips, made).mean())})

@@ -1,0 +1,221 @@
+"""The two trainers: a run that was stopped goes on bit for bit, whatever stopped it; samples and exports come out."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.training.toy import assert_same, whole
+from videodit import TextToVideo, VideoVAE
+from videodit.data.clip_reader import DataConfig
+from videodit.data.latent_reader import LatentDataConfig
+from videodit.data.loader import ClipLoader
+from videodit.data.video_io import read_frames
+from videodit.errors import UserError
+from videodit.training.checkpoint import load_latest, read_full
+from videodit.training.dit_trainer import DiTRunConfig, build_model, follow_latents, train_dit
+from videodit.training.export import export_run
+from videodit.training.optim import OptimConfig
+from videodit.training.run import TrainingRun
+from videodit.training.tracker import TrackerConfig
+from videodit.training.vae_trainer import VAERunConfig, train_vae
+
+STEPS = 6
+RUN: dict[str, Any] = {
+    "max_steps": STEPS,
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
+    "device": "cpu",
+    "dtype": "fp32",
+    "tracker": TrackerConfig(mode="disabled"),
+}
+# What may differ between two runs of the same thing: times.
+TIMES = ("perf/", "data/wait_s")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_shards(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    root = tmp_path_factory.mktemp("encoded")
+    return tiny.make_latents(root / "latents", shards, tiny.make_vae(root / "vae"))
+
+
+def vae_config(run_dir: Path, shards: Path, **changes: Any) -> VAERunConfig:
+    data = DataConfig(shards=str(shards), buckets=[tiny.BUCKET])
+    config = VAERunConfig(run_dir=str(run_dir), data=data, model=tiny.VAE, optim=OptimConfig(lr=1e-3), **RUN)
+    return replace(config, **changes)
+
+
+def dit_config(run_dir: Path, latents: Path, **changes: Any) -> DiTRunConfig:
+    data = LatentDataConfig(shards=str(latents))
+    optim = OptimConfig(name="muon", lr=1e-3, schedule="linear")
+    sampling = replace(tiny.SAMPLING, num_frames=17)  # the latents decide
+    config = DiTRunConfig(
+        run_dir=str(run_dir), data=data, model=tiny.DIT, text=tiny.TEXT, optim=optim, sampling=sampling, **RUN
+    )
+    return replace(config, **changes)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, one a step, without times."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "train/loss" in line]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in lines]
+
+
+def stop_at(step: int, signal_number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Injects a signal to this process right after a step's figures were logged."""
+    log = TrainingRun.log
+
+    def log_and_signal(run: TrainingRun, figures: dict[str, Any]) -> None:
+        log(run, figures)
+        if run.step == step:
+            os.kill(os.getpid(), signal_number)
+
+    monkeypatch.setattr(TrainingRun, "log", log_and_signal)
+
+
+def check_resume(run: Callable[[Path], Any], tmp_path: Path, signal_number: int, code: int | None) -> None:
+    """Runs straight, and again with a stop after half of the steps: same figures and same bits in the end."""
+    run(tmp_path / "straight")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(STEPS // 2 + 1, signal_number, monkeypatch)
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+            run(tmp_path / "resumed")
+    if code is not None:
+        assert isinstance(stopped.value, SystemExit) and stopped.value.code == code
+    run(tmp_path / "resumed")
+    assert [line["step"] for line in metrics(tmp_path / "resumed")] == list(range(1, STEPS + 1))
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    straight, resumed = load_latest(tmp_path / "straight"), load_latest(tmp_path / "resumed")
+    assert straight is not None and resumed is not None and straight.step == resumed.step == STEPS
+    assert_same(whole(straight), whole(resumed))
+
+
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(shards: Path, tmp_path: Path, zero_stage: int) -> None:
+    check_resume(
+        lambda folder: train_vae(vae_config(folder, shards, zero_stage=zero_stage)), tmp_path, signal.SIGTERM, 143
+    )
+    straight, resumed = (VideoVAE.from_pretrained(tmp_path / name / "model") for name in ("straight", "resumed"))
+    assert_same(straight.state_dict(), resumed.state_dict())  # the latents' statistics too
+
+
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_path: Path, zero_stage: int) -> None:
+    def run(folder: Path) -> Path:
+        return train_dit(dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5))
+
+    check_resume(run, tmp_path, signal.SIGTERM, 143)
+
+
+def test_train_dit_cut_off_goes_on_from_the_last_checkpoint(latents: Path, tmp_path: Path) -> None:
+    """Ctrl-C leaves no checkpoint of its own: the steps since the last one are run again, with the same figures."""
+    check_resume(lambda folder: train_dit(dit_config(folder, latents, save_every=2)), tmp_path, signal.SIGINT, None)
+
+
+def test_sigterm_in_the_last_step_is_heard(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vae_config(tmp_path / "run", shards)
+    with monkeypatch.context() as injected:
+        stop_at(STEPS, signal.SIGTERM, injected)
+        with pytest.raises(SystemExit) as stopped:
+            train_vae(config)
+    assert stopped.value.code == 143
+    assert not (tmp_path / "run/model").exists()
+    train_vae(config)
+    assert len(metrics(tmp_path / "run")) == STEPS
+    VideoVAE.from_pretrained(tmp_path / "run/model")
+
+
+def test_a_finished_run_is_left_alone(latents: Path, tmp_path: Path) -> None:
+    config = dit_config(tmp_path / "run", latents, max_steps=2)
+    train_dit(config)
+    (tmp_path / "kept").write_text((tmp_path / "run/metrics.jsonl").read_text())
+    checkpoint = load_latest(tmp_path / "run")
+    train_dit(config)
+    again = load_latest(tmp_path / "run")
+    assert (tmp_path / "kept").read_text() == (tmp_path / "run/metrics.jsonl").read_text()
+    assert checkpoint is not None and again is not None
+    assert_same(whole(checkpoint), whole(again))
+
+
+def test_a_longer_run_goes_on(latents: Path, tmp_path: Path) -> None:
+    train_dit(dit_config(tmp_path / "run", latents, max_steps=2))
+    train_dit(dit_config(tmp_path / "run", latents, max_steps=3))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_another_model_in_the_same_folder_is_refused(latents: Path, tmp_path: Path) -> None:
+    config = dit_config(tmp_path / "run", latents, max_steps=1)
+    train_dit(config)
+    with pytest.raises(UserError, match=r"model.depth is 4.*trained with 2"):
+        train_dit(replace(config, model=replace(tiny.DIT, depth=4)))
+
+
+def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
+    train_dit(dit_config(tmp_path / "run", latents, max_steps=1))
+    (line,) = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {"step", "train/loss", "train/grad_norm", "perf/step_s", "data/wait_s", "data/digest"} <= line.keys()
+
+
+def test_micro_batches_change_nothing_but_rounding(shards: Path, tmp_path: Path) -> None:
+    for name, micro in (("whole", 4), ("parts", 1)):
+        train_vae(vae_config(tmp_path / name, shards, max_steps=3, micro_batch_size=micro))
+    for whole_line, parts_line in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert whole_line["data/digest"] == parts_line["data/digest"]
+        assert whole_line["train/loss"] == pytest.approx(parts_line["train/loss"], rel=1e-4)
+
+
+def test_held_out_clips_are_measured_and_shown(shards: Path, tmp_path: Path) -> None:
+    train_vae(vae_config(tmp_path / "run", shards, max_steps=2, sample_every=2, eval_shards=str(shards), eval_clips=4))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/psnr_db" in line] == [2]
+    frames = read_frames(tmp_path / "run/samples/step-00000002.mp4")
+    assert frames.shape == (tiny.FRAMES, 2 * tiny.SIZE, 4 * tiny.SIZE, 3)
+
+
+def test_prompts_are_sampled_without_touching_the_training(latents: Path, tmp_path: Path) -> None:
+    prompts = ("a small red circle moves left", "a star")
+    for name, changes in (("with", {"prompts": prompts, "sample_every": 2}), ("without", {})):
+        train_dit(dit_config(tmp_path / name, latents, max_steps=4, **changes))  # type: ignore[arg-type]
+    assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
+    clips = [read_frames(tmp_path / f"with/samples/step-0000000{step}/01.mp4") for step in (2, 4)]
+    assert clips[0].shape == clips[1].shape == (tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
+
+
+def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path, tmp_path: Path) -> None:
+    folder = train_vae(vae_config(tmp_path / "vae", shards, max_steps=4))
+    vae = VideoVAE.from_pretrained(folder)
+    loader = ClipLoader(
+        DataConfig(shards=str(shards), buckets=[tiny.BUCKET], random_crop=False),
+        seed=0, global_batch_size=8, micro_batch_size=8, multiple=8,
+    )  # fmt: skip
+    _, (batch,) = next(loader.iterate(1))
+    with torch.no_grad():
+        codes = vae.encode(batch.clip)
+    axes = (0, 2, 3, 4)
+    torch.testing.assert_close(codes.mean(axes), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(codes.std(axes, correction=0), torch.ones(4), rtol=1e-3, atol=0)
+
+    config = dit_config(tmp_path / "dit", latents, max_steps=4)
+    run = train_dit(config)
+    export_run(run, tmp_path / "model")
+    pipe = TextToVideo.from_pretrained(tmp_path / "model")
+    checkpoint = load_latest(run)
+    assert checkpoint is not None
+    average, exported = read_full(checkpoint, "ema0"), dict(pipe.model.named_parameters())
+    assert set(build_model(follow_latents(config)).state_dict()) >= set(average)
+    assert_same(average, {name: value.detach() for name, value in exported.items()})
+    assert any(not torch.equal(average[name], weight) for name, weight in read_full(checkpoint, "weight").items())
+    assert pipe(["a circle"]).shape == (1, tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
