@@ -142,7 +142,7 @@ DISK_CASES: dict[str, tuple[str, list[str]]] = {
 }
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 # The same from a fresh process: what an import prints on stderr would be a second line.
-FRESH = ["ingest: no such folder", "vae: no such shards", "encode: no such vae", "generate: no such model"]
+FRESH = ["ingest: no such folder", "vae: no such shards", "generate: no such model"]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,13 +96,17 @@ def command(arguments: Sequence[str | Path], ranks: int = 1) -> list[str]:
 
 @contextmanager
 def started(arguments: Sequence[str | Path], ranks: int = 1) -> Iterator[subprocess.Popen[bytes]]:
-    """`videodit ARGUMENTS` in the background, silent; killed at the end if it is still there."""
+    """`videodit ARGUMENTS` in the background, killed at the end if it is still there; what it prints is not kept."""
     silent = subprocess.DEVNULL
-    with subprocess.Popen(command(arguments, ranks), stdin=silent, stdout=silent, stderr=silent) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command(arguments, ranks), stdin=silent, stdout=silent, stderr=output) as process:
+            try:
+                yield process
+            except AssertionError as error:
+                output.seek(0)
+                raise AssertionError(f"{error}; stderr:\n{output.read()}") from error
+            finally:
+                process.kill()
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], limit_s: float = 240) -> None:

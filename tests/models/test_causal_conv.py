@@ -112,7 +112,10 @@ def test_folding_twice_over_time_and_at_once_see_the_same_frames() -> None:
 
 def resamplers(factor: tuple[int, int, int]) -> list[tuple[nn.Module, Callable[[int], int]]]:
     """A down- and an upsampler of 8 channels, each with how many frames it takes for k + 1 blocks."""
-    layers = [(CausalDownsample(8, 8, factor), lambda k: k * factor[0] + 1), (CausalUpsample(8, 8, factor), lambda k: k + 1)]
+    layers = [
+        (CausalDownsample(8, 8, factor), lambda k: k * factor[0] + 1),
+        (CausalUpsample(8, 8, factor), lambda k: k + 1),
+    ]
     for layer, _ in layers:
         nn.init.normal_(layer.conv.weight)
     return layers

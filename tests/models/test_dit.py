@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.models.tiny import randomize, tiny_dit
 from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.layers import sinusoidal_embedding
 
 C, T, HW, L, TEXT = 4, 3, 4, 5, 12
 
@@ -71,6 +72,15 @@ def test_one_level_for_the_clip_is_the_same_level_for_every_frame() -> None:
     model = tiny_dit()
     per_frame = model(latents, sigma[:, None].expand(2, T), text, mask)
     torch.testing.assert_close(model(latents, sigma, text, mask), per_frame)
+
+
+def test_the_embedding_sees_a_thousand_times_the_level() -> None:
+    latents, sigma, text, mask = inputs()
+    model = tiny_dit()
+    seen: list[Tensor] = []
+    model.sigma_embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(latents, sigma, text, mask)
+    assert torch.equal(seen[0], sinusoidal_embedding(1000 * sigma[:, None], 16))
 
 
 def test_the_level_of_a_frame_reaches_that_frame() -> None:

@@ -74,7 +74,9 @@ def test_letter_case_and_every_letter_of_a_long_word_matter() -> None:
     assert (features("Red") - features("red")).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("text", ["маленький красный круг", "小さな赤い円が左に動く", "🔴⬅️", "é", "دائرة حمراء", "\x00\x7f"])
+@pytest.mark.parametrize(
+    "text", ["маленький красный круг", "小さな赤い円が左に動く", "🔴⬅️", "é", "دائرة حمراء", "\x00\x7f"]
+)
 def test_any_script_is_read(text: str) -> None:
     assert features(text).isfinite().all()
     assert (features(text).mean(0) - features("").mean(0)).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""Models so small that a test runs them in milliseconds, with every weight drawn: none of the zeros of a fresh model."""
+"""Models so small that a test runs them in milliseconds, with every weight drawn: no zeros of a fresh model."""
 
 from typing import TypeVar
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from videodit.training.run import TrainingRun
 from videodit.training.tracker import TrackerConfig
 from videodit.training.vae_trainer import VAERunConfig, train_vae
 
+SLOW = pytest.mark.slow
 STEPS = 6
 RUN: dict[str, Any] = {
     "max_steps": STEPS,
@@ -103,7 +105,7 @@ def check_resume(run: Callable[[Path], Any], tmp_path: Path, signal_number: int,
     assert_same(whole(straight), whole(resumed))
 
 
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
 def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(shards: Path, tmp_path: Path, zero_stage: int) -> None:
     check_resume(
         lambda folder: train_vae(vae_config(folder, shards, zero_stage=zero_stage)), tmp_path, signal.SIGTERM, 143
@@ -112,7 +114,7 @@ def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(shards: Path, tmp_path
     assert_same(straight.state_dict(), resumed.state_dict())  # the latents' statistics too
 
 
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=SLOW), 3])
 def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_path: Path, zero_stage: int) -> None:
     def run(folder: Path) -> Path:
         return train_dit(dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5))
@@ -175,6 +177,24 @@ def test_micro_batches_change_nothing_but_rounding(shards: Path, tmp_path: Path)
     for whole_line, parts_line in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert whole_line["data/digest"] == parts_line["data/digest"]
         assert whole_line["train/loss"] == pytest.approx(parts_line["train/loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("kind", ["vae", "dit"])
+def test_two_ranks_train_as_one(shards: Path, latents: Path, tmp_path: Path, kind: str, zero_stage: int) -> None:
+    """Five clips a step: three on the one rank, two and a row of padding on the other, in two micro batches each."""
+    data = {"vae": ["--data.shards", shards, f"--data.buckets={tiny.BUCKET}"], "dit": ["--data.shards", latents]}[kind]
+    options = {"vae": tiny.VAE_OPTIONS, "dit": tiny.DIT_OPTIONS}[kind]
+    options = [*options, "--max_steps=4", "--global_batch_size=5", "--micro_batch_size=2", "--optim.warmup_steps=0"]
+    for ranks, stage in ((1, 1), (2, zero_stage)):
+        run = ["train", kind, "--run_dir", tmp_path / str(ranks), f"--zero_stage={stage}", *tiny.RUN_OPTIONS]
+        done = subprocess.run(tiny.command([*run, *data, *options], ranks), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert one["data/digest"] == two["data/digest"]
+        assert one["train/loss"] == pytest.approx(two["train/loss"], rel=1e-4)
+        assert one["train/grad_norm"] == pytest.approx(two["train/grad_norm"], rel=1e-3)
 
 
 def test_held_out_clips_are_measured_and_shown(shards: Path, tmp_path: Path) -> None:

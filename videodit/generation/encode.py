@@ -84,9 +84,8 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
                 if index == PADDING or weight == 0:
                     continue
                 clip = shards.read_json(index)
-                kept: dict[str, Any] = {
-                    name: clip[name] for name in ("caption", "captions", "fps", "source", "extra") if name in clip
-                }
+                kept: dict[str, Any] = {name: clip[name] for name in ("fps", "source", "extra") if name in clip}
+                kept["captions"] = shards.captions(index)  # also those of a .txt member
                 meta = {**kept, "bucket": batch.bucket.name, "clip": batch.keys[row]}
                 key = latent_key(batch.keys[row])
                 write_latent_sample(writer, key, posterior.mean[row], posterior.logvar[row], meta)

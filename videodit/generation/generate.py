@@ -47,8 +47,8 @@ class GenerateConfig:
     """pixels; the model's own by default"""
     fps: float | None = None
     """frames per second of the file; the model's own by default"""
-    batch_size: int = 8
-    """clips computed at once; the result does not depend on it"""
+    batch_size: int = 1
+    """clips computed at once; more is faster, and then a clip made again alone may differ in the last bit of a pixel"""
     keep_existing: bool = False
     """leave clips alone whose .json says that they were made just so, from these weights"""
     device: str = "auto"
@@ -89,7 +89,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
     used = {name: getattr(pipe.defaults, name) if value is None else value for name, value in options.items()}
     fps = config.fps if config.fps is not None else pipe.defaults.fps
     made_by = {"model": config.model, "weights_sha256": _weights_sha256(Path(config.model))}
-    made_by |= {"dtype": dtype, "device": str(device), "torch": torch.__version__}
+    made_by |= {"batch_size": config.batch_size, "dtype": dtype, "device": str(device), "torch": torch.__version__}
     paths = [out / f"{index:05d}-{_slug(prompt)}.mp4" for index, prompt in enumerate(prompts)]
     records = [
         {"prompt": prompt, "seed": config.seed + index, "fps": fps, **used, **made_by}

@@ -1,6 +1,7 @@
 """Causal 3D convolution and causal resampling: frame i of the output never looks past frame i of the input.
 
-Nothing here has statistics over time, so a clip can be processed in chunks: a `StreamCache` holds what each layer must remember.
+Nothing here has statistics over time, so a clip can be processed in chunks: a `StreamCache` holds what each layer must
+remember.
 
 Legend: b batch, c channels, t frames, h height, w width.
 """
@@ -38,8 +39,9 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """(b, c, t, h, w) -> (b, out_channels, t, h, w).
 
-        A kernel without extent over time is a 2D convolution of the frames, one without extent over space a matrix product of shifted
-        frames: on channels-last tensors both are several times faster than the general 3D convolution on CPUs (docs/decisions.md).
+        A kernel without extent over time is a 2D convolution of the frames, one without extent over space a matrix
+        product of shifted frames: on channels-last tensors both are several times faster than the general 3D
+        convolution on CPUs (docs/decisions.md).
         """
         kt, kh, kw = self.kernel
         weight = rearrange(self.weight, "o (i kt kh kw) -> o i kt kh kw", kt=kt, kh=kh, kw=kw)
@@ -67,7 +69,8 @@ class CausalConv3d(nn.Module):
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of each position: no statistics over time or space.
 
-    Chosen over RMS norm because torch has one fused CPU kernel for it (docs/decisions.md). Source: Ba et al. (2016), arXiv:1607.06450.
+    Chosen over RMS norm because torch has one fused CPU kernel for it (docs/decisions.md).
+    Source: Ba et al. (2016), arXiv:1607.06450.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -118,7 +121,9 @@ class CausalDownsample(nn.Module):
         self.factor = factor
         folded = in_channels * factor[0] * factor[1] * factor[2]
         if folded % out_channels:
-            raise ValueError(f"cannot average {folded} folded channels into {out_channels}: choose a divisor of {folded}")
+            raise ValueError(
+                f"cannot average {folded} folded channels into {out_channels}: choose a divisor of {folded}"
+            )
         self.group = folded // out_channels
         self.conv = CausalConv3d(folded, out_channels, (1, 1, 1))
 
@@ -145,4 +150,3 @@ class CausalUpsample(nn.Module):
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         x = self.conv(x) + x.repeat_interleave(self.repeats, dim=1)
         return unfold(x, self.factor, cache is None or cache.first_chunk)
-

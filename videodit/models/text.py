@@ -182,10 +182,11 @@ class ByteTextEncoder(nn.Module):
         """Captions -> features (b, l, d) with their mask."""
         tokens = tokenize(captions, self.config.max_words)
         device = self.byte_embedding.weight.device
-        return self(tokens.words.to(device), tokens.index.to(device), tokens.mask.to(device))
+        mask = tokens.mask.to(device)
+        return TextFeatures(self(tokens.words.to(device), tokens.index.to(device), mask), mask)
 
-    def forward(self, words: Tensor, index: Tensor, mask: Tensor) -> TextFeatures:
-        """See `ByteTokens` for the arguments."""
+    def forward(self, words: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+        """See `ByteTokens` for the arguments. Gives (b, l, d), a plain tensor: ZeRO-3's hooks see into no dataclass."""
         padding = (words == 0)[:, None]  # u 1 n
         x = self.byte_embedding(words) + self.byte_position[: words.shape[1]]  # u n byte_dim
         # Zeros behind a word, as the convolutions see them behind the longest one: a word's neighbours change nothing.
@@ -197,7 +198,7 @@ class ByteTextEncoder(nn.Module):
         x = x[index] + self.word_position[: index.shape[1]]  # b l d
         for layer in self.layers:
             x = layer(x, mask[:, None, None])
-        return TextFeatures(self.norm_out(x), mask)
+        return self.norm_out(x)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""

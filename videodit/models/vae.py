@@ -50,14 +50,20 @@ class VAEConfig:
     def __post_init__(self) -> None:
         levels = len(self.channels)
         if len(self.downsample) != levels - 1:
-            raise ValueError(f"model.downsample has {len(self.downsample)} entries for {levels} levels: give {levels - 1}")
+            raise ValueError(
+                f"model.downsample has {len(self.downsample)} entries for {levels} levels: give {levels - 1}"
+            )
         for name in ("encoder_blocks", "decoder_blocks"):
             if len(getattr(self, name)) != levels:
-                raise ValueError(f"model.{name} {list(getattr(self, name))} does not fit {levels} levels: give {levels} strings")
+                raise ValueError(
+                    f"model.{name} {list(getattr(self, name))} does not fit {levels} levels: give {levels} strings"
+                )
             if set("".join(getattr(self, name))) - set("cp"):
                 raise ValueError(f"model.{name} {list(getattr(self, name))} has letters other than c and p")
         if self.patch_size[1] != self.patch_size[2]:
-            raise ValueError(f"model.patch_size {list(self.patch_size)} is not square in space: use equal rows and columns")
+            raise ValueError(
+                f"model.patch_size {list(self.patch_size)} is not square in space: use equal rows and columns"
+            )
         for entry in self.downsample:
             if entry not in ("s", "t", "st"):
                 raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")
@@ -84,15 +90,16 @@ class VAEConfig:
             raise ValueError(f"num_frames {num_frames} is not {time}k+1: the nearest is {nearest}")
         for name, value in (("height", height), ("width", width)):
             if value < space or value % space:
-                raise ValueError(f"{name} {value} is not a multiple of {space}: the nearest is {max(round(value / space), 1) * space}")
+                nearest = max(round(value / space), 1) * space
+                raise ValueError(f"{name} {value} is not a multiple of {space}: the nearest is {nearest}")
         return self.latent_channels, (num_frames - 1) // time + 1, height // space, width // space
 
 
 class ConvBlock(nn.Module):
     """norm, 1x3x3 convolution, SiLU, causal 3x1x1 convolution, added to the input.
 
-    The factorized pair has 12 instead of 27 weights per channel pair. Source: Tran et al. (2018), R(2+1)D, arXiv:1711.11248; one norm and one
-    activation a block as in Liu et al. (2022), ConvNeXt, arXiv:2201.03545.
+    The factorized pair has 12 instead of 27 weights per channel pair. Source: Tran et al. (2018), R(2+1)D,
+    arXiv:1711.11248; one norm and one activation a block as in Liu et al. (2022), ConvNeXt, arXiv:2201.03545.
     """
 
     def __init__(self, channels: int) -> None:
@@ -106,16 +113,20 @@ class ConvBlock(nn.Module):
 
 
 class PointwiseBlock(nn.Module):
-    """norm, linear to twice the channels, SiLU, linear back, added to the input: each position by itself, nothing but matrix products."""
+    """norm, linear to twice the channels, SiLU, linear back, added to the input.
+
+    Each position by itself, nothing but matrix products.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = ChannelNorm(channels)
-        self.expand = CausalConv3d(channels, 2 * channels, (1, 1, 1))
+        self.expand = CausalConv3d(channels, 4 * channels, (1, 1, 1))
         self.project = CausalConv3d(2 * channels, channels, (1, 1, 1))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        return x + self.project(F.silu(self.expand(self.norm(x))))
+        gate, value = self.expand(self.norm(x)).chunk(2, dim=1)
+        return x + self.project(F.silu(gate) * value)
 
 
 def _block(letter: str, channels: int) -> nn.Module:
@@ -203,9 +214,10 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 class VideoVAE(nn.Module):
     """Causal video VAE with per-channel latent statistics: latents that leave it have zero mean and unit variance.
 
-    Beside encoder and decoder runs a linear shortcut over blocks of 4x8x8 pixels, which `fit_shortcut` sets to the blocks' principal components:
-    training starts at the best linear code, and encoder and decoder learn what a linear code cannot say. It is the residual autoencoding of
-    DC-AE (arXiv:2410.10733) over the whole depth; what it gains is in docs/decisions.md.
+    Beside encoder and decoder runs a linear shortcut over blocks of 4x8x8 pixels, which `fit_shortcut` sets to the
+    blocks' principal components: training starts at the best linear code, and encoder and decoder learn what a linear
+    code cannot say. It is the residual autoencoding of DC-AE (arXiv:2410.10733) over the whole depth; what it gains is
+    in docs/decisions.md.
 
     Args:
         config: its shape.
@@ -232,10 +244,11 @@ class VideoVAE(nn.Module):
     def init_weights(self) -> None:
         """Every initialisation of the VAE.
 
-        Convolutions: normal with standard deviation 1/sqrt(fan_in), biases zero. The last convolution of each residual block is zero, so
-        that a block starts as the identity; the convolutions beside a shortcut start at a tenth, so that the shortcut leads; the encoder's
-        last starts at a tenth and the decoder's at zero, so that the first reconstruction is the shortcut's coarse picture. Norms: weight one, bias zero.
-        The log-variance's bias is INITIAL_LOGVAR: with a unit-variance posterior the first steps would train on noise.
+        Convolutions: normal with standard deviation 1/sqrt(fan_in), biases zero. The last convolution of each residual
+        block is zero, so that a block starts as the identity; the convolutions beside a shortcut start at a tenth, so
+        that the shortcut leads; the encoder's last starts at a tenth and the decoder's at zero, so that the first
+        reconstruction is the shortcut's coarse picture. Norms: weight one, bias zero. The log-variance's bias is
+        INITIAL_LOGVAR: with a unit-variance posterior the first steps would train on noise.
         """
         for module in self.modules():
             if isinstance(module, CausalConv3d):
@@ -258,7 +271,7 @@ class VideoVAE(nn.Module):
     def fit_shortcut(self, clips: Tensor) -> None:
         """Sets the shortcut to the principal components of the clips' blocks: the best linear code there is.
 
-        Part of the initialisation; call it once, before training. The latents it gives have zero mean and unit variance.
+        Part of the initialisation; call it once, before training. Its latents have zero mean and unit variance.
 
         Args:
             clips: (b, c, t, h, w) in [-1, 1], a few dozen.

@@ -1,0 +1,95 @@
+"""Samplers against flows whose solution is known."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from videodit.flow.noise_level import sampling_levels
+from videodit.flow.samplers import SAMPLERS, euler, heun
+
+BOTH = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=list(SAMPLERS))
+
+
+def broadcast(sigma: Tensor) -> Tensor:
+    return sigma.view(-1, 1, 1, 1, 1)
+
+
+def noise(b: int = 2) -> Tensor:
+    return torch.randn(b, 3, 2, 2, 2, dtype=torch.float64)
+
+
+@BOTH
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_straight_paths_are_exact_in_any_number_of_steps(sampler, num_steps: int, shift: float) -> None:
+    x1, x0 = noise(), noise()
+    out = sampler(lambda x, sigma: (x - x0) / broadcast(sigma), x1, sampling_levels(num_steps, shift).double())
+    torch.testing.assert_close(out, x0)
+    torch.testing.assert_close(sampler(lambda x, sigma: x1 - x0, x1, sampling_levels(num_steps, shift).double()), x0)
+
+
+def error(sampler, num_steps: int) -> float:
+    """On dx/dsigma = (2 sigma - 1) x + sigma, which an integrating factor solves."""
+    x1 = torch.linspace(-2, 2, 24, dtype=torch.float64).view(1, 3, 2, 2, 2)
+    # With y = x e^{sigma - sigma^2}: dy/dsigma = sigma e^{sigma - sigma^2}, integrated on a fine grid (Simpson).
+    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    values = grid * (grid - grid**2).exp()
+    simpson = (values[0] + 4 * values[1::2].sum() + 2 * values[2:-1:2].sum() + values[-1]) / 6000
+    exact = x1 - simpson  # e^{1 - 1} = e^{0} = 1 at both ends
+    out = sampler(lambda x, s: (2 * broadcast(s) - 1) * x + broadcast(s), x1, sampling_levels(num_steps, 1.0).double())
+    return float((out - exact).abs().max())
+
+
+def test_orders_of_convergence() -> None:
+    for sampler, order in ((euler, 1), (heun, 2)):
+        ratios = [error(sampler, n) / error(sampler, 2 * n) for n in (40, 80)]
+        assert all(2**order * 0.85 < ratio < 2**order * 1.15 for ratio in ratios), (order, ratios)
+    assert error(heun, 40) < 0.1 * error(euler, 40)
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
+def test_noise_flows_to_the_gaussian_of_the_data(std: float) -> None:
+    """For data N(0, std^2), E[noise - x0 | x] is linear in x and carries noise to std * noise."""
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        s = broadcast(sigma)
+        return x * (s - (1 - s) * std**2) / ((1 - s) ** 2 * std**2 + s**2)
+
+    x1 = noise()
+    torch.testing.assert_close(heun(velocity, x1, sampling_levels(200, 1.0).double()), std * x1, rtol=2e-3, atol=1e-3)
+    middle = torch.linspace(1.0, 0.25, 401, dtype=torch.float64)
+    scale = math.sqrt(0.75**2 * std**2 + 0.25**2)
+    torch.testing.assert_close(heun(velocity, x1, middle), scale * x1, rtol=1e-4, atol=1e-4)
+
+
+def test_calls_and_levels() -> None:
+    sigmas = sampling_levels(5, 3.0)
+    for sampler, expected in (
+        (euler, sigmas[:-1].tolist()),
+        (heun, [s for i in range(4) for s in sigmas[i : i + 2].tolist()] + [float(sigmas[4])]),
+    ):
+        seen = []
+
+        def velocity(x: Tensor, sigma: Tensor, seen: list = seen) -> Tensor:
+            assert sigma.shape == (3,) and (sigma == sigma[0]).all()
+            seen.append(float(sigma[0]))
+            return x
+
+        sampler(velocity, torch.ones(3, 1, 1, 1, 1), sigmas)
+        assert seen == pytest.approx(expected)
+
+
+@BOTH
+def test_the_start_is_left_alone_and_rows_do_not_touch(sampler) -> None:
+    x1 = noise(3)
+    before = x1.clone()
+    sigmas = sampling_levels(4, 2.0).double()
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return x.square() * broadcast(sigma)
+
+    out = sampler(velocity, x1, sigmas)
+    assert torch.equal(x1, before)
+    torch.testing.assert_close(out[1:2], sampler(velocity, x1[1:2], sigmas))

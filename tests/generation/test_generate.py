@@ -1,0 +1,136 @@
+"""`videodit generate`: files that play, a record that reproduces them, and one line for every mistake."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.generation.test_pipeline import PIPE
+from videodit.data.video_io import probe, read_frames
+from videodit.errors import UserError
+from videodit.generation.generate import GenerateConfig, generate
+from videodit.generation.pipeline import TextToVideo
+
+PROMPTS = ["a small red circle moves left", "Blau, größer!", "маленький круг", "a small red circle moves left"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    PIPE.save_pretrained(folder)
+    return str(folder)
+
+
+def config(model: str, out: Path, **changes) -> GenerateConfig:
+    return GenerateConfig(**{"model": model, "prompt": PROMPTS, "out": str(out), "device": "cpu", **changes})
+
+
+def test_a_clip_and_its_record_for_every_prompt(model: str, tmp_path: Path) -> None:
+    seen = []
+    paths = generate(config(model, tmp_path / "new" / "out", seed=4, fps=12.0), lambda *progress: seen.append(progress))
+    assert [path.name for path in paths] == [
+        "00000-a-small-red-circle-moves-left.mp4",
+        "00001-blau-gr-er.mp4",
+        "00002-clip.mp4",
+        "00003-a-small-red-circle-moves-left.mp4",
+    ]
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == sorted(
+        [path.name for path in paths] + [path.with_suffix(".json").name for path in paths]
+    )
+    assert seen[-1] == (4, 4)
+    for index, path in enumerate(paths):
+        info = probe(path)
+        assert (info.num_frames, info.height, info.width, info.fps) == (5, 32, 16, 12.0)
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert (record["prompt"], record["seed"], record["fps"]) == (PROMPTS[index], 4 + index, 12.0)
+
+
+def test_the_record_reproduces_the_clip(model: str, tmp_path: Path) -> None:
+    options = {"num_steps": 2, "guidance_scale": 1.5, "sampler": "heun", "num_frames": 9, "height": 16, "width": 32}
+    path = generate(config(model, tmp_path / "a", seed=11, **options))[1]
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert options.items() <= record.items()
+    again = {name: record[name] for name in (*options, "seed", "fps", "dtype", "model")}
+    (copy,) = generate(config(out=tmp_path / "b", prompt=[record["prompt"]], device=record["device"], **again))
+    difference = read_frames(copy).astype(int) - read_frames(path)
+    assert np.abs(difference).mean() < 1.0
+    clip = TextToVideo.from_pretrained(model)([record["prompt"]], seed=record["seed"], **options)[0]
+    assert clip.shape == (9, 16, 32, 3)
+
+
+def test_the_batch_size_changes_nothing(model: str, tmp_path: Path) -> None:
+    together, apart = (generate(config(model, tmp_path / str(b), batch_size=b)) for b in (4, 1))
+    for one, other in zip(together, apart):
+        assert one.name == other.name
+        assert np.abs(read_frames(one).astype(int) - read_frames(other)).mean() < 1.0
+
+
+def test_the_same_prompt_with_another_seed_is_another_clip(model: str, tmp_path: Path) -> None:
+    paths = generate(config(model, tmp_path))
+    assert not np.array_equal(read_frames(paths[0]), read_frames(paths[3]))
+
+
+def test_prompts_from_a_file(model: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n  a star \n\nein Kreis größer\n", encoding="utf-8")
+    paths = generate(config(model, tmp_path, prompt=["first"], prompts=str(tmp_path / "prompts.txt")))
+    prompts = [json.loads(path.with_suffix(".json").read_text())["prompt"] for path in paths]
+    assert prompts == ["first", "a star", "ein Kreis größer"]
+
+
+def test_half_precision(model: str, tmp_path: Path) -> None:
+    (path,) = generate(config(model, tmp_path, prompt=["a star"], dtype="bf16"))
+    assert json.loads(path.with_suffix(".json").read_text())["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": []}, "no prompt: give --prompt TEXT"),
+        ({"prompt": ["a star", " "]}, "a prompt is empty"),
+        ({"prompts": "nowhere.txt"}, "cannot read --prompts nowhere.txt"),
+        ({"model": "nowhere"}, "no such model folder: nowhere"),
+        ({"num_frames": 6}, "num_frames 6 is not 4k.1: the nearest is 5"),
+        ({"height": 20}, "height 20 is not a multiple of"),
+        ({"num_steps": 0}, "num_steps 0 is below 1"),
+        ({"sampler": "rk4"}, "'rk4' is not one of"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"dtype": "fp8"}, "dtype 'fp8'"),
+    ],
+)
+def test_mistakes_are_one_line_for_the_user(model: str, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        generate(config(**{"model": model, "out": tmp_path / "out", **changes}))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_file_of_prompts_that_is_no_text(model: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match="cannot read --prompts"):
+        generate(config(model, tmp_path, prompts=str(tmp_path / "prompts.txt")))
+
+
+def test_an_out_that_is_a_file(model: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="file"):
+            generate(config(model, out))
+
+
+def test_truncated_weights(model: str, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    weights = tmp_path / "model" / "dit" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(UserError, match="dit/model.safetensors is truncated or damaged"):
+        generate(config(str(tmp_path / "model"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"model": ""}, "--model is missing"), ({"batch_size": 0}, "--batch_size 0"), ({"fps": 0.0}, "--fps 0.0")],
+)
+def test_a_config_that_cannot_be(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerateConfig(**{"model": "m", **changes})

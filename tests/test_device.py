@@ -1,0 +1,40 @@
+"""Device and number format: what 'auto' becomes, and what is refused."""
+
+import pytest
+import torch
+
+from videodit.device import choose_device, choose_dtype, torch_dtype
+from videodit.errors import UserError
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_auto_is_the_gpu_if_there_is_one(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert choose_device("auto") == torch.device("cuda" if gpu else "cpu")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="'cuda' asked for, but torch sees no GPU: use --device cpu"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype"),
+    [
+        ("auto", "cuda", torch.bfloat16),
+        ("auto", "cpu", torch.float32),
+        ("fp32", "cuda", torch.float32),
+        ("bf16", "cpu", torch.bfloat16),
+    ],
+)
+def test_dtype(name: str, device: str, dtype: torch.dtype) -> None:
+    assert torch_dtype(choose_dtype(name, torch.device(device))) == dtype
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UserError, match="device 'gpu' is not one of auto, cpu, cuda"):
+        choose_device("gpu")
+    with pytest.raises(UserError, match="dtype 'fp16' is not one of auto, fp32, bf16"):
+        choose_dtype("fp16", torch.device("cpu"))
