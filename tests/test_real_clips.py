@@ -14,7 +14,7 @@ from videodit.data.shards import ShardSet
 from videodit.data.video_io import probe, read_frames
 from videodit.training.run_folder import read_metrics
 
-BUCKET = "9x64x64"
+BUCKET = "9x48x48"
 # Scene starts on which both detectors agree, from the README beside the clips; and where they do not, for fades.
 SINTEL_CUTS = (286, 348, 372, 388, 523, 573, 610)
 SINTEL_FADES = (468, 478, 631, 671)
@@ -159,9 +159,9 @@ def test_generated_clips_play_and_their_json_makes_them_again(model: Path, tmp_p
     assert [clip.parent for clip in clips] == [tmp_path / "first"] * len(PROMPTS)
     for clip in clips:
         info = probe(clip)
-        assert (info.num_frames, info.height, info.width, info.fps) == (9, 64, 64, 12.0)
+        assert (info.num_frames, info.height, info.width, info.fps) == (9, 48, 48, 12.0)
         frames = read_frames(clip)
-        assert frames.shape == (9, 64, 64, 3) and frames.std() > 1
+        assert frames.shape == (9, 48, 48, 3) and frames.std() > 1
 
     record = json.loads(clips[1].with_suffix(".json").read_text())
     assert (record["prompt"], record["seed"]) == (PROMPTS[1], 8)

@@ -5,7 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Weighting = Literal["uniform", "min_snr"]
+from videodit.flow.path import MIN_SIGMA
+
+Weighting = Literal["uniform", "velocity", "min_snr"]
 
 
 def flow_loss(prediction: Tensor, target: Tensor, frame_weight: Tensor) -> Tensor:
@@ -27,12 +29,15 @@ def level_weight(sigma: Tensor, weighting: Weighting, gamma: float = 5.0) -> Ten
 
     Args:
         sigma: any shape, noise level in [0, 1].
-        weighting: uniform, or min_snr: min(snr, gamma) / snr with snr = ((1 - sigma) / sigma)^2, for noise prediction.
+        weighting: uniform; velocity: 1 / sigma^2, which makes the error of an x0 prediction that of the velocity it stands for; min_snr:
+            min(snr, gamma) / snr with snr = ((1 - sigma) / sigma)^2, for noise prediction.
     Returns:
         sigma's shape.
-    Source: Hang et al. (2023), Min-SNR, arXiv:2303.09556, Sec. 3.4.
+    Source: Li & He (2025), arXiv:2511.13720, Sec. 4 (velocity); Hang et al. (2023), Min-SNR, arXiv:2303.09556, Sec. 3.4.
     """
     if weighting == "uniform":
         return torch.ones_like(sigma)
+    if weighting == "velocity":
+        return sigma.clamp(min=MIN_SIGMA) ** -2
     snr = ((1.0 - sigma) / sigma.clamp(min=1e-4)).square()
     return gamma / snr.clamp(min=gamma)  # min(snr, gamma) / snr, and 1 at snr 0

@@ -14,8 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+MIN_SIGMA = 0.05
+"""Below this noise level an x0 prediction counts, in loss and sampling, as if it were this level."""
+
 Path = Literal["rectified", "variance_preserving"]
-Prediction = Literal["velocity", "noise", "v"]
+Prediction = Literal["velocity", "x0", "noise", "v"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class Parameterization:
     path: Path = "rectified"
     """rectified flow, or the variance_preserving path of DDPM"""
     prediction: Prediction = "velocity"
-    """velocity (noise - x0), noise (DDPM's epsilon) or v (alpha noise - beta x0, on the variance-preserving path)"""
+    """velocity (noise - x0), x0 (the clean latents), noise (DDPM's epsilon) or v (alpha noise - beta x0, on the variance-preserving path)"""
 
     def __post_init__(self) -> None:
         if self.path not in ("rectified", "variance_preserving"):
             raise ValueError(f"flow.path {self.path!r} is not one of rectified, variance_preserving")
-        if self.prediction not in ("velocity", "noise", "v"):
-            raise ValueError(f"flow.prediction {self.prediction!r} is not one of velocity, noise, v")
+        if self.prediction not in ("velocity", "x0", "noise", "v"):
+            raise ValueError(f"flow.prediction {self.prediction!r} is not one of velocity, x0, noise, v")
         if self.prediction == "v" and self.path == "rectified":
             raise ValueError(
                 "flow.prediction 'v' belongs to flow.path variance_preserving: set that, or predict velocity"
@@ -64,6 +67,8 @@ def target(parameterization: Parameterization, x0: Tensor, noise: Tensor, sigma:
         return noise - x0
     if parameterization.prediction == "noise":
         return noise
+    if parameterization.prediction == "x0":
+        return x0
     alpha, beta = coefficients(parameterization.path, sigma)
     return alpha * noise - beta * x0
 
@@ -77,11 +82,14 @@ def to_velocity(parameterization: Parameterization, prediction: Tensor, x: Tenso
         x: that point, alpha x0 + beta noise.
         sigma: noise level, broadcast against x.
     Returns:
-        x's shape. Where a noise prediction has lost x0 (alpha near 0), alpha is held at 1e-3.
+        x's shape. Where a noise prediction has lost x0 (alpha near 0), alpha is held at 1e-3; where an x0 prediction has lost the noise
+        (beta near 0), beta is held at MIN_SIGMA.
     """
     if parameterization.prediction == "velocity":
         return prediction
     alpha, beta = coefficients(parameterization.path, sigma)
+    if parameterization.prediction == "x0":
+        return (x - alpha * prediction) / beta.clamp(min=MIN_SIGMA) - prediction
     if parameterization.prediction == "noise":
         return prediction - (x - beta * prediction) / alpha.clamp(min=1e-3)
     noise = beta * x + alpha * prediction  # alpha^2 + beta^2 = 1

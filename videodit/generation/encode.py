@@ -38,7 +38,7 @@ class EncodeConfig:
     """the clips and the shapes they are cut to"""
     batch_size: int = 8
     """clips encoded at once"""
-    multiple: int = 16
+    multiple: int = 8
     """what heights and widths must be divisible by: the VAE's factor times the DiT's patch"""
     device: str = "auto"
     """auto, cpu or cuda"""

@@ -88,7 +88,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
     options = {name: getattr(config, name) for name in OPTIONS}
     used = {name: getattr(pipe.defaults, name) if value is None else value for name, value in options.items()}
     fps = config.fps if config.fps is not None else pipe.defaults.fps
-    made_by = {"model": config.model, "weights_sha256": _weights_sha256(Path(config.model))}
+    made_by: dict[str, Any] = {"model": config.model, "weights_sha256": _weights_sha256(Path(config.model))}
     made_by |= {"batch_size": config.batch_size, "dtype": dtype, "device": str(device), "torch": torch.__version__}
     paths = [out / f"{index:05d}-{_slug(prompt)}.mp4" for index, prompt in enumerate(prompts)]
     records = [

@@ -233,8 +233,10 @@ class VideoVAE(nn.Module):
         self.decoder = Decoder(config)
         self.block = (config.temporal_compression, config.spatial_compression, config.spatial_compression)
         block_channels = config.in_channels * math.prod(self.block)
-        self.shortcut_in = CausalConv3d(block_channels, config.latent_channels, (1, 1, 1))
-        self.shortcut_out = CausalConv3d(config.latent_channels, block_channels, (1, 1, 1))
+        # The shortcut's linear code, fitted and then fixed: a gradient step would be larger than its smallest entries.
+        self.register_buffer("code_analysis", torch.zeros(config.latent_channels, block_channels))
+        self.register_buffer("code_synthesis", torch.zeros(block_channels, config.latent_channels))
+        self.register_buffer("code_center", torch.zeros(block_channels))
         # Per-channel statistics of the raw latents, measured on the training clips after training.
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
@@ -264,7 +266,7 @@ class VideoVAE(nn.Module):
             elif isinstance(module, (CausalDownsample, CausalUpsample)):
                 module.conv.weight.mul_(0.1)
         nn.init.zeros_(self.decoder.conv_out.weight)
-        self.encoder.conv_out.weight.mul_(0.1)
+        self.encoder.conv_out.weight[: self.config.latent_channels].zero_()
         nn.init.constant_(self.encoder.conv_out.bias[self.config.latent_channels :], INITIAL_LOGVAR)
 
     @torch.no_grad()
@@ -284,10 +286,21 @@ class VideoVAE(nn.Module):
         # The sign of an eigenvector is arbitrary: make it a function of the data, not of the LAPACK build.
         vectors = vectors * torch.where(vectors.sum(dim=0) < 0, -1.0, 1.0)
         std = values.clamp(min=1e-6).sqrt()
-        self.shortcut_in.weight.copy_((vectors / std).T)
-        self.shortcut_in.bias.copy_(-(center @ vectors) / std)
-        self.shortcut_out.weight.copy_(vectors * std)
-        self.shortcut_out.bias.copy_(center)  # shortcut_in has subtracted it
+        self.code_analysis.copy_((vectors / std).T)
+        self.code_synthesis.copy_(vectors * std)
+        self.code_center.copy_(center)
+
+    def _analyse(self, clip: Tensor, first_chunk: bool) -> Tensor:
+        """The shortcut's latents of a clip."""
+        blocks = rearrange(fold(clip, self.block, first_chunk), "b c t h w -> b t h w c")
+        latents = F.linear(blocks - self.code_center.to(clip.dtype), self.code_analysis.to(clip.dtype))
+        return rearrange(latents, "b t h w c -> b c t h w")
+
+    def _synthesise(self, latents: Tensor, first_chunk: bool) -> Tensor:
+        """The shortcut's clip of raw latents."""
+        positions = rearrange(latents, "b c t h w -> b t h w c")
+        blocks = F.linear(positions, self.code_synthesis.to(latents.dtype), self.code_center.to(latents.dtype))
+        return unfold(rearrange(blocks, "b t h w c -> b c t h w"), self.block, first_chunk)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         return self.latent_mean.view(1, -1, 1, 1, 1), self.latent_std.view(1, -1, 1, 1, 1)
@@ -295,7 +308,7 @@ class VideoVAE(nn.Module):
     def posterior(self, clip: Tensor, cache: StreamCache | None = None) -> Posterior:
         """Encodes (b, c, t, h, w) in [-1, 1] into a Posterior over normalised latents."""
         mean, logvar = self.encoder(clip, cache).chunk(2, dim=1)
-        mean = mean + self.shortcut_in(fold(clip, self.block, cache is None or cache.first_chunk))
+        mean = mean + self._analyse(clip, cache is None or cache.first_chunk)
         shift, scale = self._statistics()
         return Posterior((mean - shift) / scale, logvar.clamp(-20.0, 10.0) - 2.0 * torch.log(scale))
 
@@ -316,7 +329,7 @@ class VideoVAE(nn.Module):
         """(b, latent_channels, k+1, h, w) normalised latents -> (b, c, 4k+1, 8h, 8w), about [-1, 1] (not clamped)."""
         shift, scale = self._statistics()
         raw = latents * scale + shift
-        coarse = unfold(self.shortcut_out(raw), self.block, cache is None or cache.first_chunk)
+        coarse = self._synthesise(raw, cache is None or cache.first_chunk)
         return coarse + self.decoder(raw, cache)
 
     def decode_stream(self, latents: Tensor) -> Tensor:

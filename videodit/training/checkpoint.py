@@ -120,6 +120,9 @@ class Checkpoint:
         if profiles != tuple(self.state["ema_profiles"]):
             raise UserError(f"checkpoint {self.path} has ema profiles {self.state['ema_profiles']}, the run {profiles}")
         engine.load_slices(self.read, self.state["optimizer_step"])
+        read = read_buffers(self)
+        for name, buffer in _buffers(engine.module).items():
+            buffer.copy_(read[name])
         if ema:
             for kind, averages in ema.state().items():
                 for part, average in zip(engine.slices(), averages, strict=True):
@@ -142,9 +145,17 @@ def read_full(checkpoint: Checkpoint, kind: str = "ema0") -> dict[str, torch.Ten
     }
 
 
+def read_buffers(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Whole buffers (measured statistics and the like) by name, float32."""
+    return {
+        name: checkpoint.read("buffer", name, 0, torch.Size(shape).numel()).view(shape)
+        for name, shape in checkpoint.state["buffers"].items()
+    }
+
+
 def load_average(module: torch.nn.Module, checkpoint: Checkpoint, ema: int = 0) -> None:
-    """Fills a module with one of the averages and sets it to evaluation mode; buffers stay as they are."""
-    module.load_state_dict(read_full(checkpoint, f"ema{ema}"), strict=False)
+    """Fills a module with one of the averages and its buffers, and sets it to evaluation mode."""
+    module.load_state_dict({**read_full(checkpoint, f"ema{ema}"), **read_buffers(checkpoint)})
     module.eval().requires_grad_(False)
 
 
@@ -191,6 +202,7 @@ def save(
             "world_size": len(ranks),
             "zero_stage": engine.zero_stage,
             "shapes": engine.shapes,
+            "buffers": {name: list(value.shape) for name, value in _buffers(engine.module).items()},
             "ema_profiles": list(ema.profiles) if ema else [],
             "extra": extra or {},
         }
@@ -266,6 +278,12 @@ def find_damage(path: Path) -> str:
         return f"manifest.json cannot be read ({type(problem).__name__})"
 
 
+def _buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the module's state, by name."""
+    kept = module.state_dict().keys()
+    return {name: value for name, value in module.named_buffers() if name in kept}
+
+
 def _slices_by_key(engine: "Engine", ema: "PowerEMA | None") -> dict[str, torch.Tensor]:
     slices = engine.slices()
     tensors = {}
@@ -275,6 +293,9 @@ def _slices_by_key(engine: "Engine", ema: "PowerEMA | None") -> dict[str, torch.
     for kind, averages in (ema.state() if ema else {}).items():
         for part, average in zip(slices, averages, strict=True):
             tensors[f"{kind}/{part.name}@{part.start}"] = average
+    if engine.rank == 0:
+        for name, value in _buffers(engine.module).items():
+            tensors[f"buffer/{name}@0"] = value.flatten()
     # Copies: slices are views that share storage, which safetensors refuses.
     return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
 

@@ -43,7 +43,7 @@ class DiTRunConfig(RunConfig):
     noise: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
     """at which noise levels it is trained"""
     weighting: Weighting = "uniform"
-    """weight of a noise level in the loss: uniform or min_snr"""
+    """weight of a noise level in the loss: uniform, velocity (for x0 prediction) or min_snr (for noise prediction)"""
     condition_rate: float = 0.0
     """share of samples whose first latent frames are given clean (image-to-video, extension)"""
     compile: bool = False
