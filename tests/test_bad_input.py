@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "encode: vae without weights": ("{encode} --vae {bare_vae}", ["{bare_vae} has no weights", "model.safetensors"]),
     "encode: truncated vae": ("{encode} --vae {cut_vae}", ["{cut_vae}/model.safetensors", "truncated", "copy it"]),
     "encode: no such shards": ("{encode} --data.shards {gone}", ["{gone}", "no such folder"]),
-    "encode: size": ("{encode} --data.buckets 9x24x32", ["9x24x32", "16", "9x16x32"]),
+    "encode: size": ("{encode} --data.buckets 9x20x32", ["9x20x32", "8", "9x16x32"]),
     "encode: frames": ("{encode} --data.buckets 10x32x32", ["10x32x32", "4k+1", "9x32x32"]),
     "encode: out below a file": ("{encode} --out {text}/latents", ["{text}/latents", "choose another"]),
     # ---- generate

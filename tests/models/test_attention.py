@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -52,13 +51,13 @@ def test_temporal_attention_is_spatial_attention_of_the_transposed_clip() -> Non
 def test_attention_gets_views_of_the_buffer_not_copies(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = random_qkv()
     seen: list[Tensor] = []
-    real = F.scaled_dot_product_attention
+    real = attention.attention
 
     def spy(*tensors: Tensor) -> Tensor:
         seen.extend(tensors)
         return real(*tensors)
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(attention, "attention", spy)
     attend(kind, *qkv)
     assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in qkv]
     sequence, heads = {"s": (S, H), "t": (T, S * H), "f": (T * S, H)}[kind]

@@ -116,7 +116,7 @@ def full_state(engine: Engine, ema: PowerEMA | None = None) -> dict[str, torch.T
 
 def whole(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """All of a checkpoint's tensors: KIND/NAME -> tensor."""
-    shapes = checkpoint.state["shapes"]
+    shapes = {**checkpoint.state["shapes"], **checkpoint.state["buffers"]}
     return {
         f"{kind}/{name}": checkpoint.read(kind, name, 0, torch.Size(shapes[name]).numel())
         for kind, name in checkpoint._slices()

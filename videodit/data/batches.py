@@ -57,12 +57,16 @@ class ClipBatch(Batch):
 
 @dataclass(kw_only=True)
 class LatentBatch(Batch):
-    """A micro batch of posteriors; rows of weight 0 are zeros."""
+    """A micro batch of posteriors; rows of weight 0 are zeros, with the text of the empty caption."""
 
     mean: Tensor
     """(b, c, t, h, w) float32, normalised."""
     logvar: Tensor
     """(b, c, t, h, w) float32 log-variance in the same units."""
+    text: Tensor | None = None
+    """(b, l, d) float16 embeddings of `captions`, zero at padding; None if the latents have none."""
+    text_mask: Tensor | None = None
+    """(b, l) bool, true where there is text; None if the latents have no embeddings."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Rows:
 
     request: Request
     tensors: dict[str, Tensor]
-    """Tensors with one row per id; rows without a sample are zeros."""
+    """Tensors with one row per id; rows without a sample are zeros, or the embedding of the empty caption."""
     captions: list[str]
     failures: dict[int, str] = field(default_factory=dict)
     """Row -> why its sample could not be read."""
@@ -185,9 +189,15 @@ def choose_caption(captions: list[str], seed: int, epoch: int, key: str, drop: f
         seed, epoch, key: what the choice is a function of.
         drop: probability of "".
     """
+    number = choose_caption_number(len(captions), seed, epoch, key, drop)
+    return "" if number is None else captions[number]
+
+
+def choose_caption_number(count: int, seed: int, epoch: int, key: str, drop: float = 0.0) -> int | None:
+    """As `choose_caption`, by number: which of `count` captions, None for ""; see there."""
     if drop > 0 and sample_unit(seed, epoch, key, "caption_drop") < drop:
-        return ""
-    return captions[int(sample_unit(seed, epoch, key, "caption") * len(captions))]
+        return None
+    return int(sample_unit(seed, epoch, key, "caption") * count)
 
 
 def check_workers(num_workers: int, prefetch: int) -> None:

@@ -1,12 +1,15 @@
-"""Reading latents, from memory where all of them fit."""
+"""Reading latents and their captions' embeddings, from memory where all of them fit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from videodit.data.batches import Request, Rows, check_workers, choose_caption
+from videodit.data.batches import Request, Rows, check_workers, choose_caption_number
 from videodit.data.buckets import Bucket, parse_bucket
-from videodit.data.latents import LatentSample, read_latent_sample
+from videodit.data.latents import LatentSample, read_empty_text, read_latent_sample, read_manifest
 from videodit.data.order import PADDING
 from videodit.data.shards import ShardSet
 from videodit.errors import UserError
@@ -34,19 +37,21 @@ class LatentDataConfig:
 
 
 class LatentReader:
-    """Reads micro batches of posteriors.
+    """Reads micro batches of posteriors and, where a frozen text encoder made them, of embeddings.
 
     Args:
         shards: latent shards.
         config: caption drop and memory.
         seed: the run's seed.
     Raises:
-        UserError: if the shards hold no latents.
+        UserError: if the shards hold no latents, or should have embeddings and lack that of the empty caption.
     """
 
     def __init__(self, shards: ShardSet, config: LatentDataConfig, seed: int) -> None:
         self.shards, self.config, self.seed = shards, config, seed
         sizes = [entry.members["safetensors"][1] for entry in shards.entries if "safetensors" in entry.members]
+        has_text = bool((read_manifest(shards.root) or {}).get("text_encoder"))
+        self.empty_text = read_empty_text(shards.root) if has_text else None
         self.in_memory = sum(sizes) <= config.cache_gib * 2**30
         self._kept: dict[int, tuple[LatentSample, list[str]]] = {}
         self.members: dict[Bucket, list[int]] = {}
@@ -70,6 +75,7 @@ class LatentReader:
         mean = torch.zeros(len(request.ids), *shape)
         logvar = torch.zeros(len(request.ids), *shape)
         rows = Rows(request, {"mean": mean, "logvar": logvar}, [""] * len(request.ids))
+        text = [] if self.empty_text is None else [self.empty_text] * len(request.ids)
         for row, index in enumerate(request.ids):
             if index == PADDING:
                 continue
@@ -77,13 +83,29 @@ class LatentReader:
                 sample, captions = self._sample(index)
                 if sample.mean.shape != shape or sample.logvar.shape != shape:
                     raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
+                self._check_text(sample, captions)
             except (UserError, OSError, ValueError) as error:
                 rows.failures[row] = str(error)
                 continue
             mean[row], logvar[row] = sample.mean, sample.logvar
             key = self.shards.entries[index].key
-            rows.captions[row] = choose_caption(captions, self.seed, request.epoch, key, self.config.caption_drop)
+            drop = self.config.caption_drop
+            number = choose_caption_number(len(captions), self.seed, request.epoch, key, drop)
+            if number is not None:
+                rows.captions[row] = captions[number]
+                if text:
+                    text[row] = sample.text[number]
+        if text:
+            rows.tensors["text"], rows.tensors["text_mask"] = _pad(text)
         return rows
+
+    def _check_text(self, sample: LatentSample, captions: list[str]) -> None:
+        if self.empty_text is None:
+            return
+        if len(sample.text) != len(captions):
+            raise ValueError(f"{len(sample.text)} embeddings for {len(captions)} captions")
+        if any(text.ndim != 2 or text.shape[1] != self.empty_text.shape[1] for text in sample.text):
+            raise ValueError(f"embeddings of other channels than the {self.empty_text.shape[1]} of the empty caption")
 
     def _sample(self, index: int) -> tuple[LatentSample, list[str]]:
         kept = self._kept.get(index)
@@ -92,3 +114,10 @@ class LatentReader:
             if self.in_memory:
                 self._kept[index] = kept
         return kept
+
+
+def _pad(text: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Embeddings (l, d) of different lengths -> (b, l, d), zero behind each, and their mask (b, l)."""
+    lengths = torch.tensor([len(embedding) for embedding in text])
+    padded = pad_sequence(list(text), batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

@@ -1,16 +1,18 @@
 """Latent shards: what `videodit encode` writes and DiT training reads.
 
 A sample is KEY.safetensors (fp16 `mean` and `logvar` of the posterior, (c, t, h, w), normalised) and KEY.json
-(captions, `bucket` in pixels, `latent_shape`, and what came along from the clip). Beside the shards lies latents.json:
-what the latents were made from and how. It is written last: without it, or with another fingerprint, they are stale.
+(captions, `bucket` in pixels, `latent_shape`, and what came along from the clip). With a frozen text encoder,
+KEY.safetensors also has `text/0`, `text/1`, … (l, d): the captions in their order, real tokens only; the embedding of
+"" lies in empty_text.safetensors. Beside the shards lies latents.json: what the latents were made from and how. It is
+written last: without it, or with another fingerprint, they are stale.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,19 @@ from videodit.data.shards import Entry, ShardSet, ShardWriter, json_bytes
 from videodit.errors import UserError, user_error
 
 MANIFEST = "latents.json"
+EMPTY_TEXT = "empty_text.safetensors"
 
 
 @dataclass
 class LatentSample:
-    """One clip's posterior."""
+    """One clip's posterior, and its captions' embeddings if a frozen text encoder made some."""
 
     mean: Tensor
     """(c, t, h, w) float16, normalised: about zero mean and unit variance over the data set."""
     logvar: Tensor
     """(c, t, h, w) float16 log-variance in the same units: z = mean + exp(logvar / 2) * noise."""
+    text: list[Tensor] = field(default_factory=list)
+    """(l, d) float16 for each caption; empty without a frozen text encoder."""
 
 
 def latent_key(clip_key: str) -> str:
@@ -43,7 +48,14 @@ def latent_key(clip_key: str) -> str:
     return f"{clean}-{hashlib.sha256(clip_key.encode()).hexdigest()[:12]}"
 
 
-def write_latent_sample(writer: ShardWriter, key: str, mean: Tensor, logvar: Tensor, meta: Mapping[str, Any]) -> Entry:
+def write_latent_sample(
+    writer: ShardWriter,
+    key: str,
+    mean: Tensor,
+    logvar: Tensor,
+    meta: Mapping[str, Any],
+    text: Sequence[Tensor] = (),
+) -> Entry:
     """Adds one clip's latents to a shard.
 
     Args:
@@ -52,22 +64,24 @@ def write_latent_sample(writer: ShardWriter, key: str, mean: Tensor, logvar: Ten
         mean: (c, t, h, w) posterior mean, normalised, any float type and device.
         logvar: (c, t, h, w) posterior log-variance in the same units.
         meta: what goes to KEY.json: at least `bucket` ("17x64x64"); captions, source key, extra travel along.
+        text: (l, d) embedding of each caption in meta, without padding; none if the text encoder is not frozen.
     Returns:
         Where it lies.
     Raises:
-        ValueError: if shapes differ, `bucket` is missing, or a value does not fit in fp16.
+        ValueError: if shapes differ, `bucket` is missing, an embedding is, or a value does not fit in fp16.
     """
     if mean.ndim != 4 or mean.shape != logvar.shape:
         raise ValueError(f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must both be (c, t, h, w)")
     if "bucket" not in meta:
         raise ValueError(f"latents of {key} need their bucket in meta, for example 17x64x64")
-    tensors = {
-        name: value.detach().to("cpu", torch.float16).contiguous()
-        for name, value in (("mean", mean), ("logvar", logvar))
-    }
+    if text and len(text) != len(meta.get("captions", ())):
+        raise ValueError(f"{len(text)} embeddings for the {len(meta.get('captions', ()))} captions of {key}")
+    tensors = {"mean": _half(mean), "logvar": _half(logvar)}
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} of {key} is not finite in fp16: the VAE diverged or its statistics are wrong")
+    for number, embedding in enumerate(text):
+        tensors[f"text/{number}"] = _checked_text(embedding, f"text/{number} of {key}")
     record = {**meta, "latent_shape": list(mean.shape)}
     return writer.write(key, {"safetensors": safetensors.torch.save(tensors), "json": json_bytes(record)})
 
@@ -84,20 +98,62 @@ def read_latent_sample(shards: ShardSet, index: int) -> LatentSample:
     """
     try:
         tensors = safetensors.torch.load(shards.read(index, "safetensors"))
-        return LatentSample(tensors["mean"], tensors["logvar"])
+        count = sum(name.startswith("text/") for name in tensors)
+        return LatentSample(tensors["mean"], tensors["logvar"], [tensors[f"text/{number}"] for number in range(count)])
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"damaged latents: {error}") from error
 
 
+def write_empty_text(out_dir: str | Path, embedding: Tensor) -> None:
+    """Writes the embedding of the empty caption beside the shards; called before `write_manifest`.
+
+    Args:
+        out_dir: folder of the latent shards.
+        embedding: (l, d), without padding.
+    Raises:
+        UserError: if it cannot be written.
+    """
+    path = Path(out_dir) / EMPTY_TEXT
+    data = safetensors.torch.save({"text": _checked_text(embedding, "the embedding of the empty caption")})
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise user_error(error, path) from error
+
+
+def read_empty_text(out_dir: str | Path) -> Tensor:
+    """(l, d) float16: what `write_empty_text` wrote.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    path = Path(out_dir) / EMPTY_TEXT
+    try:
+        return safetensors.torch.load(path.read_bytes())["text"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): run videodit encode again") from error
+
+
 def shards_fingerprint(shards: ShardSet) -> str:
-    """A sha256 over the index of a set of shards: it changes when clips are added, removed or made anew."""
+    """A sha256 over a set of shards: it changes when clips are added, removed or made anew, or a caption is edited."""
     digest = hashlib.sha256()
-    for entry in shards.entries:
+    for index, entry in enumerate(shards.entries):
         digest.update(json_bytes([entry.key, entry.shard, entry.members, entry.meta]) + b"\n")
+        # Not from the index: a caption may be edited to one of the same length.
+        for extension in ("json", "txt"):
+            if extension in entry.members:
+                digest.update(shards.read(index, extension) + b"\n")
     return digest.hexdigest()
 
 
-def write_manifest(out_dir: str | Path, fingerprint: Mapping[str, Any], num_clips: int, source: str, vae: str) -> None:
+def write_manifest(
+    out_dir: str | Path,
+    fingerprint: Mapping[str, Any],
+    num_clips: int,
+    source: str,
+    vae: str,
+    text_encoder: Mapping[str, Any] | None = None,
+) -> None:
     """Declares a latent cache complete; called after the shards were closed.
 
     Args:
@@ -106,12 +162,14 @@ def write_manifest(out_dir: str | Path, fingerprint: Mapping[str, Any], num_clip
         num_clips: samples written.
         source: folder of the clips, for people.
         vae: folder of the VAE, which decodes what is trained on these latents.
+        text_encoder: {"source", "max_length", "dim"} of the frozen encoder that made the embeddings; None without.
     Raises:
         UserError: if it cannot be written.
     """
     path = Path(out_dir) / MANIFEST
     part = path.with_name(f"{MANIFEST}.part")
     record = {"fingerprint": dict(fingerprint), "num_clips": num_clips, "source": source, "vae": vae}
+    record["text_encoder"] = None if text_encoder is None else dict(text_encoder)
     try:
         with open(part, "w", encoding="utf-8") as file:
             json.dump(record, file, indent=2, sort_keys=True)
@@ -129,7 +187,8 @@ def invalidate(out_dir: str | Path) -> None:
         UserError: if the folder cannot be written.
     """
     try:
-        (Path(out_dir) / MANIFEST).unlink(missing_ok=True)
+        for name in (MANIFEST, EMPTY_TEXT):
+            (Path(out_dir) / name).unlink(missing_ok=True)
     except OSError as error:
         raise user_error(error, out_dir) from error
 
@@ -155,6 +214,22 @@ def cache_is_valid(out_dir: str | Path, fingerprint: Mapping[str, Any]) -> bool:
     if record is None or record.get("fingerprint") != json.loads(json.dumps(dict(fingerprint))):
         return False
     try:
+        if record.get("text_encoder"):
+            read_empty_text(out_dir)
         return len(ShardSet.open(out_dir)) == record.get("num_clips")
     except UserError:
         return False
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", torch.float16).contiguous()
+
+
+def _checked_text(embedding: Tensor, name: str) -> Tensor:
+    """(l, d) in fp16; raises ValueError if it has no token or a value does not fit."""
+    half = _half(embedding)
+    if half.ndim != 2 or not half.shape[0]:
+        raise ValueError(f"{name} has shape {tuple(half.shape)}: it must be (l, d) with at least one token")
+    if not bool(torch.isfinite(half).all()):
+        raise ValueError(f"{name} is not finite in fp16: the text encoder's weights are damaged")
+    return half.clone()  # rows of one batch share their memory, which safetensors refuses

@@ -221,7 +221,9 @@ class LatentLoader(StepLoader[LatentBatch]):
 
 
 def _latent_batch(rows: Rows, fields: dict[str, Any]) -> LatentBatch:
-    return LatentBatch(mean=rows.tensors["mean"], logvar=rows.tensors["logvar"], **fields)
+    tensors = rows.tensors
+    text, text_mask = tensors.get("text"), tensors.get("text_mask")
+    return LatentBatch(mean=tensors["mean"], logvar=tensors["logvar"], text=text, text_mask=text_mask, **fields)
 
 
 def _clip_batch(rows: Rows, fields: dict[str, Any]) -> ClipBatch:

@@ -29,11 +29,13 @@ def level_weight(sigma: Tensor, weighting: Weighting, gamma: float = 5.0) -> Ten
 
     Args:
         sigma: any shape, noise level in [0, 1].
-        weighting: uniform; velocity: 1 / sigma^2, which makes the error of an x0 prediction that of the velocity it stands for; min_snr:
+        weighting: uniform; velocity: 1 / sigma^2, which makes the error of an x0 prediction that of
+            the velocity it stands for; min_snr:
             min(snr, gamma) / snr with snr = ((1 - sigma) / sigma)^2, for noise prediction.
     Returns:
         sigma's shape.
-    Source: Li & He (2025), arXiv:2511.13720, Sec. 4 (velocity); Hang et al. (2023), Min-SNR, arXiv:2303.09556, Sec. 3.4.
+    Source: Li & He (2025), arXiv:2511.13720, Sec. 4 (velocity); Hang et al. (2023), arXiv:2303.09556, Sec. 3.4
+    (min_snr).
     """
     if weighting == "uniform":
         return torch.ones_like(sigma)

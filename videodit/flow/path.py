@@ -28,7 +28,8 @@ class Parameterization:
     path: Path = "rectified"
     """rectified flow, or the variance_preserving path of DDPM"""
     prediction: Prediction = "velocity"
-    """velocity (noise - x0), x0 (the clean latents), noise (DDPM's epsilon) or v (alpha noise - beta x0, on the variance-preserving path)"""
+    """velocity (noise - x0), x0 (the clean latents), noise (DDPM's epsilon) or v (alpha noise - beta x0; only on the
+    variance-preserving path)"""
 
     def __post_init__(self) -> None:
         if self.path not in ("rectified", "variance_preserving"):
@@ -82,7 +83,8 @@ def to_velocity(parameterization: Parameterization, prediction: Tensor, x: Tenso
         x: that point, alpha x0 + beta noise.
         sigma: noise level, broadcast against x.
     Returns:
-        x's shape. Where a noise prediction has lost x0 (alpha near 0), alpha is held at 1e-3; where an x0 prediction has lost the noise
+        x's shape. Where a noise prediction has lost x0 (alpha near 0), alpha is held at 1e-3; where an x0
+        prediction has lost the noise
         (beta near 0), beta is held at MIN_SIGMA.
     """
     if parameterization.prediction == "velocity":

@@ -1,12 +1,13 @@
-"""`videodit encode`: clips to latent shards, a cache that knows when it is out of date."""
+"""`videodit encode`: clips to latent and text-embedding shards, a cache that knows when it is out of date."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latents import (
@@ -14,16 +15,21 @@ from videodit.data.latents import (
     invalidate,
     latent_key,
     shards_fingerprint,
+    write_empty_text,
     write_latent_sample,
     write_manifest,
 )
 from videodit.data.loader import clips_in_order
-from videodit.data.order import PADDING
 from videodit.data.shards import ShardSet, ShardWriter
-from videodit.device import choose_device
-from videodit.errors import UserError
+from videodit.device import choose_device, choose_dtype, torch_dtype
+from videodit.errors import UserError, user_error
 from videodit.models.folder import WEIGHTS_NAME
+from videodit.models.text import TextEncoder
+from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.vae import VideoVAE
+
+# What decides the embeddings of a transformers folder: config, tokenizer, weights.
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class EncodeConfig:
     """clips encoded at once"""
     multiple: int = 8
     """what heights and widths must be divisible by: the VAE's factor times the DiT's patch"""
+    text_encoder: str | None = None
+    """folder of a frozen transformers text encoder (T5, UMT5, CLIP) that reads the captions; by default none, and the
+    DiT trains its own byte-level encoder"""
+    text_max_length: int = 128
+    """tokens that the text encoder reads of a caption; the rest is cut"""
     device: str = "auto"
     """auto, cpu or cuda"""
 
@@ -47,10 +58,14 @@ class EncodeConfig:
         for name in ("vae", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set: give --{name} FOLDER")
+        if self.text_max_length < 1:
+            raise ValueError(f"text_max_length {self.text_max_length} is below 1: use for example 128")
 
 
 def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | None = None) -> int:
     """Encodes every clip once (the middle window and crop), unless the cache already holds exactly that.
+
+    With a text encoder, every caption is encoded too, and the empty one; on a GPU it computes in bf16.
 
     Args:
         config: what to do.
@@ -58,39 +73,98 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
     Returns:
         Clips encoded now; 0 if the cache was valid.
     Raises:
-        UserError: if the VAE or the clips cannot be read or the folder not be written.
+        UserError: if the VAE, the text encoder or the clips cannot be read or the folder not be written.
+        MissingExtra: for a text encoder without the transformers library.
     """
     device = choose_device(config.device)
     vae = VideoVAE.from_pretrained(config.vae).to(device)
     if config.multiple % vae.config.spatial_compression:
         raise UserError(f"multiple {config.multiple} is not a multiple of the VAE's {vae.config.spatial_compression}")
     shards = ShardSet.open(config.data.shards)
-    fingerprint = {
-        "vae": hashlib.sha256((Path(config.vae) / WEIGHTS_NAME).read_bytes()).hexdigest(),
-        "clips": shards_fingerprint(shards),
-        "buckets": config.data.buckets,
-        "fps": config.data.fps,
-        "window": "middle",
-    }
+    fingerprint = _fingerprint(config, shards)
     if cache_is_valid(config.out, fingerprint):
         return 0
+    text_encoder = None
+    if config.text_encoder:
+        dtype = torch_dtype(choose_dtype("auto", device))
+        text_encoder = TransformersTextEncoder(config.text_encoder, config.text_max_length, device, dtype)
     invalidate(config.out)
     total = len(shards)
     count = 0
     with ShardWriter(config.out) as writer, torch.no_grad():
         for batch in clips_in_order(config.data, shards, config.batch_size, multiple=config.multiple):
             posterior = vae.posterior(batch.clip.to(device))
-            for row, (index, weight) in enumerate(zip(batch.ids, batch.weight.tolist())):
-                if index == PADDING or weight == 0:
+            captions = [shards.captions(index) if weight else [] for index, weight in zip(batch.ids, batch.weight)]
+            text = embed_captions(text_encoder, captions)
+            for row, index in enumerate(batch.ids):
+                if batch.weight[row] == 0:  # padding, or a clip that could not be read
                     continue
                 clip = shards.read_json(index)
                 kept: dict[str, Any] = {name: clip[name] for name in ("fps", "source", "extra") if name in clip}
-                kept["captions"] = shards.captions(index)  # also those of a .txt member
+                kept["captions"] = captions[row]  # also those of a .txt member
                 meta = {**kept, "bucket": batch.bucket.name, "clip": batch.keys[row]}
                 key = latent_key(batch.keys[row])
-                write_latent_sample(writer, key, posterior.mean[row], posterior.logvar[row], meta)
+                write_latent_sample(writer, key, posterior.mean[row], posterior.logvar[row], meta, text[row])
                 count += 1
             if progress is not None:
                 progress(count, total)
-    write_manifest(config.out, fingerprint, count, source=config.data.shards, vae=config.vae)
+    facts = None
+    if text_encoder is not None:
+        write_empty_text(config.out, embed_captions(text_encoder, [[""]])[0][0])
+        facts = {"source": text_encoder.source, "max_length": text_encoder.max_length, "dim": text_encoder.dim}
+    write_manifest(config.out, fingerprint, count, source=config.data.shards, vae=config.vae, text_encoder=facts)
     return count
+
+
+def embed_captions(encoder: TextEncoder | None, captions: Sequence[Sequence[str]]) -> list[list[Tensor]]:
+    """Embeddings of the captions of several clips, read as one batch.
+
+    Args:
+        encoder: a frozen text encoder; None gives no embeddings.
+        captions: of each clip.
+    Returns:
+        For each clip and caption (l, d), real tokens only.
+    """
+    together = [caption for of_clip in captions for caption in of_clip]
+    if encoder is None or not together:
+        return [[] for _ in captions]
+    features = encoder.encode(together)
+    rows = iter([tokens[mask] for tokens, mask in zip(features.embeddings, features.mask)])
+    return [[next(rows) for _ in of_clip] for of_clip in captions]
+
+
+def _fingerprint(config: EncodeConfig, shards: ShardSet) -> dict[str, Any]:
+    """All that the latents and embeddings depend on; of folders the contents, not the names."""
+    text_encoder = None
+    if config.text_encoder:
+        files = files_fingerprint(config.text_encoder, TEXT_FILES)
+        text_encoder = {"files": files, "max_length": config.text_max_length}
+    return {
+        "vae": files_fingerprint(config.vae, ("config.json", WEIGHTS_NAME)),
+        "clips": shards_fingerprint(shards),
+        "buckets": config.data.buckets,
+        "fps": config.data.fps,
+        "window": "middle",
+        "text_encoder": text_encoder,
+    }
+
+
+def files_fingerprint(folder: str | Path, patterns: Sequence[str]) -> str:
+    """A sha256 over names, sizes and contents of a folder's files.
+
+    Args:
+        folder: where they lie; files that are not there do not count.
+        patterns: which of them, as `Path.glob` takes them.
+    Raises:
+        UserError: if one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}):
+        try:
+            digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise user_error(error, path) from None
+    return digest.hexdigest()

@@ -49,7 +49,7 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     Returns:
         x's shape and dtype; computed in float32.
     """
-    cos, sin = table[:, None, :, :, None]
-    pairs = x.float().unflatten(-1, (-1, 2))
-    rotated = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return (x.float() * cos + rotated * sin).to(x.dtype)
+    # As complex numbers: one product instead of six passes, and four times faster on a CPU (docs/decisions.md).
+    cos, sin = table[:, None, :, :, None, ::2]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

@@ -225,6 +225,9 @@ class VideoVAE(nn.Module):
 
     latent_mean: Tensor
     latent_std: Tensor
+    code_analysis: Tensor
+    code_synthesis: Tensor
+    code_center: Tensor
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`videodit train dit`: the text-to-video DiT, and its text encoder, on latents."""
+"""`videodit train dit`: the text-to-video DiT on latents, with its own text encoder or a frozen one's embeddings."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,20 +8,25 @@ import torch
 from torch import Tensor
 
 from videodit.config import to_yaml
+from videodit.data.buckets import parse_bucket
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest
 from videodit.data.loader import LatentBatch, LatentLoader
 from videodit.data.randomness import sample_noise, sample_uniform
 from videodit.data.video_io import write_mp4
+from videodit.device import choose_dtype, torch_dtype
 from videodit.errors import UserError
 from videodit.flow.loss import Weighting, flow_loss, level_weight
 from videodit.flow.noise_level import NoiseLevelConfig, sigma_from_uniform
 from videodit.flow.path import Parameterization, interpolate, target
 from videodit.generation.pipeline import SamplingDefaults, TextToVideo
 from videodit.models.dit import DiTConfig, VideoDiT
-from videodit.models.text import ByteTextConfig, ByteTextEncoder
+from videodit.models.text import ByteTextConfig, ByteTextEncoder, TextEncoder, TextFeatures
+from videodit.models.text_prompts import EncodedPrompts
 from videodit.models.text_to_video import TextToVideoModel
+from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.vae import VideoVAE
+from videodit.parallel.mesh import World
 from videodit.training.checkpoint import Checkpoint, load_average
 from videodit.training.run import RunConfig, TrainingRun, micro_batch_tokens, open_world
 
@@ -37,7 +42,11 @@ class DiTRunConfig(RunConfig):
     model: DiTConfig = field(default_factory=DiTConfig)
     """shape of the DiT; in_channels and text_dim follow the latents and the text encoder"""
     text: ByteTextConfig = field(default_factory=ByteTextConfig)
-    """byte-level text encoder, trained with the DiT"""
+    """byte-level text encoder, trained with the DiT; not used where the latents have text embeddings"""
+    text_encoder: str | None = None
+    """folder of the frozen text encoder that reads prompts; by default the one that made the latents' embeddings"""
+    text_max_length: int = 0
+    """tokens that the frozen text encoder reads of a prompt; follows the latents"""
     flow: Parameterization = field(default_factory=Parameterization)
     """what the DiT predicts"""
     noise: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
@@ -62,8 +71,8 @@ class DiTRunConfig(RunConfig):
 
 
 def build_model(config: DiTRunConfig) -> TextToVideoModel:
-    """The module of a run, {dit, text_encoder}, with fresh weights."""
-    encoder = ByteTextEncoder(config.text)
+    """The module of a run with fresh weights: {dit, text_encoder}, or {dit} alone if the text encoder is frozen."""
+    encoder = None if config.text_encoder else ByteTextEncoder(config.text)
     return TextToVideoModel(VideoDiT(config.model), encoder)
 
 
@@ -88,6 +97,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             world=world.size,
         )
         model = build_model(config)
+        text_encoder = model.text_encoder or _read_prompts(config, world)
         if config.compile:
             for block in model.dit.blocks:
                 block.compile()
@@ -99,21 +109,21 @@ def train_dit(config: DiTRunConfig) -> Path:
             loss_sum = torch.zeros(())
             for batch in batches:
                 noisy = make_noisy(batch, config)
-                prediction = run.engine(run.cast(noisy.latents), noisy.sigma.to(world.device), batch.captions)
+                prediction = run.engine(run.cast(noisy.latents), noisy.sigma.to(world.device), batch_text(batch, run))
                 loss = flow_loss(prediction, noisy.target.to(world.device), noisy.weight.to(world.device))
                 loss = (batch.weight.to(world.device) * loss).sum() / total
                 run.engine.backward(loss)
                 loss_sum += loss.detach().cpu()
             tokens = micro_batch_tokens(batches, clip_tokens(config.model, batches[0].mean.shape), world)
             run.finish_step({"loss": loss_sum}, digest=loader.digest(plan), tokens=tokens)
-            if run.time_to_sample() and config.prompts:
-                _draw_samples(run, config)
+            if run.time_to_sample() and text_encoder and config.prompts:
+                _draw_samples(run, config, text_encoder)
         run.save()
     return Path(config.run_dir)
 
 
 def export_dit(config: DiTRunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
-    """Writes the model folder of a run: averaged weights of DiT and text encoder, and the VAE.
+    """Writes the model folder of a run: averaged weights of DiT and text encoder (or where it lies), and the VAE.
 
     Args:
         config: of the run, as its folder has it.
@@ -123,9 +133,29 @@ def export_dit(config: DiTRunConfig, checkpoint: Checkpoint, out: Path, ema: int
     """
     model = build_model(config)
     load_average(model, checkpoint, ema)
-    assert config.vae is not None and model.text_encoder is not None  # a run's own config has them
+    assert config.vae is not None  # a run's own config has it
     vae = VideoVAE.from_pretrained(config.vae)
-    TextToVideo(model, vae, model.text_encoder, config.flow, config.sampling).save_pretrained(out)
+    text_encoder = model.text_encoder or frozen_text_encoder(config)
+    TextToVideo(model, vae, text_encoder, config.flow, config.sampling).save_pretrained(out)
+
+
+def frozen_text_encoder(
+    config: DiTRunConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TransformersTextEncoder:
+    """The encoder that made the latents' embeddings, for prompts.
+
+    Raises:
+        UserError: if its folder is gone.
+    """
+    assert config.text_encoder is not None  # a run without one has its own in the model
+    return TransformersTextEncoder(config.text_encoder, config.text_max_length, device, dtype)
+
+
+def batch_text(batch: LatentBatch, run: TrainingRun) -> list[str] | TextFeatures:
+    """What the module reads: captions, or their embeddings on the run's device where a frozen encoder made them."""
+    if batch.text is None or batch.text_mask is None:
+        return batch.captions
+    return TextFeatures(run.cast(batch.text), batch.text_mask.to(run.world.device))
 
 
 @dataclass
@@ -172,39 +202,59 @@ def clip_tokens(model: DiTConfig, shape: torch.Size) -> int:
 
 
 def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
-    """The config with what the latents decide filled in: channels, VAE, size of the samples.
+    """The config with what the latents decide filled in: channels, VAE, frozen text encoder, size of the samples.
 
     Raises:
-        UserError: if the folder is no finished set of latents, or the patch does not divide them.
+        UserError: if the folder is no finished set of latents, the patch does not divide them, or a text encoder is
+            given that made no embeddings.
     """
     manifest = read_manifest(config.data.shards)
     if manifest is None:
         raise UserError(
             f"data.shards {config.data.shards} has no finished latents: run videodit encode --out {config.data.shards}"
         )
+    frozen = manifest.get("text_encoder") or {}
+    if config.text_encoder and not frozen:
+        raise UserError(
+            f"text_encoder {config.text_encoder} is given, but data.shards {config.data.shards} has no embeddings: "
+            f"run videodit encode with --text_encoder {config.text_encoder}, or leave it out"
+        )
     vae = VideoVAE.from_pretrained(config.vae or manifest["vae"])
-    frames, height, width = (int(size) for size in manifest["fingerprint"]["buckets"][0].split("x"))
-    shape = vae.config.latent_shape(frames, height, width)
-    for name, size, patch in zip(("frames", "height", "width"), shape[1:], config.model.patch_size):
-        if size % patch:
-            raise UserError(
-                f"model.patch_size {list(config.model.patch_size)} does not divide latents of {shape[1:]} ({name}): "
-                "change the patch, or encode clips of another size"
-            )
+    buckets = [parse_bucket(text, multiple=1) for text in manifest["fingerprint"]["buckets"]]
+    for bucket in buckets:
+        shape = vae.config.latent_shape(*bucket)
+        for name, size, patch in zip(("frames", "height", "width"), shape[1:], config.model.patch_size):
+            if size % patch:
+                raise UserError(
+                    f"model.patch_size {list(config.model.patch_size)} does not divide latents of {shape[1:]} ({name}) "
+                    f"in {config.data.shards}, bucket {bucket.name}: change the patch, or encode clips of another size"
+                )
+    frames, height, width = buckets[0]
+    text_dim = frozen.get("dim", config.text.dim)
     return dataclasses.replace(
         config,
         vae=config.vae or manifest["vae"],
-        model=dataclasses.replace(config.model, in_channels=shape[0], text_dim=config.text.dim),
+        model=dataclasses.replace(config.model, in_channels=vae.config.latent_channels, text_dim=text_dim),
+        text_encoder=(config.text_encoder or frozen["source"]) if frozen else None,
+        text_max_length=frozen.get("max_length", 0),
         sampling=dataclasses.replace(config.sampling, num_frames=frames, height=height, width=width),
     )
 
 
-def _draw_samples(run: TrainingRun, config: DiTRunConfig) -> None:
+def _read_prompts(config: DiTRunConfig, world: World) -> TextEncoder | None:
+    """The prompts, read by the frozen encoder before training fills the memory; None if no samples will be drawn."""
+    if not (config.prompts and config.sample_every):
+        return None
+    dtype = torch_dtype(choose_dtype(config.dtype, world.device))
+    return EncodedPrompts(frozen_text_encoder(config, world.device, dtype), config.prompts)
+
+
+def _draw_samples(run: TrainingRun, config: DiTRunConfig, text_encoder: TextEncoder) -> None:
     """Clips for the fixed prompts, with the averaged weights and always the same seeds."""
     assert config.vae is not None  # follow_latents has set it
     with run.averaged() as module:
         vae = VideoVAE.from_pretrained(config.vae).to(run.world.device)
-        pipe = TextToVideo(module, vae, module.text_encoder, config.flow, config.sampling)  # type: ignore[arg-type]
+        pipe = TextToVideo(module, vae, text_encoder, config.flow, config.sampling)  # type: ignore[arg-type]
         clips = pipe(config.prompts, seed=config.seed)
     if run.world.is_main:
         folder = run.folder.path / "samples" / f"step-{run.step:08d}"

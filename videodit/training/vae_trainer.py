@@ -21,7 +21,6 @@ from videodit.models.vae import VAEConfig, VideoVAE, gaussian_kl
 from videodit.training.checkpoint import Checkpoint, load_average, load_latest
 from videodit.training.run import RunConfig, TrainingRun, micro_batch_tokens, open_world
 
-
 FIT_CLIPS = 64
 """Clips whose blocks give the VAE's linear shortcut."""
 
