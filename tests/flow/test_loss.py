@@ -63,3 +63,14 @@ def test_min_snr_of_noise_prediction_bounds_the_weight_of_x0() -> None:
     sigma = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     snr = ((1 - sigma) / sigma).square()
     torch.testing.assert_close(level_weight(sigma, "min_snr", 5.0) * snr, snr.clamp(max=5.0))
+
+
+def test_velocity_weight_turns_an_error_of_x0_into_one_of_the_velocity() -> None:
+    sigma = torch.tensor([0.06, 0.3, 1.0])
+    x0, guess, noise = torch.randn(3, 3, 7).unbind(1)
+    level = sigma[:, None]
+    x = (1 - level) * x0 + level * noise
+    velocity_error = ((x - (1 - level) * guess) / level - guess - (noise - x0)).square().mean(dim=1)
+    weighted = level_weight(sigma, "velocity") * (guess - x0).square().mean(dim=1)
+    torch.testing.assert_close(weighted, velocity_error, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(level_weight(torch.tensor(0.0), "velocity"), torch.tensor(400.0))

@@ -14,8 +14,10 @@ from videodit.flow.path import Parameterization, coefficients, interpolate, targ
 PATHS = ["rectified", "variance_preserving"]
 PARAMETERIZATIONS = [
     Parameterization("rectified", "velocity"),
+    Parameterization("rectified", "x0"),
     Parameterization("rectified", "noise"),
     Parameterization("variance_preserving", "velocity"),
+    Parameterization("variance_preserving", "x0"),
     Parameterization("variance_preserving", "noise"),
     Parameterization("variance_preserving", "v"),
 ]
@@ -93,7 +95,9 @@ def test_to_velocity_at_pure_data_and_pure_noise(parameterization: Parameterizat
         x = interpolate(parameterization.path, x0, noise, sigma)
         velocity = to_velocity(parameterization, target(parameterization, x0, noise, sigma), x, sigma)
         assert velocity.isfinite().all()
-        if level == 0.0 or parameterization.prediction != "noise":  # noise alone says nothing of x0
+        # Noise alone says nothing of x0, and x0 nothing of the noise.
+        lost = {"noise": 1.0, "x0": 0.0}.get(parameterization.prediction)
+        if level != lost:
             torch.testing.assert_close(velocity, noise - x0)
 
 
@@ -101,7 +105,7 @@ def test_to_velocity_at_pure_data_and_pure_noise(parameterization: Parameterizat
     ("path", "prediction", "message"),
     [
         ("straight", "velocity", "flow.path 'straight' is not one of rectified, variance_preserving"),
-        ("rectified", "x0", "flow.prediction 'x0' is not one of velocity, noise, v"),
+        ("rectified", "x", "flow.prediction 'x' is not one of velocity, x0, noise, v"),
         ("rectified", "v", "'v' belongs to flow.path variance_preserving"),
     ],
 )

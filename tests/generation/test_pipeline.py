@@ -104,15 +104,15 @@ def gaussian_oracle(parameterization: Parameterization, std: float):
         alpha, beta = coefficients(parameterization.path, sigma.view(-1, 1, 1, 1, 1))
         variance = alpha**2 * std**2 + beta**2
         x0, noise = alpha * std**2 * x / variance, beta * x / variance
-        if parameterization.prediction == "noise":
-            return noise
+        if parameterization.prediction in ("noise", "x0"):
+            return noise if parameterization.prediction == "noise" else x0
         return noise - x0 if parameterization.prediction == "velocity" else alpha * noise - beta * x0
 
     return predict
 
 
-ALL = [("rectified", "velocity"), ("rectified", "noise")]
-ALL += [("variance_preserving", prediction) for prediction in ("velocity", "noise", "v")]
+ALL = [("rectified", prediction) for prediction in ("velocity", "x0", "noise")]
+ALL += [("variance_preserving", prediction) for prediction in ("velocity", "x0", "noise", "v")]
 
 
 @pytest.mark.parametrize(("path", "prediction"), ALL)

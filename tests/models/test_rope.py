@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videodit.models.rope import apply_rope, axis_dims, rope_table
+from videodit.models.rope import absolute_embedding, apply_rope, axis_dims, rope_table
 
 
 @given(st.integers(1, 128).map(lambda half: 2 * half))
@@ -75,3 +75,17 @@ def test_keeps_the_dtype_and_computes_in_float32() -> None:
     x = torch.randn(1, 2, 4, 1, 8, dtype=torch.bfloat16)
     table = rope_table(2, 2, 2, 8)
     assert torch.equal(apply_rope(x, table), apply_rope(x.float(), table).bfloat16())
+
+
+def test_the_absolute_embedding_tells_every_place_apart() -> None:
+    embedded = absolute_embedding(5, 4, 6, 96)
+    assert embedded.shape == (5, 24, 96)
+    rows = embedded.flatten(0, 1)
+    torch.testing.assert_close(rows.square().sum(dim=1), torch.full((120,), 48.0))  # a sine and a cosine a pair
+    nearest = torch.cdist(rows, rows) + 1e3 * torch.eye(120)
+    assert nearest.min() > 0.5
+
+
+def test_the_absolute_embedding_of_a_place_does_not_depend_on_the_clip_s_size() -> None:
+    small, large = absolute_embedding(2, 3, 4, 48), absolute_embedding(5, 7, 8, 48)
+    torch.testing.assert_close(small.unflatten(1, (3, 4)), large.unflatten(1, (7, 8))[:2, :3, :4])

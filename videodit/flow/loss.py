@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from videodit.flow.path import MIN_SIGMA
-
 Weighting = Literal["uniform", "velocity", "min_snr"]
+MIN_SIGMA = 0.05
+"""Below this noise level the velocity weight grows no further (arXiv:2511.13720 clips at the same value)."""
 
 
 def flow_loss(prediction: Tensor, target: Tensor, frame_weight: Tensor) -> Tensor:

@@ -14,9 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-MIN_SIGMA = 0.05
-"""Below this noise level an x0 prediction counts, in loss and sampling, as if it were this level."""
-
 Path = Literal["rectified", "variance_preserving"]
 Prediction = Literal["velocity", "x0", "noise", "v"]
 
@@ -83,15 +80,14 @@ def to_velocity(parameterization: Parameterization, prediction: Tensor, x: Tenso
         x: that point, alpha x0 + beta noise.
         sigma: noise level, broadcast against x.
     Returns:
-        x's shape. Where a noise prediction has lost x0 (alpha near 0), alpha is held at 1e-3; where an x0
-        prediction has lost the noise
-        (beta near 0), beta is held at MIN_SIGMA.
+        x's shape. Where a noise prediction has lost x0 (alpha near 0), alpha is held at 1e-3; likewise beta where an
+        x0 prediction has lost the noise.
     """
     if parameterization.prediction == "velocity":
         return prediction
     alpha, beta = coefficients(parameterization.path, sigma)
     if parameterization.prediction == "x0":
-        return (x - alpha * prediction) / beta.clamp(min=MIN_SIGMA) - prediction
+        return (x - alpha * prediction) / beta.clamp(min=1e-3) - prediction
     if parameterization.prediction == "noise":
         return prediction - (x - beta * prediction) / alpha.clamp(min=1e-3)
     noise = beta * x + alpha * prediction  # alpha^2 + beta^2 = 1

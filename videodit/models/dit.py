@@ -16,7 +16,7 @@ from videodit.models.attention import CrossAttention, SelfAttention, text_attent
 from videodit.models.folder import load_model, save_model
 from videodit.models.layers import MLP, Modulation, modulate, sinusoidal_embedding
 from videodit.models.patchify import patchify, unpatchify
-from videodit.models.rope import rope_table
+from videodit.models.rope import absolute_embedding, rope_table
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class DiTConfig:
     """hidden width of the MLPs in units of hidden_size"""
     qk_norm: str = "head"
     """RMS norm of queries and keys: head, all or none"""
+    absolute_position: bool = False
+    """add sines and cosines of each token's place: RoPE alone tells distances, not where in the frame a token is"""
     frequency_dim: int = 256
     """channels of the sinusoidal noise-level embedding"""
     rope_theta: float = 10000.0
@@ -241,6 +243,8 @@ class VideoDiT(nn.Module):
             text = self.text_context(text, text_mask)
 
         x = self.patch_in(patchify(latents, self.config.patch_size))  # b t s d
+        if self.config.absolute_position:
+            x = x + absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size).to(x)
         per_token_frame = sigma[:, None] if sigma.dim() == 1 else sigma[:, ::pt]  # b 1 or b t
         embedded = sinusoidal_embedding(1000.0 * per_token_frame, self.config.frequency_dim).to(x.dtype)
         condition = self.sigma_embedding(embedded)  # b t d

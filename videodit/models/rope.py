@@ -40,6 +40,17 @@ def rope_table(num_frames: int, height: int, width: int, head_dim: int, theta: f
     return torch.stack([angles.cos(), angles.sin()]).float().reshape(2, num_frames, height * width, head_dim)
 
 
+def absolute_embedding(num_frames: int, height: int, width: int, dim: int) -> Tensor:
+    """Sines and cosines of each token's own (t, h, w), the channels split over the axes as RoPE splits them.
+
+    Returns:
+        (t, s, dim) float32 with s = height * width.
+    Source: Peebles & Xie (2022), DiT, arXiv:2212.09748, Sec. 3.2 (there over h and w).
+    """
+    cos, sin = rope_table(num_frames, height, width, dim)
+    return torch.cat([cos[..., ::2], sin[..., ::2]], dim=-1)
+
+
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotates each pair (x[2i], x[2i+1]) by its token's angle.
 
