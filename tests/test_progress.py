@@ -1,22 +1,44 @@
-"""Progress without a terminal: one line a tenth, on stderr."""
+"""Progress without a terminal: a plain line now and then, and at the end, on stderr."""
 
 import pytest
 
-from videodit.progress import show_progress
+from videodit.progress import PLAIN_INTERVAL_S, Progress, show_progress
 
 
-@pytest.mark.parametrize(("total", "lines"), [(1, 1), (3, 3), (10, 10), (1000, 11)])
-def test_plain_lines(total: int, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with show_progress("encode clips") as report:
-        for done in range(1, total + 1):
-            report(done, total)
+def test_a_line_an_interval_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    with Progress("train dit", 10, clock=lambda: now) as progress:
+        for done in range(1, 11):
+            progress.update(done, f"loss {done}")
+            now += PLAIN_INTERVAL_S / 4
     out, err = capsys.readouterr()
     assert out == ""
-    assert len(err.splitlines()) == lines
-    assert err.splitlines()[-1] == f"encode clips: {total}/{total}"
+    left = 5 * PLAIN_INTERVAL_S / 4
+    assert err.splitlines() == [
+        f"train dit: 5/10, {left:.0f} s left, loss 5",
+        f"train dit: 9/10, {PLAIN_INTERVAL_S / 4:.0f} s left, loss 9",
+        "train dit: 10/10 loss 10",
+    ]
 
 
-def test_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_is_not_taken_for_a_fast_one(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    with Progress("train dit", 1000, clock=lambda: now) as progress:
+        progress.update(900)
+        now = PLAIN_INTERVAL_S
+        progress.update(910)
+    assert capsys.readouterr().err == f"train dit: 910/1000, {9 * PLAIN_INTERVAL_S:.0f} s left,\n"
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train dit", 1, enabled=False) as progress:
+        progress.update(1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("total", [0, 1, 1000])
+def test_the_callback_shows_the_end(total: int, capsys: pytest.CaptureFixture[str]) -> None:
     with show_progress("encode clips") as report:
-        report(0, 0)
-    assert capsys.readouterr().err == "encode clips: 0/0\n"
+        for done in range(total + 1):
+            report(done, total)
+    assert capsys.readouterr().err.splitlines()[-1] == f"encode clips: {total}/{total}"

@@ -20,13 +20,17 @@ class Progress:
         label: what is done, with its unit, for example "encode clips".
         total: units in all; 0 if unknown until an update says it.
         enabled: False shows nothing (ranks other than 0).
+        clock: seconds from any start.
     """
 
-    def __init__(self, label: str, total: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, label: str, total: int = 0, enabled: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.label, self.total, self.enabled = label, total, enabled
         self._console = Console(stderr=True)
         self._live: RichProgress | None = None
-        self._started = self._last_line = time.monotonic()
+        self._clock = clock
+        self._started = self._last_line = clock()
         self._first_done: int | None = None
 
     def __enter__(self) -> "Progress":
@@ -44,15 +48,15 @@ class Progress:
             self._first_done = done
         if self._live is not None:
             self._live.update(self._task, completed=done, total=self.total or None, text=text)
-        elif self.enabled and (done == self.total or time.monotonic() - self._last_line >= PLAIN_INTERVAL_S):
-            self._last_line = time.monotonic()
+        elif self.enabled and (done == self.total or self._clock() - self._last_line >= PLAIN_INTERVAL_S):
+            self._last_line = self._clock()
             print(f"{self.label}: {done}/{self.total}{self._left(done)} {text}".rstrip(), file=sys.stderr, flush=True)
 
     def _left(self, done: int) -> str:
         advanced = done - (self._first_done or 0)
         if not advanced or done >= self.total:
             return ""
-        return f", {(self.total - done) * (time.monotonic() - self._started) / advanced:.0f} s left,"
+        return f", {(self.total - done) * (self._clock() - self._started) / advanced:.0f} s left,"
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:

@@ -226,3 +226,9 @@ def test_the_index_is_plain_json(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["format"] == "videodit" and index["sampling"]["num_frames"] == 5
     assert index["parameterization"] == {"path": "rectified", "prediction": "velocity"}
+
+
+@pytest.mark.parametrize("prompts", ["a red circle", []])
+def test_prompts_that_are_no_list_of_prompts_are_refused(prompts: str | list[str]) -> None:
+    with pytest.raises(ValueError, match="give a list of one or more prompts"):
+        PIPE(prompts)

@@ -172,6 +172,8 @@ class TextToVideo:
         sampler: str | None = None,
     ) -> Tensor:
         """As `__call__`, but gives the normalised latents (b, c, k+1, h/8, w/8)."""
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts is {prompts!r}: give a list of one or more prompts")
         overrides = {
             "num_frames": num_frames,
             "height": height,
