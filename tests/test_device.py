@@ -24,13 +24,18 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "device", "dtype"),
     [
         ("auto", "cuda", torch.bfloat16),
-        ("auto", "cpu", torch.float32),
         ("fp32", "cuda", torch.float32),
         ("bf16", "cpu", torch.bfloat16),
     ],
 )
 def test_dtype(name: str, device: str, dtype: torch.dtype) -> None:
     assert torch_dtype(choose_dtype(name, torch.device(device))) == dtype
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_on_a_cpu_is_bf16_where_it_multiplies_bf16(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    assert choose_dtype("auto", torch.device("cpu")) == ("bf16" if supported else "fp32")
 
 
 def test_unknown_names() -> None:

@@ -75,7 +75,7 @@ def test_the_batch_around_a_caption_changes_nothing(kind: str, encoders: dict[st
 def test_words_and_their_order_matter(kind: str, encoders: dict[str, TransformersTextEncoder]) -> None:
     one, other, same = encoders[kind].encode(["red circle", "circle red", "red circle"]).embeddings
     assert (one.mean(0) - other.mean(0)).abs().max() > 1e-4
-    assert torch.equal(one, same)
+    torch.testing.assert_close(one, same)  # not bit for bit: a matrix product may treat its last rows apart
 
 
 def test_long_captions_are_cut(folders: dict[str, Path]) -> None:

@@ -21,7 +21,7 @@ from videodit.data.latents import (
 )
 from videodit.data.loader import clips_in_order
 from videodit.data.shards import ShardSet, ShardWriter
-from videodit.device import choose_device, choose_dtype, torch_dtype
+from videodit.device import choose_device
 from videodit.errors import UserError, user_error
 from videodit.models.folder import WEIGHTS_NAME
 from videodit.models.text import TextEncoder
@@ -86,7 +86,8 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
         return 0
     text_encoder = None
     if config.text_encoder:
-        dtype = torch_dtype(choose_dtype("auto", device))
+        # Encoded once and used in every epoch: on a CPU exactness is worth more here than speed.
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         text_encoder = TransformersTextEncoder(config.text_encoder, config.text_max_length, device, dtype)
     invalidate(config.out)
     total = len(shards)

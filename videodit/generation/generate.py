@@ -54,7 +54,7 @@ class GenerateConfig:
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: str = "auto"
-    """auto (bf16 on GPU, fp32 on CPU), fp32 or bf16"""
+    """auto (bf16 where the hardware has it, else fp32), fp32 or bf16"""
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -46,6 +46,9 @@ class VAEConfig:
     """residual blocks at each level of the encoder, a letter each: c convolution over space and time, p pointwise"""
     decoder_blocks: tuple[str, ...] = ("ccc", "ccc", "ccc")
     """residual blocks at each level of the decoder, in the levels' order (the last level comes first)"""
+    latent_spectrum: float = 0.0
+    """spread of the normalised channels: 0 gives each unit variance, 1 as much as it moves the pixels, 0.5 the root of
+    that; the mean square over all channels is 1"""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -64,6 +67,8 @@ class VAEConfig:
             raise ValueError(
                 f"model.patch_size {list(self.patch_size)} is not square in space: use equal rows and columns"
             )
+        if not 0 <= self.latent_spectrum <= 1:
+            raise ValueError(f"model.latent_spectrum {self.latent_spectrum} is not in [0, 1]: use 0, 0.5 or 1")
         for entry in self.downsample:
             if entry not in ("s", "t", "st"):
                 raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")
@@ -212,7 +217,7 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 class VideoVAE(nn.Module):
-    """Causal video VAE with per-channel latent statistics: latents that leave it have zero mean and unit variance.
+    """Causal video VAE with latent statistics: latents that leave it have zero mean and unit variance.
 
     Beside encoder and decoder runs a linear shortcut over blocks of 4x8x8 pixels, which `fit_shortcut` sets to the
     blocks' principal components: training starts at the best linear code, and encoder and decoder learn what a linear
@@ -293,6 +298,19 @@ class VideoVAE(nn.Module):
         self.code_synthesis.copy_(vectors * std)
         self.code_center.copy_(center)
 
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Sets how latents are normalised.
+
+        Args:
+            mean: (latent_channels,) of the raw latents.
+            std: (latent_channels,) of the raw latents, positive.
+        """
+        # How far a channel at its usual distance from the mean moves the pixels, by the linear code.
+        weight = (std * self.code_synthesis.norm(dim=0)) ** self.config.latent_spectrum
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std / (weight / weight.square().mean().sqrt()))
+
     def _analyse(self, clip: Tensor, first_chunk: bool) -> Tensor:
         """The shortcut's latents of a clip."""
         blocks = rearrange(fold(clip, self.block, first_chunk), "b c t h w -> b t h w c")
@@ -305,13 +323,19 @@ class VideoVAE(nn.Module):
         blocks = F.linear(positions, self.code_synthesis.to(latents.dtype), self.code_center.to(latents.dtype))
         return unfold(rearrange(blocks, "b t h w c -> b c t h w"), self.block, first_chunk)
 
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
     def _statistics(self) -> tuple[Tensor, Tensor]:
         return self.latent_mean.view(1, -1, 1, 1, 1), self.latent_std.view(1, -1, 1, 1, 1)
 
     def posterior(self, clip: Tensor, cache: StreamCache | None = None) -> Posterior:
         """Encodes (b, c, t, h, w) in [-1, 1] into a Posterior over normalised latents."""
-        mean, logvar = self.encoder(clip, cache).chunk(2, dim=1)
-        mean = mean + self._analyse(clip, cache is None or cache.first_chunk)
+        # The linear code and the statistics are float32 whatever the weights are: 8 bits of bf16 would band flat areas.
+        exact = clip.to(torch.promote_types(clip.dtype, torch.float32))
+        mean, logvar = self.encoder(clip.to(self._weight_dtype), cache).to(exact.dtype).chunk(2, dim=1)
+        mean = mean + self._analyse(exact, cache is None or cache.first_chunk)
         shift, scale = self._statistics()
         return Posterior((mean - shift) / scale, logvar.clamp(-20.0, 10.0) - 2.0 * torch.log(scale))
 
@@ -333,7 +357,7 @@ class VideoVAE(nn.Module):
         shift, scale = self._statistics()
         raw = latents * scale + shift
         coarse = self._synthesise(raw, cache is None or cache.first_chunk)
-        return coarse + self.decoder(raw, cache)
+        return coarse + self.decoder(raw.to(self._weight_dtype), cache).to(coarse.dtype)
 
     def decode_stream(self, latents: Tensor) -> Tensor:
         """As `decode`, one latent frame at a time: the same result with the memory of one chunk's activations."""

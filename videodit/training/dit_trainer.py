@@ -14,7 +14,7 @@ from videodit.data.latents import read_manifest
 from videodit.data.loader import LatentBatch, LatentLoader
 from videodit.data.randomness import sample_noise, sample_uniform
 from videodit.data.video_io import write_mp4
-from videodit.device import choose_dtype, torch_dtype
+from videodit.device import torch_dtype
 from videodit.errors import UserError
 from videodit.flow.loss import Weighting, flow_loss, level_weight
 from videodit.flow.noise_level import NoiseLevelConfig, sigma_from_uniform
@@ -28,7 +28,7 @@ from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.vae import VideoVAE
 from videodit.parallel.mesh import World
 from videodit.training.checkpoint import Checkpoint, load_average
-from videodit.training.run import RunConfig, TrainingRun, micro_batch_tokens, open_world
+from videodit.training.run import RunConfig, TrainingRun, micro_batch_tokens, open_world, run_dtype
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _read_prompts(config: DiTRunConfig, world: World) -> TextEncoder | None:
     """The prompts, read by the frozen encoder before training fills the memory; None if no samples will be drawn."""
     if not (config.prompts and config.sample_every):
         return None
-    dtype = torch_dtype(choose_dtype(config.dtype, world.device))
+    dtype = torch_dtype(run_dtype(config, world.device))
     return EncodedPrompts(frozen_text_encoder(config, world.device, dtype), config.prompts)
 
 

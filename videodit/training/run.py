@@ -12,7 +12,7 @@ from torch import nn
 
 from videodit.config import to_dict
 from videodit.data.batches import Batch
-from videodit.device import choose_device, choose_dtype
+from videodit.device import DType, choose_device, choose_dtype
 from videodit.errors import UserError
 from videodit.parallel.mesh import World, all_reduce_sum, any_rank, init_process, shutdown
 from videodit.progress import Progress
@@ -46,7 +46,7 @@ class RunConfig:
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: str = "auto"
-    """auto (bf16 on GPU, fp32 on CPU), fp32 or bf16"""
+    """auto (bf16 where the hardware has it and ZeRO keeps fp32 master weights, else fp32), fp32 or bf16"""
     save_every: int = 500
     """steps between checkpoints"""
     keep_last: int = 2
@@ -115,7 +115,7 @@ class TrainingRun:
             module,
             self.config.optim,
             zero_stage=self.config.zero_stage,
-            dtype=choose_dtype(self.config.dtype, self.world.device),
+            dtype=run_dtype(self.config, self.world.device),
             world=self.world,
             max_steps=self.config.max_steps,
         )
@@ -215,6 +215,11 @@ class TrainingRun:
         self._stop = True
 
 
+def run_dtype(config: RunConfig, device: torch.device) -> DType:
+    """The number format of a run's weights; 'auto' keeps fp32 at ZeRO 0, which has no master weights."""
+    return "fp32" if config.dtype == "auto" and config.zero_stage == 0 else choose_dtype(config.dtype, device)
+
+
 @contextmanager
 def open_world(config: RunConfig) -> Iterator[World]:
     """The process group of a run, left at the end even after an error.
@@ -224,7 +229,7 @@ def open_world(config: RunConfig) -> Iterator[World]:
     """
     device = choose_device(config.device)
     try:
-        check_combination(config.zero_stage, choose_dtype(config.dtype, device), config.optim)
+        check_combination(config.zero_stage, run_dtype(config, device), config.optim)
     except ValueError as error:
         raise UserError(str(error)) from None
     # Every rank draws the same initial weights, so that they do not depend on the number of ranks.

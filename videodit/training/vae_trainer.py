@@ -114,7 +114,7 @@ def train_vae(config: VAERunConfig) -> Path:
             for batch in batches:
                 shape = config.model.latent_shape(*batch.clip.shape[2:])
                 noise = sample_noise(config.seed, batch.epoch, batch.keys, shape, "posterior")
-                loss, squared = run.engine(run.cast(batch.clip), run.cast(noise))
+                loss, squared = run.engine(batch.clip.to(world.device), noise.to(world.device))
                 weight = batch.weight.to(loss.device) / total
                 run.engine.backward((weight * loss).sum())
                 sums["loss"] += (weight * loss).sum().detach().cpu()
@@ -147,7 +147,7 @@ def export_vae(config: VAERunConfig, checkpoint: Checkpoint, out: Path, ema: int
 
 @torch.no_grad()
 def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 512, batch_size: int = 8) -> None:
-    """Sets the VAE's per-channel mean and standard deviation from the latents of up to num_clips training clips.
+    """Sets the VAE's latent statistics from the latents of up to num_clips training clips.
 
     Args:
         vae: its statistics are overwritten.
@@ -170,8 +170,8 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
         if seen >= num_clips:
             break
     center = total / positions
-    vae.latent_mean.copy_(center)
-    vae.latent_std.copy_((total_square / positions - center.square()).clamp(min=1e-8).sqrt())
+    variance = (total_square / positions - center.square()).clamp(min=1e-8)
+    vae.set_latent_statistics(center.float().to(device), variance.sqrt().float().to(device))
 
 
 def _first_clips(config: VAERunConfig, shards: str, count: int) -> Tensor:
@@ -190,7 +190,7 @@ def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
     with run.averaged() as module:
         assert isinstance(module, VAEObjective)
         vae = module.vae
-        made = torch.cat([vae.decode(vae.encode(run.cast(c))).float().cpu() for c in clips.split(8)]).clamp(-1, 1)
+        made = torch.cat([vae.decode(vae.encode(c.to(run.world.device))).cpu() for c in clips.split(8)]).clamp(-1, 1)
     run.log({"eval/psnr_db": float(psnr(clips, made).mean())})
     if run.world.is_main:
         pairs = np.concatenate([to_pixels(clips[:4]).numpy(), to_pixels(made[:4]).numpy()], axis=2)  # b t 2h w c
