@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models.tiny import randomize, tiny_dit
-from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.dit import DiTBlock, DiTConfig, VideoDiT
 from videodit.models.layers import sinusoidal_embedding
+from videodit.models.local import FrameConv, LocalBlock, LocalLayers
 
 C, T, HW, L, TEXT = 4, 3, 4, 5, 12
 
@@ -19,19 +20,23 @@ def inputs(b: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.randn(b, C, T, HW, HW), torch.rand(b), torch.randn(b, L, TEXT), mask
 
 
-def test_a_fresh_model_predicts_zero_and_its_blocks_do_nothing() -> None:
-    model = VideoDiT(DiTConfig(in_channels=4, hidden_size=24, depth=4, num_heads=2, text_dim=TEXT))
+@pytest.mark.parametrize("local_width", [0, 8])
+def test_a_fresh_model_predicts_zero_and_its_blocks_do_nothing(local_width: int) -> None:
+    shape = {"in_channels": 4, "hidden_size": 24, "depth": 4, "num_heads": 2, "text_dim": TEXT}
+    model = VideoDiT(DiTConfig(**shape, local_width=local_width))
     latents, sigma, text, mask = inputs()
     assert torch.equal(model(latents, sigma, text, mask), torch.zeros_like(latents))
     seen = []
-    for block in model.blocks:
+    for block in [m for m in model.modules() if isinstance(m, (DiTBlock, LocalBlock))]:
         block.register_forward_hook(lambda _, given, out: seen.append(torch.equal(given[0], out)))
     model(latents, sigma, text, mask)
-    assert seen == [True] * 4
+    assert seen == [True] * (8 if local_width else 4)
 
 
-def test_a_fresh_model_still_learns() -> None:
-    model = VideoDiT(DiTConfig(in_channels=4, hidden_size=24, depth=2, num_heads=2, text_dim=TEXT))
+@pytest.mark.parametrize("local_width", [0, 8])
+def test_a_fresh_model_still_learns(local_width: int) -> None:
+    shape = {"in_channels": 4, "hidden_size": 24, "depth": 2, "num_heads": 2, "text_dim": TEXT}
+    model = VideoDiT(DiTConfig(**shape, local_width=local_width))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     latents, sigma, text, mask = inputs()
     losses = []
@@ -47,9 +52,10 @@ def test_a_fresh_model_still_learns() -> None:
 
 @pytest.mark.parametrize("pattern", ["st", "f"])
 @pytest.mark.parametrize("patch", [(1, 2, 2), (3, 1, 2), (1, 4, 4)])
-def test_keeps_the_latents_shape(pattern: str, patch: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("local_width", [0, 8])
+def test_keeps_the_latents_shape(pattern: str, patch: tuple[int, int, int], local_width: int) -> None:
     latents, sigma, text, mask = inputs()
-    out = tiny_dit(pattern=pattern, patch_size=patch)(latents, sigma, text, mask)
+    out = tiny_dit(pattern=pattern, patch_size=patch, local_width=local_width)(latents, sigma, text, mask)
     assert out.shape == latents.shape and out.isfinite().all() and out.std() > 0
 
 
@@ -60,7 +66,7 @@ def test_keeps_the_latents_shape(pattern: str, patch: tuple[int, int, int]) -> N
     order=st.permutations(range(5)),
 )
 def test_any_size_and_any_memory_order(tokens: tuple, patch: tuple, order: list[int]) -> None:
-    model = tiny_dit(patch_size=patch)
+    model = tiny_dit(patch_size=patch, local_width=8 if order[0] % 2 else 0)
     shape = (2, C, *(n * p for n, p in zip(tokens, patch)))
     latents = torch.randn([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(5)])
     _, sigma, text, mask = inputs()
@@ -93,9 +99,10 @@ def test_the_level_of_a_frame_reaches_that_frame() -> None:
     assert difference[1] > 1e-3 and difference[[0, 2]].max() < 1e-6
 
 
-def test_a_patch_over_time_has_the_level_of_its_first_frame() -> None:
+@pytest.mark.parametrize("local_width", [0, 8])
+def test_a_patch_over_time_has_the_level_of_its_first_frame(local_width: int) -> None:
     latents, _, text, mask = inputs()
-    model = tiny_dit(patch_size=(3, 2, 2))
+    model = tiny_dit(patch_size=(3, 2, 2), local_width=local_width)
     sigma = torch.tensor([[0.2, 0.9, 0.4], [0.7, 0.1, 0.3]])
     torch.testing.assert_close(model(latents, sigma, text, mask), model(latents, sigma[:, 0], text, mask))
 
@@ -265,6 +272,26 @@ def test_impossible_shapes_name_value_and_fix(changes: dict, message: str) -> No
         DiTConfig(**{"hidden_size": 24, "depth": 2, "num_heads": 2, **changes})
 
 
+def test_the_convolution_of_frames_is_a_convolution() -> None:
+    conv = randomize(FrameConv(3))
+    reference = torch.nn.Conv3d(3, 3, (1, 3, 3), padding=(0, 1, 1))
+    reference.weight.data = conv.weight.data.view(3, 3, 1, 3, 3)
+    reference.bias = conv.bias
+    x = torch.randn(2, 4, 5, 6, 3)
+    torch.testing.assert_close(conv(x), reference(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1))
+
+
+def test_a_local_block_reaches_its_neighbours_in_space_and_time() -> None:
+    block = randomize(LocalBlock(4))
+    x = torch.randn(1, 5, 5, 5, 4, requires_grad=True)
+    block(x, torch.randn(1, 1, 1, 1, 3, 4))[0, 2, 2, 2].square().sum().backward()
+    assert x.grad is not None
+    touched = x.grad[0].abs().sum(dim=-1) > 0
+    expected = torch.zeros(5, 5, 5, dtype=torch.bool)
+    expected[1:4, 1:4, 1:4] = True
+    assert torch.equal(touched, expected)
+
+
 def test_the_pattern_says_which_blocks_attend_to_text() -> None:
     config = DiTConfig(hidden_size=24, depth=6, num_heads=2, pattern="stf", cross_attention="sf")
     assert config.block_kinds == "stfstf"
@@ -274,6 +301,9 @@ def test_the_pattern_says_which_blocks_attend_to_text() -> None:
 def test_names_kept_from_muon_exist() -> None:
     names = [name for name, _ in tiny_dit().named_parameters()]
     for excluded in VideoDiT.muon_exclude:
+        assert any(excluded in name.split(".") for name in names), excluded
+    names = [name for name, _ in LocalLayers(4, 8, 1, 24).named_parameters()]
+    for excluded in LocalLayers.muon_exclude:
         assert any(excluded in name.split(".") for name in names), excluded
 
 

@@ -80,8 +80,7 @@ def velocity_function(
         level = sigma.view(-1, 1, 1, 1, 1)
         alpha, beta = coefficients(parameterization.path, level)
         own = (alpha + beta) * x  # on the rectified path alpha + beta is 1
-        prediction = model(own.to(x.dtype), sigma, text)
-        return to_velocity(parameterization, prediction.float(), own.float(), level).to(x.dtype)
+        return to_velocity(parameterization, model(own, sigma, text).to(x.dtype), own, level)
 
     return velocity
 
@@ -189,15 +188,15 @@ class TextToVideo:
         guided = options.guidance_scale != 1.0
         features = self.text_encoder.encode(list(prompts) + ([""] * len(prompts) if guided else []))
         context = self.model.text_context(features)
-        velocity = velocity_function(self.model, self.parameterization, context)
+        # Only the model computes in its own dtype: the state, and what of it a prediction builds on, stay in float32.
+        velocity = velocity_function(
+            lambda x, sigma, text: self.model(x.to(dtype), sigma, text), self.parameterization, context
+        )
         if guided:
             velocity = guided_velocity(velocity, options.guidance_scale)
         noise = initial_noise([seed + row for row in range(len(prompts))], shape)
         sigmas = sampling_levels(options.num_steps, options.shift).to(device)
-        # The state stays in float32; only the model computes in its own dtype.
-        return SAMPLERS[options.sampler](
-            lambda x, sigma: velocity(x.to(dtype), sigma).float(), noise.to(device), sigmas
-        )
+        return SAMPLERS[options.sampler](velocity, noise.to(device), sigmas)
 
     @torch.no_grad()
     def __call__(

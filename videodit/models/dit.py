@@ -4,6 +4,7 @@ Legend: b batch, c latent channels, t latent frames, s tokens of a frame, d hidd
 Tokens stay in one contiguous (b t s d) buffer through all blocks.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from videodit.models.attention import CrossAttention, SelfAttention, text_attention_mask
 from videodit.models.folder import load_model, save_model
 from videodit.models.layers import MLP, Modulation, modulate, sinusoidal_embedding
+from videodit.models.local import FrameConv, LocalLayers
 from videodit.models.patchify import patchify, unpatchify
 from videodit.models.rope import absolute_embedding, rope_table
 
@@ -53,11 +55,18 @@ class DiTConfig:
     """channels of the sinusoidal noise-level embedding"""
     rope_theta: float = 10000.0
     """base of the RoPE frequencies"""
+    local_width: int = 0
+    """channels of convolutional blocks at the latents' resolution, before and after the patches; 0 for none"""
+    local_depth: int = 2
+    """how many of them before the patches, and how many after"""
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "text_dim", "frequency_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} {getattr(self, name)} is not positive")
+        for name in ("local_width", "local_depth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} {getattr(self, name)} is negative: use 0 for none")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise ValueError(
                 f"model.patch_size {list(self.patch_size)} is not 3 positive numbers: use for example [1, 2, 2]"
@@ -167,7 +176,10 @@ class VideoDiT(nn.Module):
         super().__init__()
         self.config = config
         d = config.hidden_size
-        patch_channels = config.in_channels * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        patch_channels = (config.local_width or config.in_channels) * math.prod(config.patch_size)
+        self.local: LocalLayers | None = None
+        if config.local_width:
+            self.local = LocalLayers(config.in_channels, config.local_width, config.local_depth, d)
         self.patch_in = nn.Linear(patch_channels, d)
         self.sigma_embedding = nn.Sequential(nn.Linear(config.frequency_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.modulation = nn.Linear(d, 6 * d)
@@ -182,18 +194,24 @@ class VideoDiT(nn.Module):
     def init_weights(self) -> None:
         """Every initialisation of the DiT.
 
-        Linear layers: Xavier uniform, biases zero. Noise-level embedding: normal 0.02. Zero: the modulations (so that
-        every gate starts closed and each block is the identity, adaLN-Zero), the cross-attention's output and the last
-        layer (so that the first prediction is zero). Norms: one.
+        Linear layers: Xavier uniform, biases zero. Convolutions: normal 1/sqrt(fan_in), biases zero. Noise-level
+        embedding: normal 0.02. Zero: the modulations (so that every gate starts closed and each block is the identity,
+        adaLN-Zero), the cross-attention's output and the last layer (so that the first prediction is zero). Norms: one.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, FrameConv):
+                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+                nn.init.zeros_(module.bias)
         for module in self.sigma_embedding:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        for layer in (self.modulation, self.final_modulation, self.patch_out):
+        zero = [self.modulation, self.final_modulation, self.patch_out]
+        if self.local is not None:  # then patch_out is a hidden layer, and conv_out the last
+            zero[-1:] = [self.local.modulation, self.local.final_modulation, self.local.conv_out]
+        for layer in zero:
             nn.init.zeros_(layer.weight)
         for block in cast("Iterable[DiTBlock]", self.blocks):
             nn.init.zeros_(block.modulation_bias)
@@ -242,22 +260,28 @@ class VideoDiT(nn.Module):
                 raise ValueError("text without text_mask: give the (b, l) mask of the tokens that are text")
             text = self.text_context(text, text_mask)
 
-        x = self.patch_in(patchify(latents, self.config.patch_size))  # b t s d
-        if self.config.absolute_position:
-            x = x + absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size).to(x)
         per_token_frame = sigma[:, None] if sigma.dim() == 1 else sigma[:, ::pt]  # b 1 or b t
-        embedded = sinusoidal_embedding(1000.0 * per_token_frame, self.config.frequency_dim).to(x.dtype)
-        condition = self.sigma_embedding(embedded)  # b t d
+        embedded = sinusoidal_embedding(1000.0 * per_token_frame, self.config.frequency_dim)
+        condition = self.sigma_embedding(embedded.to(latents.dtype))  # b t d
         if text.pooled is not None:
             condition = condition + text.pooled[:, None]
         condition = nn.functional.silu(condition)
+        per_frame = condition
+        features = latents
+        if self.local is not None:
+            per_frame = condition if sigma.dim() == 1 else condition.repeat_interleave(pt, dim=1)
+            features = self.local.read(latents, per_frame)
+        x = self.patch_in(patchify(features, self.config.patch_size))  # b t s d
+        if self.config.absolute_position:
+            x = x + absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size).to(x)
         shared = self.modulation(condition).unflatten(-1, (6, -1))[:, :, None]  # b t 1 6 d
         rope = self._rope_table(t // pt, h // ph, w // pw, x.device)
         for block, keys_values in zip(self.blocks, text.keys_values):
             x = block(x, shared, rope, keys_values, text.mask)
         shift, scale = self.final_modulation(condition)[:, :, None].chunk(2, dim=-1)
         x = self.patch_out(modulate(x, Modulation(shift, scale, gate=scale)))
-        return unpatchify(x, self.config.patch_size, h // ph, w // pw)
+        out = unpatchify(x, self.config.patch_size, h // ph, w // pw)
+        return out if self.local is None else self.local.write(features + out, per_frame)
 
     def _rope_table(self, t: int, h: int, w: int, device: torch.device) -> Tensor:
         table = self._rope.get((t, h, w))

@@ -1,0 +1,101 @@
+"""Local layers of the DiT: convolutions at the resolution of the latents, around the transformer over patches.
+
+A token is a patch of latent positions, and one vector of the hidden size has to hold all of its detail. These layers
+hold it instead: convolutional blocks read the latents before they are cut into patches, and as many write them after,
+seeing what the tokens say beside what the first ones read. What they gain is in docs/decisions.md.
+Source: the idea, not the form: Bao et al. (2022), U-ViT, arXiv:2209.12152 (long skips and a last convolution), and
+Crowson et al. (2024), HDiT, arXiv:2401.11605 (local levels around a global one).
+
+Legend: b batch, t latent frames, h w latent rows and columns, f local width, d hidden size.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from videodit.models.layers import Modulation, modulate
+
+
+class FrameConv(nn.Module):
+    """3x3 convolution in each latent frame; its kernel is kept as a matrix (f, f 3 3), which Muon takes as such.
+
+    Args:
+        width: f.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 9 * width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, t, h, w, f) -> the same."""
+        frames = x.flatten(0, 1).permute(0, 3, 1, 2)  # (b t) f h w, channels last in memory
+        frames = F.conv2d(frames, self.weight.unflatten(1, (-1, 3, 3)), self.bias, padding=1)
+        return frames.permute(0, 2, 3, 1).view(x.shape)
+
+
+class LocalBlock(nn.Module):
+    """adaLN, 3x3 convolution in each latent frame, SiLU, convolution over three latent frames; gated, added to x.
+
+    The modulations are the shared ones plus this block's bias, as in the transformer's blocks.
+
+    Args:
+        width: f.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation_bias = nn.Parameter(torch.zeros(3, width))
+        self.spatial = FrameConv(width)
+        self.temporal = nn.Linear(3 * width, width)  # over the frame before, the frame itself and the one after
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
+        """(b, t, h, w, f) -> the same; shared is (b, t or 1, 1, 1, 3, f)."""
+        modulation = Modulation(*(shared + self.modulation_bias).unbind(-2))
+        frames = F.silu(self.spatial(modulate(x, modulation)))
+        before, after = F.pad(frames[:, :-1], (0,) * 6 + (1, 0)), F.pad(frames[:, 1:], (0,) * 6 + (0, 1))
+        return torch.addcmul(x, modulation.gate, self.temporal(torch.cat([before, frames, after], dim=-1)))
+
+
+class LocalLayers(nn.Module):
+    """The layers before the patches (`read`) and after them (`write`).
+
+    Args:
+        channels: c of the latents.
+        width: f.
+        depth: blocks on each side.
+        hidden_size: d of the condition.
+    """
+
+    # First and last layers and modulations: Muon is meant for the hidden matrices only.
+    muon_exclude = ("conv_in", "conv_out", "modulation", "final_modulation")
+
+    def __init__(self, channels: int, width: int, depth: int, hidden_size: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Linear(channels, width)
+        self.modulation = nn.Linear(hidden_size, 3 * width)
+        self.before = nn.ModuleList(LocalBlock(width) for _ in range(depth))
+        self.after = nn.ModuleList(LocalBlock(width) for _ in range(depth))
+        self.final_modulation = nn.Linear(hidden_size, 2 * width)
+        self.conv_out = nn.Linear(width, channels)
+
+    def read(self, latents: Tensor, condition: Tensor) -> Tensor:
+        """Latents (b, c, t, h, w) and condition (b, t or 1, d) -> features (b, f, t, h, w)."""
+        x = self.conv_in(latents.permute(0, 2, 3, 4, 1))
+        return self._run(self.before, x, condition).permute(0, 4, 1, 2, 3)
+
+    def write(self, features: Tensor, condition: Tensor) -> Tensor:
+        """Features (b, f, t, h, w) and condition (b, t or 1, d) -> the prediction (b, c, t, h, w)."""
+        x = self._run(self.after, features.permute(0, 2, 3, 4, 1), condition)
+        shift, scale = self.final_modulation(condition)[:, :, None, None].chunk(2, dim=-1)
+        return self.conv_out(modulate(x, Modulation(shift, scale, gate=scale))).permute(0, 4, 1, 2, 3)
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, condition: Tensor) -> Tensor:
+        shared = self.modulation(condition).unflatten(-1, (3, -1))[:, :, None, None]
+        for block in cast("Iterable[LocalBlock]", blocks):
+            x = block(x, shared)
+        return x
