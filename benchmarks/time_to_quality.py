@@ -31,18 +31,21 @@ CALIBRATION_STEPS = 12
 # What each recipe changes in configs/dit_demo.yaml.
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {},
-    "adamw": {"optim.name": "adamw"},
+    "no local layers": {"model.local_width": 0, "model.depth": 6},
+    "adamw": {"optim.name": "adamw", "optim.lr": 2e-3},
     "velocity": {"flow.prediction": "velocity", "weighting": "uniform"},
     "no shift": {"noise.shift": 1.0},
-    "shift 6": {"noise.shift": 6.0},
-    "batch 32": {"global_batch_size": 32, "micro_batch_size": 32},
-    "batch 128": {"global_batch_size": 128, "micro_batch_size": 128},
-    "80 tokens": {"model.patch_size": [1, 2, 2], "model.hidden_size": 128, "model.num_heads": 4},
-    "wide": {"model.hidden_size": 256, "model.num_heads": 8, "model.depth": 4},
-    "deep": {"model.hidden_size": 128, "model.num_heads": 4, "model.depth": 12},
+    "shift 8": {"noise.shift": 8.0},
+    "batch 16": {"global_batch_size": 16, "micro_batch_size": 16},
+    "batch 64": {"global_batch_size": 64, "micro_batch_size": 64},
+    "20 tokens": {"model.patch_size": [1, 4, 4], "model.hidden_size": 256, "model.num_heads": 8},
+    "wide": {"model.hidden_size": 256, "model.num_heads": 8},
+    "deep": {"model.depth": 8},
+    "full attention": {"model.pattern": "f"},
     "no pooled text": {"model.pooled_text": False},
     "compiled": {"compile": True},
-    # Latte, arXiv:2401.03048: DDPM noise prediction, linear schedule, AdamW at a constant 1e-4, patches of 2x2.
+    # Latte, arXiv:2401.03048: DDPM noise prediction, linear schedule, AdamW at a constant 1e-4, patches of 2x2
+    # (here at the demo's width and size, and with its byte-level text encoder).
     "latte": {
         "flow.path": "variance_preserving",
         "flow.prediction": "noise",
@@ -52,7 +55,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim.name": "adamw",
         "optim.lr": 1e-4,
         "optim.schedule": "constant",
-        "model.patch_size": [1, 2, 2],
+        "sampling.shift": 1.0,
+        "model.local_width": 0,
+        "model.depth": 6,
         "model.pooled_text": False,
     },
 }
