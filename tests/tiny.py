@@ -28,7 +28,9 @@ FRAMES, SIZE = 9, 32
 BUCKET = f"{FRAMES}x{SIZE}x{SIZE}"
 VAE = VAEConfig(latent_channels=4, channels=(8, 16, 16))
 TEXT = ByteTextConfig(dim=32, byte_dim=16, depth=1, num_heads=2)
-DIT = DiTConfig(in_channels=4, hidden_size=32, depth=2, num_heads=2, text_dim=32, frequency_dim=32)
+DIT = DiTConfig(
+    in_channels=4, hidden_size=32, depth=2, num_heads=2, text_dim=32, frequency_dim=32, local_width=8, local_depth=1
+)
 SAMPLING = SamplingDefaults(num_frames=FRAMES, height=SIZE, width=SIZE, num_steps=2)
 
 VAE_OPTIONS = ["--model.latent_channels=4", "--model.channels=[8,16,16]"]
@@ -37,6 +39,8 @@ DIT_OPTIONS = [
     "--model.depth=2",
     "--model.num_heads=2",
     "--model.frequency_dim=32",
+    "--model.local_width=8",
+    "--model.local_depth=1",
     "--text.dim=32",
     "--text.byte_dim=16",
     "--text.depth=1",

@@ -261,6 +261,7 @@ def test_text_needs_its_mask() -> None:
         ({"cross_attention": ""}, "the prompt would never reach"),
         ({"qk_norm": "layer"}, "'layer' is not one of head, all, none"),
         ({"num_heads": 0}, "model.num_heads 0 is not positive"),
+        ({"local_width": -8}, "model.local_width -8 is negative: use 0"),
         ({"depth": 0}, "model.depth 0 is not positive"),
         ({"patch_size": (2, 2)}, r"model.patch_size \[2, 2\] is not 3 positive numbers"),
         ({"patch_size": (1, 0, 2)}, "not 3 positive numbers"),
