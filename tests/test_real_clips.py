@@ -165,7 +165,15 @@ def test_generated_clips_play_and_their_json_makes_them_again(model: Path, tmp_p
 
     record = json.loads(clips[1].with_suffix(".json").read_text())
     assert (record["prompt"], record["seed"]) == (PROMPTS[1], 8)
+    done = run("generate", "--model", model, *prompts, "--seed=7", "--fps=12", "--out", tmp_path / "second")
+    assert [Path(line).read_bytes() for line in done.stdout.splitlines()] == [clip.read_bytes() for clip in clips]
+
+    # Alone, the clip goes through kernels of another shape, which round differently.
     settings = ("prompt", "seed", "fps", "num_frames", "height", "width", "num_steps", "guidance_scale", "sampler")
     again = [f"--{name}={record[name]}" for name in (*settings, "model", "dtype", "device")]
     done = run("generate", *again, "--out", tmp_path / "again")
-    assert Path(done.stdout.strip()).read_bytes() == clips[1].read_bytes()
+    alone, together, other = (
+        read_frames(path).astype(float) for path in (Path(done.stdout.strip()), clips[1], clips[0])
+    )
+    difference = abs(alone - together).mean()
+    assert difference < 1 < abs(other - together).mean()
