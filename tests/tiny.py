@@ -27,7 +27,7 @@ from videodit.models.vae import VAEConfig, VideoVAE
 FRAMES, SIZE = 9, 32
 BUCKET = f"{FRAMES}x{SIZE}x{SIZE}"
 VAE = VAEConfig(latent_channels=4, channels=(8, 16, 16))
-TEXT = ByteTextConfig(dim=32, byte_dim=16, depth=1, num_heads=2)
+TEXT = ByteTextConfig(dim=32, buckets=512, depth=1, num_heads=2)
 DIT = DiTConfig(
     in_channels=4, hidden_size=32, depth=2, num_heads=2, text_dim=32, frequency_dim=32, local_width=8, local_depth=1
 )
@@ -42,7 +42,7 @@ DIT_OPTIONS = [
     "--model.local_width=8",
     "--model.local_depth=1",
     "--text.dim=32",
-    "--text.byte_dim=16",
+    "--text.buckets=512",
     "--text.depth=1",
     "--text.num_heads=2",
     "--sampling.num_steps=2",

@@ -1,5 +1,6 @@
 """The byte-level text encoder: any text in, and nothing but the caption itself decides its features."""
 
+import zlib
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import strategies as st
 
 from tests.models.tiny import tiny_dit, tiny_text
 from videodit.errors import UserError
-from videodit.models.text import MAX_WORD_BYTES, ByteTextConfig, ByteTextEncoder, TextFeatures, split_words, tokenize
+from videodit.models.text import (
+    MAX_WORD_BYTES,
+    ByteTextConfig,
+    ByteTextEncoder,
+    TextFeatures,
+    split_words,
+    tokenize,
+    word_grams,
+)
 from videodit.models.text_folder import load_text_encoder
 from videodit.models.text_to_video import TextToVideoModel
 
@@ -23,18 +32,32 @@ def features(caption: str) -> torch.Tensor:
 
 
 @given(captions)
-def test_tokens_are_the_bytes_of_the_words(texts: list[str]) -> None:
-    tokens = tokenize(texts, max_words=1000)
+def test_a_caption_is_cut_into_its_words_and_every_different_word_is_one_row(texts: list[str]) -> None:
+    tokens = tokenize(texts, max_words=1000, buckets=2**20)
+    words = {b""} | {word for text in texts for word in split_words(text)}
+    assert len(tokens.grams) == len(words)
     for text, index, mask in zip(texts, tokens.index, tokens.mask):
-        words = [bytes((word[word > 0] - 1).tolist()) for word in tokens.words[index[mask]]]
-        assert words[0] == b"" and b"".join(words) == b"".join(text.encode().split())
-        assert all(0 < len(word) <= MAX_WORD_BYTES for word in words[1:])
-    assert len({bytes((word[word > 0] - 1).tolist()) for word in tokens.words}) == len(tokens.words)
+        pieces = split_words(text)
+        assert b"".join(pieces) == b"".join(text.encode().split())
+        assert all(0 < len(word) <= MAX_WORD_BYTES for word in pieces)
+        rows = [tokens.grams[row] for row in index[mask]]
+        assert [int((row > 0).sum()) for row in rows] == [len(word_grams(word)) for word in (b"", *pieces)]
+
+
+def test_a_word_is_itself_and_its_parts() -> None:
+    assert word_grams(b"red") == [b"<red>", b"<re", b"red", b"ed>", b"<red", b"red>"]
+    assert word_grams(b"") == [b"<>"] and word_grams(b"a") == [b"<a>"]
+
+
+def test_the_table_has_a_row_for_padding_and_the_hash_does_not_change() -> None:
+    tokens = tokenize(["red"], 8, buckets=5)
+    assert tokens.grams.shape == (2, 6) and tokens.grams[0, 1:].tolist() == [0] * 5
+    assert tokens.grams[1].tolist() == [1 + zlib.crc32(gram) % 4 for gram in word_grams(b"red")]
 
 
 def test_the_empty_caption_is_one_token() -> None:
-    tokens = tokenize([""], 8)
-    assert tokens.words.tolist() == [[0]] and tokens.index.tolist() == [[0]] and tokens.mask.tolist() == [[True]]
+    tokens = tokenize([""], 8, 64)
+    assert tokens.grams.shape == (1, 1) and tokens.index.tolist() == [[0]] and tokens.mask.tolist() == [[True]]
     assert features("").shape == (1, 12) and features("").isfinite().all()
     assert torch.equal(features(" \t\n"), features(""))
 
@@ -97,21 +120,29 @@ def test_what_is_beyond_max_words_is_cut() -> None:
 
 
 def test_a_repeated_word_is_read_once_and_told_apart_by_its_place() -> None:
-    tokens = tokenize(["red red blue", "blue red"], 8)
-    assert tokens.words.shape == (3, 4) and tokens.index.tolist() == [[0, 1, 1, 2], [0, 2, 1, 0]]
+    tokens = tokenize(["red red blue", "blue red"], 8, 64)
+    assert len(tokens.grams) == 3 and tokens.index.tolist() == [[0, 1, 1, 2], [0, 2, 1, 0]]
     assert (features("red red")[1] - features("red red")[2]).abs().max() > 1e-3
 
 
 def test_every_parameter_learns() -> None:
-    encoder = ByteTextEncoder(ByteTextConfig(dim=12, byte_dim=6, depth=2, num_heads=2, max_words=8))
+    encoder = ByteTextEncoder(ByteTextConfig(dim=12, buckets=64, depth=2, num_heads=2, max_words=8))
     out = encoder.encode(["a small red circle", "moves"])
     (out.embeddings * out.mask[..., None] * torch.randn(12)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in encoder.parameters())
 
 
-def test_a_shape_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="text.dim 10 is not a multiple of text.num_heads 4"):
-        ByteTextConfig(dim=10)
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"dim": 10}, "text.dim 10 is not a multiple of text.num_heads 4"),
+        ({"buckets": 1}, "text.buckets 1 is below 2"),
+        ({"depth": -1}, "text.depth -1 is negative"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(bad: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ByteTextConfig(**bad)
 
 
 def test_a_model_folder_gives_the_byte_encoder_back(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def tiny_dit(**changes) -> VideoDiT:
 
 def tiny_text() -> ByteTextEncoder:
     torch.manual_seed(0)
-    return randomize(ByteTextEncoder(ByteTextConfig(dim=12, byte_dim=6, depth=2, num_heads=2, max_words=8)), 0.1)
+    return randomize(ByteTextEncoder(ByteTextConfig(dim=12, buckets=64, depth=2, num_heads=2, max_words=8)), 0.1)
 
 
 def tiny_vae(**changes) -> VideoVAE:

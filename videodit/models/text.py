@@ -1,8 +1,9 @@
 """Text encoders behind one small interface, and the byte-level one that is trained jointly with the DiT (no download).
 
-Legend: b batch, l words of a caption, u different words in the batch, n bytes of a word, d channels.
+Legend: b batch, l words of a caption, u different words in the batch, n n-grams of a word, d channels.
 """
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from videodit.models.folder import load_model, save_model
 
 MAX_WORD_BYTES = 16
+GRAM_SIZES = (3, 4, 5)
+"""bytes of the n-grams of a word, its two borders included"""
 
 
 @dataclass
@@ -50,10 +53,10 @@ class ByteTextConfig:
 
     dim: int = 256
     """channels of a word and of the output"""
-    byte_dim: int = 64
-    """channels of a byte inside a word"""
+    buckets: int = 16384
+    """rows of the table that n-grams are hashed into"""
     depth: int = 2
-    """transformer layers over the words"""
+    """transformer layers over the words; 0 leaves each word to itself"""
     num_heads: int = 4
     """attention heads of these layers"""
     max_words: int = 64
@@ -62,19 +65,23 @@ class ByteTextConfig:
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
             raise ValueError(f"text.dim {self.dim} is not a multiple of text.num_heads {self.num_heads}")
+        if self.buckets < 2:
+            raise ValueError(f"text.buckets {self.buckets} is below 2: use for example 16384")
+        if self.depth < 0:
+            raise ValueError(f"text.depth {self.depth} is negative: use 0 for none")
 
 
 @dataclass
 class ByteTokens:
-    """A batch of captions as bytes, each different word once.
+    """A batch of captions as n-grams of bytes, each different word once.
 
     Attributes:
-        words: (u, n) uint8 values + 1, 0 is padding; row 0 is the empty word that begins every caption.
-        index: (b, l) row of `words`.
+        grams: (u, n) rows of the hashed table, 0 is padding; row 0 is the empty word that begins every caption.
+        index: (b, l) row of `grams`.
         mask: (b, l) bool.
     """
 
-    words: Tensor
+    grams: Tensor
     index: Tensor
     mask: Tensor
 
@@ -88,18 +95,25 @@ def split_words(caption: str) -> list[bytes]:
     ]
 
 
-def tokenize(captions: list[str], max_words: int) -> ByteTokens:
-    """Captions to bytes; every caption begins with the empty word, so that '' has one token."""
+def word_grams(word: bytes) -> list[bytes]:
+    """The word with its borders marked, and all its different n-grams of GRAM_SIZES bytes: "<red>", "<re", "red", …"""
+    whole = b"<" + word + b">"
+    grams = {whole[start : start + size]: None for size in GRAM_SIZES for start in range(len(whole) - size + 1)}
+    return list({whole: None} | grams)
+
+
+def tokenize(captions: list[str], max_words: int, buckets: int) -> ByteTokens:
+    """Captions to hashed n-grams; every caption begins with the empty word, so that '' has one token."""
     rows: dict[bytes, int] = {b"": 0}
     sentences = [[0, *(rows.setdefault(w, len(rows)) for w in split_words(c)[: max_words - 1])] for c in captions]
-    width = max(len(word) for word in rows) or 1
+    hashed = [[1 + zlib.crc32(gram) % (buckets - 1) for gram in word_grams(word)] for word in rows]
+    grams = torch.zeros(len(rows), max(len(word) for word in hashed), dtype=torch.long)
+    for row, word in enumerate(hashed):
+        grams[row, : len(word)] = torch.tensor(word)
     length = max(len(sentence) for sentence in sentences)
-    words = torch.zeros(len(rows), width, dtype=torch.long)
-    for word, row in rows.items():
-        words[row, : len(word)] = torch.tensor(list(word), dtype=torch.long) + 1
     index = torch.tensor([sentence + [0] * (length - len(sentence)) for sentence in sentences])
     mask = torch.tensor([[i < len(sentence) for i in range(length)] for sentence in sentences])
-    return ByteTokens(words, index, mask)
+    return ByteTokens(grams, index, mask)
 
 
 class WordTransformerLayer(nn.Module):
@@ -130,23 +144,21 @@ class WordTransformerLayer(nn.Module):
 
 
 class ByteTextEncoder(nn.Module):
-    """Reads UTF-8 bytes: convolutions make one vector of each word, a small transformer reads the words in order.
+    """Reads UTF-8 bytes: a word is the sum of its n-grams' vectors, and a small transformer reads the words in order.
 
-    No vocabulary: a word it has never seen is read letter by letter like any other. Every different word of a batch is
-    read once.
-    Source: Kim et al. (2016), character-aware neural language models, arXiv:1508.06615.
+    No vocabulary: n-grams are hashed into a table, so that a word it has never seen is read by its parts. Every
+    different word of a batch is read once.
+    Source: Bojanowski et al. (2017), fastText, arXiv:1607.04606, Sec. 3.2 (n-grams of a word, hashed); Pagnoni et al.
+    (2024), Byte Latent Transformer, arXiv:2412.09871, Sec. 3.2.1 (of bytes).
     """
 
-    # Embeddings and what follows them directly: Muon is meant for the hidden matrices only.
-    muon_exclude = ("byte_embedding", "byte_position", "word_position")
+    # An embedding: Muon is meant for the hidden matrices only.
+    muon_exclude = ("word_position",)
 
     def __init__(self, config: ByteTextConfig) -> None:
         super().__init__()
         self.config = config
-        self.byte_embedding = nn.Embedding(257, config.byte_dim)
-        self.byte_position = nn.Parameter(torch.empty(MAX_WORD_BYTES, config.byte_dim))
-        self.conv1 = nn.Conv1d(config.byte_dim, 2 * config.byte_dim, 3, padding=1)
-        self.conv2 = nn.Conv1d(2 * config.byte_dim, config.dim, 3, padding=1)
+        self.gram_embedding = nn.Embedding(config.buckets, config.dim)
         self.word_position = nn.Parameter(torch.empty(config.max_words, config.dim))
         self.layers = nn.ModuleList(WordTransformerLayer(config.dim, config.num_heads) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.dim)
@@ -161,18 +173,14 @@ class ByteTextEncoder(nn.Module):
     def init_weights(self) -> None:
         """Every initialisation of the encoder.
 
-        Embeddings: normal 1 (bytes) and 0.1 (positions). Linear layers: Xavier uniform, biases zero, the two that end a
-        residual branch scaled by 1/sqrt(2 depth). Convolutions: He normal, biases zero.
+        Embeddings: normal 1 (n-grams) and 0.1 (positions). Linear layers: Xavier uniform, biases zero, the two that end
+        a residual branch scaled by 1/sqrt(2 depth).
         """
-        nn.init.normal_(self.byte_embedding.weight)
-        nn.init.normal_(self.byte_position, std=0.1)
+        nn.init.normal_(self.gram_embedding.weight)
         nn.init.normal_(self.word_position, std=0.1)
         for module in self.modules():
-            if isinstance(module, nn.Conv1d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-            if isinstance(module, (nn.Conv1d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for layer in cast("Iterable[WordTransformerLayer]", self.layers):
             layer.proj.weight.mul_((2 * self.config.depth) ** -0.5)
@@ -180,22 +188,17 @@ class ByteTextEncoder(nn.Module):
 
     def encode(self, captions: list[str]) -> TextFeatures:
         """Captions -> features (b, l, d) with their mask."""
-        tokens = tokenize(captions, self.config.max_words)
-        device = self.byte_embedding.weight.device
+        tokens = tokenize(captions, self.config.max_words, self.config.buckets)
+        device = self.word_position.device
         mask = tokens.mask.to(device)
-        return TextFeatures(self(tokens.words.to(device), tokens.index.to(device), mask), mask)
+        return TextFeatures(self(tokens.grams.to(device), tokens.index.to(device), mask), mask)
 
-    def forward(self, words: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, grams: Tensor, index: Tensor, mask: Tensor) -> Tensor:
         """See `ByteTokens` for the arguments. Gives (b, l, d), a plain tensor: ZeRO-3's hooks see into no dataclass."""
-        padding = (words == 0)[:, None]  # u 1 n
-        x = self.byte_embedding(words) + self.byte_position[: words.shape[1]]  # u n byte_dim
-        # Zeros behind a word, as the convolutions see them behind the longest one: a word's neighbours change nothing.
-        x = x.transpose(1, 2).masked_fill(padding, 0.0)
-        x = F.silu(self.conv1(x)).masked_fill(padding, 0.0)
-        x = self.conv2(x)  # u d n
-        x = x.masked_fill(padding, -torch.inf).amax(dim=-1)  # u d
-        x = x.masked_fill(x.isinf(), 0.0)  # the empty word has no bytes
-        x = x[index] + self.word_position[: index.shape[1]]  # b l d
+        vectors = self.gram_embedding(grams)  # u n d
+        real = (grams > 0)[..., None].to(vectors.dtype)
+        words = (vectors * real).sum(dim=1) * real.sum(dim=1).rsqrt()  # u d; variance 1 at first
+        x = words[index] + self.word_position[: index.shape[1]]  # b l d
         for layer in self.layers:
             x = layer(x, mask[:, None, None])
         return self.norm_out(x)
