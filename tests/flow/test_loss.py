@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videodit.flow.loss import flow_loss, level_weight
+from videodit.flow.loss import flow_loss, level_weight, likelihood_loss
 
 
 def test_is_the_mean_squared_error_when_all_frames_count() -> None:
@@ -74,3 +74,26 @@ def test_velocity_weight_turns_an_error_of_x0_into_one_of_the_velocity() -> None
     weighted = level_weight(sigma, "velocity") * (guess - x0).square().mean(dim=1)
     torch.testing.assert_close(weighted, velocity_error, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(level_weight(torch.tensor(0.0), "velocity"), torch.tensor(400.0))
+
+
+def test_likelihood_loss_is_least_at_the_mean_error_and_at_zero_the_flow_loss() -> None:
+    prediction, target = torch.randn(64, 2, 3, 4, 4), torch.randn(64, 2, 3, 4, 4)
+    weight = torch.ones(64, 3)
+    torch.testing.assert_close(
+        likelihood_loss(prediction, target, weight, torch.zeros(64, 3)), flow_loss(prediction, target, weight)
+    )
+    mean = flow_loss(prediction, target, weight).mean().log()
+    best = likelihood_loss(prediction, target, weight, mean.expand(64, 3)).mean()
+    torch.testing.assert_close(best, 1 + mean)
+    for off in (-0.1, 0.1):
+        assert likelihood_loss(prediction, target, weight, (mean + off).expand(64, 3)).mean() > best
+
+
+def test_likelihood_loss_leaves_conditions_out() -> None:
+    prediction, target = torch.randn(2, 2, 3, 4, 4), torch.randn(2, 2, 3, 4, 4)
+    weight = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    log_error = torch.randn(2, 3)
+    loss = likelihood_loss(prediction, target, weight, log_error)
+    error = (prediction - target)[0].square().mean(dim=(0, 2, 3))[1:]
+    torch.testing.assert_close(loss[0], (error / log_error[0, 1:].exp() + log_error[0, 1:]).mean())
+    assert loss[1] == 0

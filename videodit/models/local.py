@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from videodit.models.layers import Modulation, modulate
+from videodit.models.layers import MLP, Modulation, modulate
 
 
 class FrameConv(nn.Module):
@@ -39,7 +39,7 @@ class FrameConv(nn.Module):
 
 
 class LocalBlock(nn.Module):
-    """adaLN, 3x3 convolution in each latent frame, SiLU, convolution over three latent frames; gated, added to x.
+    """adaLN, 3x3 convolution in each latent frame, SiLU, convolution over three latent frames, MLP; gated, added to x.
 
     The modulations are the shared ones plus this block's bias, as in the transformer's blocks.
 
@@ -52,13 +52,15 @@ class LocalBlock(nn.Module):
         self.modulation_bias = nn.Parameter(torch.zeros(3, width))
         self.spatial = FrameConv(width)
         self.temporal = nn.Linear(3 * width, width)  # over the frame before, the frame itself and the one after
+        self.mlp = MLP(width, 4 * width)
 
     def forward(self, x: Tensor, shared: Tensor) -> Tensor:
         """(b, t, h, w, f) -> the same; shared is (b, t or 1, 1, 1, 3, f)."""
         modulation = Modulation(*(shared + self.modulation_bias).unbind(-2))
         frames = F.silu(self.spatial(modulate(x, modulation)))
         before, after = F.pad(frames[:, :-1], (0,) * 6 + (1, 0)), F.pad(frames[:, 1:], (0,) * 6 + (0, 1))
-        return torch.addcmul(x, modulation.gate, self.temporal(torch.cat([before, frames, after], dim=-1)))
+        hidden = self.temporal(torch.cat([before, frames, after], dim=-1))
+        return torch.addcmul(x, modulation.gate, hidden + self.mlp(hidden))
 
 
 class LocalLayers(nn.Module):

@@ -16,11 +16,12 @@ from videodit.data.randomness import sample_noise, sample_uniform
 from videodit.data.video_io import write_mp4
 from videodit.device import torch_dtype
 from videodit.errors import UserError
-from videodit.flow.loss import Weighting, flow_loss, level_weight
+from videodit.flow.loss import Weighting, flow_loss, level_weight, likelihood_loss
 from videodit.flow.noise_level import NoiseLevelConfig, sigma_from_uniform
 from videodit.flow.path import Parameterization, interpolate, target
 from videodit.generation.pipeline import SamplingDefaults, TextToVideo
 from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.level_error import LevelError
 from videodit.models.text import ByteTextConfig, ByteTextEncoder, TextEncoder, TextFeatures
 from videodit.models.text_prompts import EncodedPrompts
 from videodit.models.text_to_video import TextToVideoModel
@@ -52,7 +53,8 @@ class DiTRunConfig(RunConfig):
     noise: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
     """at which noise levels it is trained"""
     weighting: Weighting = "uniform"
-    """weight of a noise level in the loss: uniform, velocity (for x0 prediction) or min_snr (for noise prediction)"""
+    """weight of a noise level in the loss: uniform, velocity (for x0 prediction), min_snr (for noise prediction), or
+    learned: one over the error that is expected there"""
     condition_rate: float = 0.0
     """share of samples whose first latent frames are given clean (image-to-video, extension)"""
     compile: bool = False
@@ -71,9 +73,10 @@ class DiTRunConfig(RunConfig):
 
 
 def build_model(config: DiTRunConfig) -> TextToVideoModel:
-    """The module of a run with fresh weights: {dit, text_encoder}, or {dit} alone if the text encoder is frozen."""
+    """The module of a run with fresh weights; without text_encoder if that is frozen."""
     encoder = None if config.text_encoder else ByteTextEncoder(config.text)
-    return TextToVideoModel(VideoDiT(config.model), encoder)
+    level_error = LevelError() if config.weighting == "learned" else None
+    return TextToVideoModel(VideoDiT(config.model), encoder, level_error)
 
 
 def train_dit(config: DiTRunConfig) -> Path:
@@ -109,8 +112,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             loss_sum = torch.zeros(())
             for batch in batches:
                 noisy = make_noisy(batch, config)
-                prediction = run.engine(run.cast(noisy.latents), noisy.sigma.to(world.device), batch_text(batch, run))
-                loss = flow_loss(prediction, noisy.target.to(world.device), noisy.weight.to(world.device))
+                loss = clip_loss(run, noisy, batch_text(batch, run), config.weighting)
                 loss = (batch.weight.to(world.device) * loss).sum() / total
                 run.engine.backward(loss)
                 loss_sum += loss.detach().cpu()
@@ -193,6 +195,17 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig) -> NoisyBatch:
     level = sigma[:, None, :, None, None]
     latents = interpolate(config.flow.path, x0, noise, level)
     return NoisyBatch(latents, sigma, target(config.flow, x0, noise, level), weight)
+
+
+def clip_loss(run: TrainingRun, noisy: NoisyBatch, text: list[str] | TextFeatures, weighting: Weighting) -> Tensor:
+    """Runs the model: (b,) loss of each clip."""
+    device = run.world.device
+    latents, sigma = run.cast(noisy.latents), noisy.sigma.to(device)
+    target, weight = noisy.target.to(device), noisy.weight.to(device)
+    if weighting == "learned":
+        prediction, log_error = run.engine(latents, sigma, text, with_level_error=True)
+        return likelihood_loss(prediction, target, weight, log_error)
+    return flow_loss(run.engine(latents, sigma, text), target, weight)
 
 
 def clip_tokens(model: DiTConfig, shape: torch.Size) -> int:
