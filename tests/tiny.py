@@ -35,6 +35,7 @@ SAMPLING = SamplingDefaults(num_frames=FRAMES, height=SIZE, width=SIZE, num_step
 
 VAE_OPTIONS = ["--model.latent_channels=4", "--model.channels=[8,16,16]"]
 DIT_OPTIONS = [
+    "--weighting=learned",
     "--model.hidden_size=32",
     "--model.depth=2",
     "--model.num_heads=2",

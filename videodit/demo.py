@@ -226,7 +226,9 @@ def _measure_and_report(
                 out / "vae/metrics.jsonl", "train/loss", "VAE training loss", "loss", smooth=True, log=True
             ),
             curve_from_metrics(out / "vae/metrics.jsonl", "eval/psnr_db", "VAE on held-out clips", "PSNR (dB)"),
-            curve_from_metrics(out / "dit/metrics.jsonl", "train/loss", "DiT training loss", "loss", smooth=True),
+            curve_from_metrics(
+                out / "dit/metrics.jsonl", "train/mse", "DiT, error of the prediction", "MSE", smooth=True, log=True
+            ),
         ],
         stages={name: stages.seconds[name] for name in STAGES},
         machine=machine,

@@ -64,7 +64,14 @@ def dit_config(run_dir: Path, latents: Path, **changes: Any) -> DiTRunConfig:
     optim = OptimConfig(name="muon", lr=1e-3, schedule="linear")
     sampling = replace(tiny.SAMPLING, num_frames=17)  # the latents decide
     config = DiTRunConfig(
-        run_dir=str(run_dir), data=data, model=tiny.DIT, text=tiny.TEXT, optim=optim, sampling=sampling, **RUN
+        run_dir=str(run_dir),
+        data=data,
+        model=tiny.DIT,
+        text=tiny.TEXT,
+        optim=optim,
+        weighting="learned",
+        sampling=sampling,
+        **RUN,
     )
     return replace(config, **changes)
 
@@ -168,7 +175,7 @@ def test_another_model_in_the_same_folder_is_refused(latents: Path, tmp_path: Pa
 def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
     train_dit(dit_config(tmp_path / "run", latents, max_steps=1))
     (line,) = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert {"step", "train/loss", "train/grad_norm", "perf/step_s", "data/wait_s", "data/digest"} <= line.keys()
+    assert {"step", "train/loss", "train/mse", "train/grad_norm", "perf/step_s", "data/wait_s", "data/digest"} <= line.keys()
 
 
 def test_micro_batches_change_nothing_but_rounding(shards: Path, tmp_path: Path) -> None:

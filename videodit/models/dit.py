@@ -123,6 +123,8 @@ class DiTBlock(nn.Module):
     (shared MLP, bias per block); Peebles & Xie (2022), arXiv:2212.09748 (adaLN-Zero).
     """
 
+    muon_exclude = ("modulation_bias",)
+
     def __init__(self, config: DiTConfig, kind: str) -> None:
         super().__init__()
         self.kind = kind

@@ -47,6 +47,8 @@ class LocalBlock(nn.Module):
         width: f.
     """
 
+    muon_exclude = ("modulation_bias",)
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.modulation_bias = nn.Parameter(torch.zeros(3, width))

@@ -109,15 +109,16 @@ def train_dit(config: DiTRunConfig) -> Path:
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
-            loss_sum = torch.zeros(())
+            sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
             for batch in batches:
-                noisy = make_noisy(batch, config)
-                loss = clip_loss(run, noisy, batch_text(batch, run), config.weighting)
-                loss = (batch.weight.to(world.device) * loss).sum() / total
+                loss, error = clip_losses(run, make_noisy(batch, config), batch_text(batch, run), config.weighting)
+                share = batch.weight.to(world.device) / total
+                loss = (share * loss).sum()
                 run.engine.backward(loss)
-                loss_sum += loss.detach().cpu()
+                sums["loss"] += loss.detach().cpu()
+                sums["mse"] += (share * error).sum().cpu()
             tokens = micro_batch_tokens(batches, clip_tokens(config.model, batches[0].mean.shape), world)
-            run.finish_step({"loss": loss_sum}, digest=loader.digest(plan), tokens=tokens)
+            run.finish_step(sums, digest=loader.digest(plan), tokens=tokens)
             if run.time_to_sample() and text_encoder and config.prompts:
                 _draw_samples(run, config, text_encoder)
         run.save()
@@ -197,15 +198,20 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig) -> NoisyBatch:
     return NoisyBatch(latents, sigma, target(config.flow, x0, noise, level), weight)
 
 
-def clip_loss(run: TrainingRun, noisy: NoisyBatch, text: list[str] | TextFeatures, weighting: Weighting) -> Tensor:
-    """Runs the model: (b,) loss of each clip."""
+def clip_losses(
+    run: TrainingRun, noisy: NoisyBatch, text: list[str] | TextFeatures, weighting: Weighting
+) -> tuple[Tensor, Tensor]:
+    """Runs the model: each clip's loss and, without gradient, its mean squared error; both (b,)."""
     device = run.world.device
     latents, sigma = run.cast(noisy.latents), noisy.sigma.to(device)
     target, weight = noisy.target.to(device), noisy.weight.to(device)
     if weighting == "learned":
         prediction, log_error = run.engine(latents, sigma, text, with_level_error=True)
-        return likelihood_loss(prediction, target, weight, log_error)
-    return flow_loss(run.engine(latents, sigma, text), target, weight)
+        loss = likelihood_loss(prediction, target, weight, log_error)
+    else:
+        prediction = run.engine(latents, sigma, text)
+        loss = flow_loss(prediction, target, weight)
+    return loss, flow_loss(prediction.detach(), target, (weight > 0).float())
 
 
 def clip_tokens(model: DiTConfig, shape: torch.Size) -> int:
