@@ -175,7 +175,15 @@ def test_another_model_in_the_same_folder_is_refused(latents: Path, tmp_path: Pa
 def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
     train_dit(dit_config(tmp_path / "run", latents, max_steps=1))
     (line,) = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert {"step", "train/loss", "train/mse", "train/grad_norm", "perf/step_s", "data/wait_s", "data/digest"} <= line.keys()
+    assert {
+        "step",
+        "train/loss",
+        "train/mse",
+        "train/grad_norm",
+        "perf/step_s",
+        "data/wait_s",
+        "data/digest",
+    } <= line.keys()
 
 
 def test_micro_batches_change_nothing_but_rounding(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""The files of configs/ load, and fit together: DiT patches divide the latents of the VAE beside them."""
+
+from pathlib import Path
+
+import pytest
+
+from videodit.config import load_yaml
+from videodit.data.buckets import parse_bucket
+from videodit.models.vae import VAEConfig
+from videodit.training.dit_trainer import DiTRunConfig
+from videodit.training.vae_trainer import VAERunConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NAMES = sorted(path.stem.removeprefix("dit_") for path in CONFIGS.glob("dit_*.yaml"))
+
+
+def test_every_file_is_one_of_a_pair() -> None:
+    assert {"base", "demo", "hour"} <= set(NAMES)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
+        f"{kind}_{name}" for kind in ("vae", "dit") for name in NAMES
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_load_and_fit_together(name: str) -> None:
+    vae = load_yaml(VAERunConfig, CONFIGS / f"vae_{name}.yaml", {"run_dir": "run", "data.shards": "clips"})
+    dit = load_yaml(DiTRunConfig, CONFIGS / f"dit_{name}.yaml", {"run_dir": "run", "data.shards": "latents"})
+    assert isinstance(vae.model, VAEConfig)
+    for bucket in vae.data.buckets:
+        frames, height, width = parse_bucket(bucket)
+        _, *sizes = vae.model.latent_shape(frames, height, width)
+        assert all(size % patch == 0 for size, patch in zip(sizes, dit.model.patch_size))
+    assert dit.global_batch_size % dit.micro_batch_size == 0
