@@ -227,8 +227,9 @@ def run(line: str, options: argparse.Namespace) -> dict[str, Any]:
     """One recipe's row."""
     name, *changes = line.split()
     overrides = {key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in changes)}
-    batch = overrides.setdefault("global_batch_size", 32)
-    overrides |= {"micro_batch_size": batch, "run_dir": "unused", "data.shards": options.latents}
+    if "global_batch_size" in overrides:
+        overrides["micro_batch_size"] = overrides["global_batch_size"]
+    overrides |= {"run_dir": "unused", "data.shards": options.latents}
     config = follow_latents(load_yaml(DiTRunConfig, CONFIG, overrides))
     data = Latents(options.latents, config)
     if options.seconds:
