@@ -116,7 +116,7 @@ def test_the_report_is_one_file_that_plays(demo: Demo) -> None:
     assert len(videos) >= 16  # the generated clips; reconstructions beside them
     for video in videos:
         assert read_frames(base64.b64decode(video)).shape == (17, 64, 64, 3)
-    for shown in ("smoke run", "VAE training loss", "DiT training loss"):
+    for shown in ("smoke run", "VAE training loss", "DiT, error of the prediction"):
         assert shown in page
 
 

@@ -20,6 +20,7 @@ from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.loader import ClipLoader
 from videodit.data.video_io import read_frames
 from videodit.errors import UserError
+from videodit.models.level_error import KNOTS
 from videodit.training.checkpoint import load_latest, read_full
 from videodit.training.dit_trainer import DiTRunConfig, build_model, follow_latents, train_dit
 from videodit.training.export import export_run
@@ -251,6 +252,7 @@ def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path
     assert checkpoint is not None
     average, exported = read_full(checkpoint, "ema0"), dict(pipe.model.named_parameters())
     assert set(build_model(follow_latents(config)).state_dict()) >= set(average)
+    assert average.pop("level_error.knots").shape == (KNOTS,)  # weights the loss only
     assert_same(average, {name: value.detach() for name, value in exported.items()})
     assert any(not torch.equal(average[name], weight) for name, weight in read_full(checkpoint, "weight").items())
     assert pipe(["a circle"]).shape == (1, tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
