@@ -1,6 +1,7 @@
 """Two gloo ranks under torchrun, and what they saved on one rank."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 def launch(folder: Path, *args: str) -> dict[str, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.training.distributed_cases", str(folder), *args]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    # seen twice in some 70 launches: rank 0 ends with "terminate called without an active exception"; this says where
+    env = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     report: dict[str, str] = json.loads((folder / "report.json").read_text())
     return report
