@@ -38,6 +38,13 @@ def changed(spec: SceneSpec, attribute: str, rng: np.random.Generator) -> SceneS
 
 
 @torch.no_grad()
+def encode_scenes(pipe: TextToVideo, specs: Sequence[SceneSpec]) -> torch.Tensor:
+    """Latents (b, c, t, h, w) of the scenes' rendered clips, where the model is."""
+    clips = torch.from_numpy(np.stack([render(spec) for spec in specs])).to(pipe.model.dit.patch_out.weight.device)
+    return pipe.vae.encode(clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0)
+
+
+@torch.no_grad()
 def denoising_errors(pipe: TextToVideo, latents: torch.Tensor, prompts: list[str]) -> list[float]:
     """Mean squared error of the predicted clean latents (b, c, t, h, w) at each of LEVELS."""
     weight = pipe.model.dit.patch_out.weight
@@ -64,9 +71,7 @@ def main() -> None:
     pipe = TextToVideo.from_pretrained(options.model, device, torch_dtype(choose_dtype("auto", device)))
     rng = np.random.default_rng(5)
     specs = [sample_spec(rng) for _ in range(options.clips)]
-    clips = torch.from_numpy(np.stack([render(spec) for spec in specs])).to(device)
-    with torch.no_grad():
-        latents = pipe.vae.encode(clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0)
+    latents = encode_scenes(pipe, specs)
     prompts = {"true": [captions(spec)[0] for spec in specs], "paraphrase": [captions(spec)[1] for spec in specs]}
     prompts |= {f"wrong {name}": [captions(changed(spec, name, rng))[0] for spec in specs] for name in WORDS}
     prompts["none"] = [""] * len(specs)

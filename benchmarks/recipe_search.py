@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from prompt_sensitivity import LEVELS, changed, denoising_errors
+from prompt_sensitivity import LEVELS, changed, denoising_errors, encode_scenes
 from torch import Tensor
 
 import videodit.models.dit as dit_module
 from videodit.config import load_yaml
 from videodit.data.latents import read_latent_sample
-from videodit.data.shapes.render import render
 from videodit.data.shapes.world import captions, prompt_specs, sample_spec
 from videodit.data.shards import ShardSet
 from videodit.device import choose_device, choose_dtype, torch_dtype
@@ -191,7 +190,7 @@ class Search:
         return time.perf_counter() - started
 
 
-def steps_in(seconds: float, config: DiTRunConfig, data: Latents) -> int:
+def steps_within(seconds: float, config: DiTRunConfig, data: Latents) -> int:
     """Steps that the time allows, from the median of the first ones."""
     trial, times = Search(dataclasses.replace(config, max_steps=12), data), []
     for _ in range(12):
@@ -207,9 +206,7 @@ def errors(pipe: TextToVideo, clips: int) -> dict[str, list[float]]:
     """Errors at LEVELS with the true prompt, and with another motion and another shape."""
     rng = np.random.default_rng(5)
     specs = [sample_spec(rng) for _ in range(clips)]
-    frames = torch.from_numpy(np.stack([render(spec) for spec in specs])).to(DEVICE)
-    with torch.no_grad():
-        latents = pipe.vae.encode(frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0)
+    latents = encode_scenes(pipe, specs)
     prompts = {"true": [captions(spec)[0] for spec in specs]}
     prompts |= {name: [captions(changed(spec, name, rng))[0] for spec in specs] for name in ("motion", "shape")}
     return {name: denoising_errors(pipe, latents, texts) for name, texts in prompts.items()}
@@ -233,7 +230,7 @@ def run(line: str, options: argparse.Namespace) -> dict[str, Any]:
     config = follow_latents(load_yaml(DiTRunConfig, CONFIG, overrides))
     data = Latents(options.latents, config)
     if options.seconds:
-        config = dataclasses.replace(config, max_steps=steps_in(options.seconds, config, data))
+        config = dataclasses.replace(config, max_steps=steps_within(options.seconds, config, data))
     search = Search(config, data)
     seconds = search.train()
     assert config.vae is not None and search.model.text_encoder is not None

@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "velocity weights": {"weighting": "velocity"},
     "shift 5": {"noise.mean": 0.0, "noise.std": 1.0, "noise.shift": 5.0},
     "batch 16": {"global_batch_size": 16, "micro_batch_size": 16},
-    "batch 64": {"global_batch_size": 64, "micro_batch_size": 64},
+    "batch 32": {"global_batch_size": 32, "micro_batch_size": 32},
     "20 tokens": {"model.patch_size": [1, 4, 4], "model.hidden_size": 256, "model.num_heads": 8},
     "wide": {"model.hidden_size": 256, "model.num_heads": 8},
     "deep": {"model.depth": 8},

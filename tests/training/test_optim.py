@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.training.toy import Toy
+from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.training.engine import check_combination
 from videodit.training.optim import OptimConfig, learning_rate, lr_factor, param_groups
 
@@ -81,3 +82,11 @@ def test_impossible_value_is_named(field: str, value: object) -> None:
 def test_impossible_combination_names_the_fix(stage: int, dtype: str, name: str) -> None:
     with pytest.raises(ValueError, match="zero_stage"):
         check_combination(stage, dtype, OptimConfig(name=name))
+
+
+def test_modulation_biases_are_no_matrices_to_muon() -> None:
+    dit = VideoDiT(DiTConfig(in_channels=4, hidden_size=32, depth=2, num_heads=2, local_width=8, local_depth=1))
+    groups = groups_by_name(dit, "muon")
+    biases = [name for name in groups if name.endswith("modulation_bias")]
+    assert len(biases) == 4 and not any(groups[name]["use_muon"] for name in biases)
+    assert groups["blocks.0.mlp.fc1.weight"]["use_muon"]

@@ -165,9 +165,8 @@ class Mp4Encoder:
         # bitexact keeps library versions out of the file
         self._container = av.open(self._buffer, "w", format="mp4", options={"fflags": "+bitexact"})
         # no B-frames: frames are shown in decoding order, so there is no edit list for other readers to trip over
-        options = {"preset": "veryfast", "crf": str(crf), "bf": "0", "g": str(KEYFRAME_EVERY)}
-        # x264's macroblock tree reads memory that it never wrote, at least 48 pixels wide: other bytes on each call
-        options["mbtree"] = "0"
+        # no macroblock tree: x264's reads memory that it never wrote, and the bytes then vary from call to call
+        options = {"preset": "veryfast", "crf": str(crf), "bf": "0", "g": str(KEYFRAME_EVERY), "mbtree": "0"}
         stream: Any = self._container.add_stream("libx264", rate=self._rate, options=options)
         stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
         context = stream.codec_context

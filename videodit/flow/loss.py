@@ -36,7 +36,7 @@ def likelihood_loss(prediction: Tensor, target: Tensor, frame_weight: Tensor, lo
         log_error: (b, t) u, see `videodit.models.level_error`.
     Returns:
         (b,) float32; 0 for a clip all of whose frames are conditions.
-    Source: Karras et al. (2024), EDM2, arXiv:2312.02696, Eq. 21.
+    Source: Karras et al. (2024), EDM2, arXiv:2312.02696 (loss weighting by learned uncertainty).
     """
     error = (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))  # b t
     return _frame_mean(error * torch.exp(-log_error) + log_error, frame_weight)

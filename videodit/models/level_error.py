@@ -14,7 +14,7 @@ class LevelError(nn.Module):
     """Logarithm of the expected squared error as a piecewise linear function of logit(sigma); zero at first.
 
     Trained by the likelihood loss of `videodit.flow.loss.likelihood_loss`, whose minimum it is.
-    Source: Karras et al. (2024), EDM2, arXiv:2312.02696, App. B.2 (there an MLP of Fourier features).
+    Source: Karras et al. (2024), EDM2, arXiv:2312.02696 (there one linear layer on Fourier features).
     """
 
     def __init__(self) -> None:
