@@ -1,8 +1,9 @@
-"""What all tests share: the folder of real clips."""
+"""What all tests share: the folder of real clips, and a seed that does not depend on the tests before."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
 _DEFAULT_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 
@@ -11,6 +12,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--real-clips", metavar="DIR", default=str(_DEFAULT_CLIPS), help="folder of real clips (default: %(default)s)"
     )
+
+
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.kernel = kernel
         # A matrix, so that Muon can take it: one row an output channel.
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels * kernel[0] * kernel[1] * kernel[2]))
+        self.weight = nn.Parameter(torch.zeros(out_channels, in_channels * kernel[0] * kernel[1] * kernel[2]))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:

@@ -28,8 +28,8 @@ class FrameConv(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, 9 * width))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.zeros(width, 9 * width))
+        self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, h, w, f) -> the same."""

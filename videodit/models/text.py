@@ -159,7 +159,7 @@ class ByteTextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.gram_embedding = nn.Embedding(config.buckets, config.dim)
-        self.word_position = nn.Parameter(torch.empty(config.max_words, config.dim))
+        self.word_position = nn.Parameter(torch.zeros(config.max_words, config.dim))
         self.layers = nn.ModuleList(WordTransformerLayer(config.dim, config.num_heads) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.dim)
         self.init_weights()
