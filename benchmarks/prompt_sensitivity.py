@@ -23,7 +23,7 @@ from videodit.data.shapes.render import render
 from videodit.data.shapes.world import COLORS, MOTIONS, SHAPES, SIZES, SceneSpec, captions, sample_spec
 from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.flow.path import interpolate
-from videodit.generation.pipeline import TextToVideo, initial_noise, velocity_function
+from videodit.generation.pipeline import RowNoise, TextToVideo, velocity_function
 
 LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.93, 0.96, 0.98)
 WORDS: dict[str, Sequence[str]] = {"color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "motion": MOTIONS}
@@ -52,7 +52,7 @@ def denoising_errors(pipe: TextToVideo, latents: torch.Tensor, prompts: list[str
     velocity = velocity_function(
         lambda x, sigma, text: pipe.model(x.to(weight.dtype), sigma, text), pipe.parameterization, context
     )
-    noise = initial_noise(range(len(prompts)), tuple(latents.shape[1:])).to(latents)  # type: ignore[arg-type]
+    noise = RowNoise(range(len(prompts)), tuple(latents.shape[1:]), latents.device)()  # type: ignore[arg-type]
     errors = []
     for level in LEVELS:
         x = interpolate("rectified", latents, noise, torch.full((1,), level, device=latents.device))

@@ -14,7 +14,7 @@ from videodit.errors import UserError
 from videodit.flow.noise_level import sampling_levels
 from videodit.flow.path import Parameterization, coefficients
 from videodit.flow.samplers import heun
-from videodit.generation.pipeline import SamplingDefaults, TextToVideo, initial_noise, latent_shape, velocity_function
+from videodit.generation.pipeline import RowNoise, SamplingDefaults, TextToVideo, latent_shape, velocity_function
 from videodit.models.dit import DiTConfig, TextContext
 from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.vae import VAEConfig
@@ -82,15 +82,17 @@ def test_guidance_of_one_is_continuous() -> None:
 
 
 def test_noise_is_the_seeds_in_frame_order() -> None:
-    noise = initial_noise([7, 8], (4, 3, 2, 5))
+    source = RowNoise([7, 8], (4, 3, 2, 5))
+    noise, more = source(), source()
     assert noise.shape == (2, 4, 3, 2, 5) and noise.dtype == torch.float32
-    expected = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(8))
-    assert torch.equal(noise[1].transpose(0, 1), expected)
-    assert torch.equal(initial_noise([8], (4, 3, 2, 5))[0], noise[1])
+    generator = torch.Generator().manual_seed(8)
+    for drawn in (noise, more):
+        assert torch.equal(drawn[1].transpose(0, 1), torch.randn(3, 4, 2, 5, generator=generator))
+    assert torch.equal(RowNoise([8], (4, 3, 2, 5))()[0], noise[1])
 
 
 def test_noise_is_standard_normal_and_rows_are_independent() -> None:
-    one, other = initial_noise([0, 1], (16, 8, 32, 32))
+    one, other = RowNoise([0, 1], (16, 8, 32, 32))()
     count = one.numel()
     for noise in (one, other):
         assert abs(noise.mean()) < 5 / math.sqrt(count) and abs(noise.var() - 1) < 8 / math.sqrt(count)
@@ -120,8 +122,9 @@ ALL += [("variance_preserving", prediction) for prediction in ("velocity", "x0",
 def test_every_parameterization_flows_to_the_gaussian_of_the_data(path: str, prediction: str, std: float) -> None:
     parameterization = Parameterization(path, prediction)
     velocity = velocity_function(gaussian_oracle(parameterization, std), parameterization, NO_TEXT)
-    noise = initial_noise(range(4), (4, 5, 8, 8))
-    out = heun(velocity, noise, sampling_levels(100, 1.0))
+    source = RowNoise(range(4), (4, 5, 8, 8))
+    noise = source()
+    out = heun(velocity, noise, sampling_levels(100, 1.0), source)
     torch.testing.assert_close(out, std * noise, rtol=0.02, atol=0.02)
     assert float(out.var()) == pytest.approx(std**2, rel=0.05)
 
@@ -197,7 +200,7 @@ def test_no_folder(tmp_path: Path) -> None:
         ({"num_frames": 6}, "num_frames 6 is not 4k.1: the nearest is 5"),
         ({"height": 24}, "height 24 is not a multiple of 16 .VAE x patch.: the nearest is 32"),
         ({"width": 100}, "width 100 is not a multiple of 16 .VAE x patch.: the nearest is 96"),
-        ({"sampler": "rk4"}, "sampling.sampler 'rk4' is not one of euler, heun"),
+        ({"sampler": "rk4"}, "sampling.sampler 'rk4' is not one of euler, heun, renoise"),
         ({"num_steps": 0}, "sampling.num_steps 0 is below 1"),
     ],
 )

@@ -38,7 +38,7 @@ class GenerateConfig:
     guidance_scale: float | None = None
     """classifier-free guidance, 1 is none; the model's own by default"""
     sampler: str | None = None
-    """euler or heun; the model's own by default"""
+    """euler, heun or renoise; the model's own by default"""
     num_frames: int | None = None
     """frames, 4k+1; the model's own by default"""
     height: int | None = None

@@ -43,7 +43,7 @@ class SamplingDefaults:
     guidance_scale: float = 3.0
     """classifier-free guidance; 1 is none"""
     sampler: str = "euler"
-    """euler or heun"""
+    """euler, heun or renoise"""
     shift: float = 3.0
     """shift of the sampling noise levels towards noise"""
 
@@ -54,18 +54,29 @@ class SamplingDefaults:
             raise ValueError(f"sampling.num_steps {self.num_steps} is below 1: use for example 20")
 
 
-def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int, int]) -> Tensor:
-    """Standard normal noise, one seed a row, from a CPU generator in (t, c, h, w) order: the same on every device.
+class RowNoise:
+    """Standard normal noise, one seed a row, from CPU generators in (t, c, h, w) order: the same on every device.
+
+    Each call draws on: a row's noise depends on its seed and the number of calls before, not on the other rows.
 
     Args:
         seeds: b seeds.
         shape: (c, t, h, w) of the latents.
-    Returns:
-        (b, c, t, h, w) float32 on the CPU.
+        device: where the noise is wanted.
     """
-    c, t, h, w = shape
-    rows = [torch.randn(t, c, h, w, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return rearrange(torch.stack(rows), "b t c h w -> b c t h w")
+
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, int, int, int], device: str | torch.device = "cpu"
+    ) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape = shape
+        self.device = device
+
+    def __call__(self) -> Tensor:
+        """(b, c, t, h, w) float32."""
+        c, t, h, w = self.shape
+        rows = [torch.randn(t, c, h, w, generator=generator) for generator in self.generators]
+        return rearrange(torch.stack(rows), "b t c h w -> b c t h w").to(self.device)
 
 
 def velocity_function(
@@ -194,9 +205,9 @@ class TextToVideo:
         )
         if guided:
             velocity = guided_velocity(velocity, options.guidance_scale)
-        noise = initial_noise([seed + row for row in range(len(prompts))], shape)
+        noise = RowNoise([seed + row for row in range(len(prompts))], shape, device)
         sigmas = sampling_levels(options.num_steps, options.shift).to(device)
-        return SAMPLERS[options.sampler](velocity, noise.to(device), sigmas)
+        return SAMPLERS[options.sampler](velocity, noise(), sigmas, noise)
 
     @torch.no_grad()
     def __call__(
@@ -219,7 +230,7 @@ class TextToVideo:
             num_frames: 4k+1 frames; likewise height and width in pixels; the model's own if None.
             num_steps: sampler steps.
             guidance_scale: classifier-free guidance, 1 is none.
-            sampler: euler or heun.
+            sampler: euler, heun or renoise.
         Returns:
             (b, t, h, w, 3) uint8.
         Raises:
