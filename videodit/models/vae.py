@@ -26,9 +26,6 @@ from videodit.models.causal_conv import (
 from videodit.models.folder import load_model, save_model
 
 INITIAL_LOGVAR = -6.0
-CONTRAST_LIMIT = 6.0
-"""Most that a channel counts in units of the median one: the mean brightness of the blocks alone would otherwise have
-nearly all of the variance (31 of 32 parts in the shapes world), and bf16 would round the rest away."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,10 @@ class VAEConfig:
     """residual blocks at each level of the decoder, in the levels' order (the last level comes first)"""
     latent_spectrum: float = 0.0
     """spread of the normalised channels: 0 gives each unit variance, 1 as much as it moves the pixels (within
-    CONTRAST_LIMIT), 0.5 the root of that; the mean square over all channels is 1"""
+    latent_contrast), 0.5 the root of that; the mean square over all channels is 1"""
+    latent_contrast: float = 6.0
+    """most that a channel counts in units of the median one: the blocks' mean brightness alone would else have nearly
+    all of the variance (31 of 32 parts in the shapes world), and bf16 would round the rest away"""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -72,6 +72,8 @@ class VAEConfig:
             )
         if not 0 <= self.latent_spectrum <= 1:
             raise ValueError(f"model.latent_spectrum {self.latent_spectrum} is not in [0, 1]: use 0, 0.5 or 1")
+        if self.latent_contrast < 1:
+            raise ValueError(f"model.latent_contrast {self.latent_contrast} is below 1: use for example 6")
         for entry in self.downsample:
             if entry not in ("s", "t", "st"):
                 raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")
@@ -311,7 +313,8 @@ class VideoVAE(nn.Module):
         """
         # How far a channel at its usual distance from the mean moves the pixels, by the linear code.
         contrast = std * self.code_synthesis.norm(dim=0)
-        weight = (contrast / contrast.median().clamp(min=1e-8)).clamp(max=CONTRAST_LIMIT) ** self.config.latent_spectrum
+        weight = (contrast / contrast.median().clamp(min=1e-8)).clamp(max=self.config.latent_contrast)
+        weight = weight**self.config.latent_spectrum
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std / (weight / weight.square().mean().sqrt()))
 
