@@ -1,5 +1,7 @@
-"""What all tests share: the folder of real clips, and a seed that does not depend on the tests before."""
+"""What all tests share: real clips, a seed that does not depend on the tests before, a place for scraps."""
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scraps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary folders of the code under test, and of the processes it starts, go where pytest cleans up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("scraps")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture(scope="session")
