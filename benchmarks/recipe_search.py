@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import yaml
 from prompt_sensitivity import LEVELS, changed, denoising_errors, encode_scenes
+from samplers import generate
 from torch import Tensor
 
 import videodit.models.dit as dit_module
@@ -214,10 +215,8 @@ def errors(pipe: TextToVideo, clips: int) -> dict[str, list[float]]:
 
 def accuracy(pipe: TextToVideo, prompts: int) -> dict[str, float]:
     """What the oracle reads in generated clips (frames, not .mp4 files)."""
-    specs, clips = prompt_specs(prompts, "train", 0), []
-    for start in range(0, prompts, 32):
-        clips += list(pipe([captions(spec)[0] for spec in specs[start : start + 32]], seed=start))
-    return measure(clips, specs).accuracy
+    specs = prompt_specs(prompts, "train", 0)
+    return measure(list(generate(pipe, specs)), specs).accuracy
 
 
 def run(line: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from videodit.flow.noise_level import sampling_levels
 from videodit.flow.samplers import RENOISE_ABOVE, SAMPLERS, euler, heun, renoise
 
 ALL = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=list(SAMPLERS))
-BOTH = pytest.mark.parametrize("sampler", [euler, heun])
+DETERMINISTIC = pytest.mark.parametrize("sampler", [euler, heun])
 
 
 def broadcast(sigma: Tensor) -> Tensor:
@@ -28,8 +28,15 @@ def test_straight_paths_are_exact_in_any_number_of_steps(sampler, num_steps: int
     x1, x0 = noise(), noise()
     sigmas = sampling_levels(num_steps, shift).double()
     torch.testing.assert_close(sampler(lambda x, sigma: (x - x0) / broadcast(sigma), x1, sigmas, noise), x0)
-    if sampler is not renoise:
-        torch.testing.assert_close(sampler(lambda x, sigma: x1 - x0, x1, sigmas, noise), x0)
+
+
+@DETERMINISTIC
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_constant_velocity_is_integrated_exactly(sampler, num_steps: int, shift: float) -> None:
+    x1, x0 = noise(), noise()
+    sigmas = sampling_levels(num_steps, shift).double()
+    torch.testing.assert_close(sampler(lambda x, sigma: x1 - x0, x1, sigmas, noise), x0)
 
 
 def error(sampler, num_steps: int) -> float:
@@ -85,7 +92,7 @@ def test_calls_and_levels() -> None:
         assert seen == pytest.approx(expected)
 
 
-@BOTH
+@DETERMINISTIC
 def test_the_start_is_left_alone_and_rows_do_not_touch(sampler) -> None:
     x1 = noise(3)
     before = x1.clone()

@@ -13,7 +13,7 @@ from tests.models.tiny import tiny_dit, tiny_text, tiny_vae
 from videodit.errors import UserError
 from videodit.flow.noise_level import sampling_levels
 from videodit.flow.path import Parameterization, coefficients
-from videodit.flow.samplers import heun
+from videodit.flow.samplers import SAMPLERS, heun
 from videodit.generation.pipeline import RowNoise, SamplingDefaults, TextToVideo, latent_shape, velocity_function
 from videodit.models.dit import DiTConfig, TextContext
 from videodit.models.text_to_video import TextToVideoModel
@@ -40,20 +40,23 @@ def test_clips_are_uint8_in_the_models_own_size() -> None:
     assert PIPE.sample_latents(PROMPTS).shape == (3, 4, 2, 4, 2)
 
 
-def test_a_row_depends_on_its_prompt_and_seed_alone() -> None:
-    together = PIPE.sample_latents(PROMPTS, seed=5)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_row_depends_on_its_prompt_and_seed_alone(sampler: str) -> None:
+    together = PIPE.sample_latents(PROMPTS, seed=5, sampler=sampler)
     for row, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(PIPE.sample_latents([prompt], seed=5 + row)[0], together[row], rtol=1e-3, atol=1e-4)
-    clips = PIPE(PROMPTS, seed=5).astype(int)
-    assert np.abs(PIPE(PROMPTS[1:], seed=6) - clips[1:]).max() <= 1
+        alone = PIPE.sample_latents([prompt], seed=5 + row, sampler=sampler)[0]
+        torch.testing.assert_close(alone, together[row], rtol=1e-3, atol=1e-4)
+    clips = PIPE(PROMPTS, seed=5, sampler=sampler).astype(int)
+    assert np.abs(PIPE(PROMPTS[1:], seed=6, sampler=sampler) - clips[1:]).max() <= 1
 
 
-def test_the_same_call_gives_the_same_bytes_and_leaves_the_global_generator_alone() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_same_call_gives_the_same_bytes_and_leaves_the_global_generator_alone(sampler: str) -> None:
     state = torch.get_rng_state()
-    first = PIPE(PROMPTS, seed=3)
+    first = PIPE(PROMPTS, seed=3, sampler=sampler)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert np.array_equal(PIPE(PROMPTS, seed=3), first)
+    assert np.array_equal(PIPE(PROMPTS, seed=3, sampler=sampler), first)
 
 
 def test_seed_prompt_and_options_matter() -> None:

@@ -190,7 +190,7 @@ def test_statistics_normalise_the_latents_and_nothing_else() -> None:
 @pytest.mark.parametrize("limit", [3.0, 6.0, 200.0])
 @pytest.mark.parametrize("spectrum", [0.0, 0.5, 1.0])
 def test_channels_spread_as_they_move_the_pixels_to_the_power_of_the_spectrum(spectrum: float, limit: float) -> None:
-    vae = tiny_vae(latent_spectrum=spectrum, latent_contrast=limit)
+    vae = tiny_vae(latent_spectrum=spectrum, latent_contrast_limit=limit)
     contrast = torch.tensor([100.0, 2.0, 1.0, 0.5])  # median 1 (torch takes the lower middle)
     raw_std = torch.tensor([2.0, 1.0, 0.5, 4.0])
     vae.code_synthesis.copy_(torch.nn.functional.normalize(torch.randn(768, 4), dim=0) * contrast / raw_std)
@@ -267,6 +267,8 @@ def principal(rows: Tensor, count: int) -> Tensor:
     [
         ({"downsample": ("st",)}, "model.downsample has 1 entries for 3 levels: give 2"),
         ({"downsample": ("st", "x")}, "model.downsample entry 'x' is not one of s, t, st"),
+        ({"latent_contrast_limit": 0.5}, "model.latent_contrast_limit 0.5 is below 1: use for example 6"),
+        ({"latent_spectrum": 2.0}, r"model.latent_spectrum 2.0 is not in \[0, 1\]"),
         ({"encoder_blocks": ("c",)}, r"model.encoder_blocks \['c'\] does not fit 3 levels"),
         ({"decoder_blocks": ("c", "c", "z")}, "model.decoder_blocks .*z.* letters other than"),
         ({"patch_size": (1, 2, 4)}, r"model.patch_size \[1, 2, 4\] is not square"),

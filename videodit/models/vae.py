@@ -48,8 +48,8 @@ class VAEConfig:
     """residual blocks at each level of the decoder, in the levels' order (the last level comes first)"""
     latent_spectrum: float = 0.0
     """spread of the normalised channels: 0 gives each unit variance, 1 as much as it moves the pixels (within
-    latent_contrast), 0.5 the root of that; the mean square over all channels is 1"""
-    latent_contrast: float = 6.0
+    latent_contrast_limit), 0.5 the root of that; the mean square over all channels is 1"""
+    latent_contrast_limit: float = 6.0
     """most that a channel counts in units of the median one: the blocks' mean brightness alone would else have nearly
     all of the variance (31 of 32 parts in the shapes world), and bf16 would round the rest away"""
 
@@ -72,8 +72,8 @@ class VAEConfig:
             )
         if not 0 <= self.latent_spectrum <= 1:
             raise ValueError(f"model.latent_spectrum {self.latent_spectrum} is not in [0, 1]: use 0, 0.5 or 1")
-        if self.latent_contrast < 1:
-            raise ValueError(f"model.latent_contrast {self.latent_contrast} is below 1: use for example 6")
+        if self.latent_contrast_limit < 1:
+            raise ValueError(f"model.latent_contrast_limit {self.latent_contrast_limit} is below 1: use for example 6")
         for entry in self.downsample:
             if entry not in ("s", "t", "st"):
                 raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")
@@ -313,7 +313,7 @@ class VideoVAE(nn.Module):
         """
         # How far a channel at its usual distance from the mean moves the pixels, by the linear code.
         contrast = std * self.code_synthesis.norm(dim=0)
-        weight = (contrast / contrast.median().clamp(min=1e-8)).clamp(max=self.config.latent_contrast)
+        weight = (contrast / contrast.median().clamp(min=1e-8)).clamp(max=self.config.latent_contrast_limit)
         weight = weight**self.config.latent_spectrum
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std / (weight / weight.square().mean().sqrt()))
