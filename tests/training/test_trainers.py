@@ -132,7 +132,12 @@ def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_pat
 
 def test_train_dit_cut_off_goes_on_from_the_last_checkpoint(latents: Path, tmp_path: Path) -> None:
     """Ctrl-C leaves no checkpoint of its own: the steps since the last one are run again, with the same figures."""
-    check_resume(lambda folder: train_dit(dit_config(folder, latents, save_every=2)), tmp_path, signal.SIGINT, None)
+    # Python's own handler: a shell that starts the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        check_resume(lambda folder: train_dit(dit_config(folder, latents, save_every=2)), tmp_path, signal.SIGINT, None)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_in_the_last_step_is_heard(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
