@@ -20,6 +20,8 @@ class NoiseLevelConfig:
     """standard deviation of logit(sigma) (logit_normal)"""
     shift: float = 3.0
     """moves levels towards noise, sigma' = s sigma / (1 + (s - 1) sigma); 1 is none"""
+    frame_slope: float = 0.0
+    """most that logit(sigma) rises from one latent frame to the next, each clip drawing its own; 0: one level a clip"""
 
     def __post_init__(self) -> None:
         if self.density not in ("logit_normal", "uniform", "ddpm"):
@@ -28,6 +30,8 @@ class NoiseLevelConfig:
             raise ValueError(f"noise.std {self.std} is not positive: use for example 1.0")
         if self.shift <= 0:
             raise ValueError(f"noise.shift {self.shift} is not positive: 1 is no shift, 3 moves towards noise")
+        if self.frame_slope < 0:
+            raise ValueError(f"noise.frame_slope {self.frame_slope} is negative: 0 gives all frames of a clip one level")
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -62,6 +66,30 @@ def sigma_from_uniform(uniform: Tensor, config: NoiseLevelConfig) -> Tensor:
         return shift_sigma(uniform, config.shift)
     normal = math.sqrt(2.0) * torch.erfinv(2.0 * uniform.double() - 1.0)
     return shift_sigma(torch.sigmoid(config.mean + config.std * normal).float(), config.shift)
+
+
+def frame_levels(sigma: Tensor, frames: int, slope: Tensor, focus: Tensor, config: NoiseLevelConfig) -> Tensor:
+    """Levels of a clip's latent frames: one frame has the clip's, those before it are cleaner, those after noisier.
+
+    What a prompt says about motion is plainest where the frames before can be seen. The rise of logit(sigma) a frame is
+    config.frame_slope u^2 for a uniform u, so that near-equal levels, at which clips are sampled, stay frequent.
+
+    Args:
+        sigma: (b,) noise levels in (0, 1).
+        frames: t.
+        slope: (b,) uniform numbers in [0, 1), the u above.
+        focus: (b,) uniform numbers in [0, 1): which frame has sigma.
+        config: the density.
+    Returns:
+        (b, t).
+    Source: Chen et al. (2024), Diffusion Forcing, arXiv:2407.01392 (a level for each frame); Sun et al. (2025),
+    AR-Diffusion, arXiv:2503.07418 (levels that do not fall from frame to frame).
+    """
+    if config.frame_slope == 0:
+        return sigma[:, None].expand(-1, frames)
+    place = torch.arange(frames, device=sigma.device)[None] - (focus * frames).long()[:, None]  # b t
+    logit = torch.logit(sigma.double(), eps=1e-9)[:, None] + config.frame_slope * slope.square()[:, None] * place
+    return torch.sigmoid(logit).to(sigma.dtype)
 
 
 def sampling_levels(num_steps: int, shift: float) -> Tensor:

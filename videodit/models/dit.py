@@ -212,7 +212,8 @@ class VideoDiT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         zero = [self.modulation, self.final_modulation, self.patch_out]
         if self.local is not None:  # then patch_out is a hidden layer, and conv_out the last
-            zero[-1:] = [self.local.modulation, self.local.final_modulation, self.local.conv_out]
+            last = [self.local.conv_out, self.local.latent_gate]
+            zero[-1:] = [self.local.modulation, self.local.final_modulation, *last]
         for layer in zero:
             nn.init.zeros_(layer.weight)
         for block in cast("Iterable[DiTBlock]", self.blocks):
@@ -283,7 +284,7 @@ class VideoDiT(nn.Module):
         shift, scale = self.final_modulation(condition)[:, :, None].chunk(2, dim=-1)
         x = self.patch_out(modulate(x, Modulation(shift, scale, gate=scale)))
         out = unpatchify(x, self.config.patch_size, h // ph, w // pw)
-        return out if self.local is None else self.local.write(features + out, per_frame)
+        return out if self.local is None else self.local.write(features + out, latents, per_frame)
 
     def _rope_table(self, t: int, h: int, w: int, device: torch.device) -> Tensor:
         table = self._rope.get((t, h, w))

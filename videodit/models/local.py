@@ -2,7 +2,8 @@
 
 A token is a patch of latent positions, and one vector of the hidden size has to hold all of its detail. These layers
 hold it instead: convolutional blocks read the latents before they are cut into patches, and as many write them after,
-seeing what the tokens say beside what the first ones read. What they gain is in docs/decisions.md.
+seeing what the tokens say beside what the first ones read. What is already plain in the noisy latents does not have to
+go through the layers' width: each value passes by them through a gate. What all this gains is in docs/decisions.md.
 Source: the idea, not the form: Bao et al. (2022), U-ViT, arXiv:2209.12152 (long skips and a last convolution), and
 Crowson et al. (2024), HDiT, arXiv:2401.11605 (local levels around a global one).
 
@@ -76,7 +77,7 @@ class LocalLayers(nn.Module):
     """
 
     # First and last layers and modulations: Muon is meant for the hidden matrices only.
-    muon_exclude = ("conv_in", "conv_out", "modulation", "final_modulation")
+    muon_exclude = ("conv_in", "conv_out", "latent_gate", "modulation", "final_modulation")
 
     def __init__(self, channels: int, width: int, depth: int, hidden_size: int) -> None:
         super().__init__()
@@ -86,17 +87,28 @@ class LocalLayers(nn.Module):
         self.after = nn.ModuleList(LocalBlock(width) for _ in range(depth))
         self.final_modulation = nn.Linear(hidden_size, 2 * width)
         self.conv_out = nn.Linear(width, channels)
+        self.latent_gate = nn.Linear(width, channels)
 
     def read(self, latents: Tensor, condition: Tensor) -> Tensor:
         """Latents (b, c, t, h, w) and condition (b, t or 1, d) -> features (b, f, t, h, w)."""
         x = self.conv_in(latents.permute(0, 2, 3, 4, 1))
         return self._run(self.before, x, condition).permute(0, 4, 1, 2, 3)
 
-    def write(self, features: Tensor, condition: Tensor) -> Tensor:
-        """Features (b, f, t, h, w) and condition (b, t or 1, d) -> the prediction (b, c, t, h, w)."""
+    def write(self, features: Tensor, latents: Tensor, condition: Tensor) -> Tensor:
+        """Prediction of the noisy latents' clean ones or velocity.
+
+        Args:
+            features: (b, f, t, h, w).
+            latents: (b, c, t, h, w), as `read` had them.
+            condition: (b, t or 1, d).
+        Returns:
+            (b, c, t, h, w).
+        """
         x = self._run(self.after, features.permute(0, 2, 3, 4, 1), condition)
         shift, scale = self.final_modulation(condition)[:, :, None, None].chunk(2, dim=-1)
-        return self.conv_out(modulate(x, Modulation(shift, scale, gate=scale))).permute(0, 4, 1, 2, 3)
+        hidden = modulate(x, Modulation(shift, scale, gate=scale))
+        out = torch.addcmul(self.conv_out(hidden), self.latent_gate(hidden), latents.permute(0, 2, 3, 4, 1))
+        return out.permute(0, 4, 1, 2, 3)
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, condition: Tensor) -> Tensor:
         shared = self.modulation(condition).unflatten(-1, (3, -1))[:, :, None, None]
