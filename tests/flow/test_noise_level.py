@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from videodit.flow.noise_level import (
     NoiseLevelConfig,
     ddpm_sigma,
+    frame_levels,
     sampling_levels,
     shift_sigma,
     sigma_from_uniform,
@@ -94,12 +95,33 @@ def test_sampling_levels(num_steps: int, shift: float) -> None:
     torch.testing.assert_close(even, torch.linspace(1, 0, num_steps + 1), rtol=1e-4, atol=1e-5)
 
 
+@given(
+    sigma=st.floats(0.05, 0.95),
+    frames=st.integers(1, 7),
+    u=st.floats(0.0, 0.999),
+    focus=st.floats(0.0, 0.999),
+    slope=st.floats(0.0, 1.5),
+)
+def test_a_frame_has_the_clips_level_and_the_logit_rises_evenly_around_it(
+    sigma: float, frames: int, u: float, focus: float, slope: float
+) -> None:
+    row = (torch.tensor([value], dtype=torch.float64) for value in (sigma, u, focus))
+    clip, uniform, place = row
+    levels = frame_levels(clip, frames, uniform, place, NoiseLevelConfig(frame_slope=slope))
+    assert levels.shape == (1, frames)
+    logits = [logit(float(level)) for level in levels[0]]
+    assert logits[int(focus * frames)] == pytest.approx(logit(sigma), abs=1e-6)
+    for before, after in zip(logits[:-1], logits[1:]):
+        assert after - before == pytest.approx(slope * u * u, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"density": "cosine"}, "noise.density 'cosine' is not one of"),
         ({"std": 0.0}, "noise.std 0.0 is not positive"),
         ({"shift": -1.0}, "noise.shift -1.0 is not positive"),
+        ({"frame_slope": -0.5}, "noise.frame_slope -0.5 is negative: 0 gives all frames one level"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict, message: str) -> None:

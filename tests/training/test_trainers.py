@@ -15,14 +15,23 @@ import torch
 from tests import tiny
 from tests.training.toy import assert_same, whole
 from videodit import TextToVideo, VideoVAE
+from videodit.data.batches import LatentBatch
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.loader import ClipLoader
 from videodit.data.video_io import read_frames
 from videodit.errors import UserError
+from videodit.flow.noise_level import NoiseLevelConfig
 from videodit.models.level_error import KNOTS
 from videodit.training.checkpoint import load_latest, read_full
-from videodit.training.dit_trainer import DiTRunConfig, build_model, follow_latents, train_dit
+from videodit.training.dit_trainer import (
+    GIVEN_BELOW,
+    DiTRunConfig,
+    build_model,
+    follow_latents,
+    make_noisy,
+    train_dit,
+)
 from videodit.training.export import export_run
 from videodit.training.optim import OptimConfig
 from videodit.training.run import TrainingRun
@@ -125,7 +134,8 @@ def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(shards: Path, tmp_path
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=SLOW), 3])
 def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_path: Path, zero_stage: int) -> None:
     def run(folder: Path) -> Path:
-        return train_dit(dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5))
+        noise = NoiseLevelConfig(frame_slope=2.0)
+        return train_dit(dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, noise=noise))
 
     check_resume(run, tmp_path, signal.SIGTERM, 143)
 
@@ -190,6 +200,29 @@ def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
         "data/wait_s",
         "data/digest",
     } <= line.keys()
+
+
+def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents: Path, tmp_path: Path) -> None:
+    noise = NoiseLevelConfig(mean=1.0, std=0.5, frame_slope=6.0)
+    config = follow_latents(dit_config(tmp_path / "run", latents, noise=noise))
+    batch = LatentBatch(
+        bucket=tiny.BUCKET,
+        captions=[""] * 64,
+        ids=list(range(64)),
+        keys=[f"clip-{row}" for row in range(64)],
+        weight=torch.ones(64),
+        epoch=0,
+        mean=torch.zeros(64, 4, 5, 2, 2),
+        logvar=torch.full((64, 4, 5, 2, 2), -60.0),
+    )
+    noisy = make_noisy(batch, config)
+    assert (noisy.sigma.diff(dim=1) >= 0).all() and (noisy.sigma.diff(dim=1) > 0.1).any()
+    assert torch.equal(noisy.weight > 0, noisy.sigma >= GIVEN_BELOW) and 0 < (noisy.weight == 0).sum() < 160
+    # The latents are zero: what the model sees is the frame's own level of noise.
+    seen = noisy.latents.square().mean(dim=(1, 3, 4)).sqrt() / noisy.sigma
+    assert 0.9 < seen.mean() < 1.1
+    batch.keys, batch.mean, batch.logvar = batch.keys[9:], batch.mean[9:], batch.logvar[9:]
+    assert torch.equal(make_noisy(batch, config).sigma, noisy.sigma[9:])  # a clip's levels do not hang on the others
 
 
 def test_micro_batches_change_nothing_but_rounding(shards: Path, tmp_path: Path) -> None:

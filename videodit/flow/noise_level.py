@@ -31,7 +31,7 @@ class NoiseLevelConfig:
         if self.shift <= 0:
             raise ValueError(f"noise.shift {self.shift} is not positive: 1 is no shift, 3 moves towards noise")
         if self.frame_slope < 0:
-            raise ValueError(f"noise.frame_slope {self.frame_slope} is negative: 0 gives all frames of a clip one level")
+            raise ValueError(f"noise.frame_slope {self.frame_slope} is negative: 0 gives all frames one level")
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
