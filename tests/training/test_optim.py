@@ -90,3 +90,12 @@ def test_modulation_biases_are_no_matrices_to_muon() -> None:
     biases = [name for name in groups if name.endswith("modulation_bias")]
     assert len(biases) == 4 and not any(groups[name]["use_muon"] for name in biases)
     assert groups["blocks.0.mlp.fc1.weight"]["use_muon"]
+
+
+@pytest.mark.parametrize("local_width", [0, 8])
+def test_muon_takes_the_patches_where_they_are_hidden_layers(local_width: int) -> None:
+    config = DiTConfig(in_channels=4, hidden_size=32, depth=2, num_heads=2, local_width=local_width)
+    groups = groups_by_name(VideoDiT(config), "muon")
+    for name in ("patch_in.weight", "patch_out.weight"):
+        assert groups[name]["use_muon"] == bool(local_width)
+    assert not any(group["use_muon"] for name, group in groups.items() if name.startswith("local.conv_"))

@@ -182,6 +182,8 @@ class VideoDiT(nn.Module):
         self.local: LocalLayers | None = None
         if config.local_width:
             self.local = LocalLayers(config.in_channels, config.local_width, config.local_depth, d)
+            # Between local layers, the patches' matrices are hidden ones.
+            self.muon_exclude = tuple(name for name in self.muon_exclude if name not in ("patch_in", "patch_out"))
         self.patch_in = nn.Linear(patch_channels, d)
         self.sigma_embedding = nn.Sequential(nn.Linear(config.frequency_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.modulation = nn.Linear(d, 6 * d)
