@@ -16,6 +16,7 @@ from tests import tiny
 from tests.training.toy import assert_same, whole
 from videodit import TextToVideo, VideoVAE
 from videodit.data.batches import LatentBatch
+from videodit.data.buckets import parse_bucket
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.loader import ClipLoader
@@ -206,7 +207,7 @@ def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents:
     noise = NoiseLevelConfig(mean=1.0, std=0.5, frame_slope=6.0)
     config = follow_latents(dit_config(tmp_path / "run", latents, noise=noise))
     batch = LatentBatch(
-        bucket=tiny.BUCKET,
+        bucket=parse_bucket(tiny.BUCKET, multiple=1),
         captions=[""] * 64,
         ids=list(range(64)),
         keys=[f"clip-{row}" for row in range(64)],

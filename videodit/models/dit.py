@@ -172,7 +172,14 @@ class VideoDiT(nn.Module):
     """
 
     # Input and output layers, embeddings and modulations: Muon is meant for the hidden matrices only.
-    muon_exclude = ("patch_in", "patch_out", "sigma_embedding", "modulation", "final_modulation", "text_projection")
+    muon_exclude: tuple[str, ...] = (
+        "patch_in",
+        "patch_out",
+        "sigma_embedding",
+        "modulation",
+        "final_modulation",
+        "text_projection",
+    )
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
