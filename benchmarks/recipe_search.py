@@ -36,13 +36,13 @@ from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.evaluation.machine import machine_facts
 from videodit.evaluation.prompt_following import measure
 from videodit.flow.loss import flow_loss, level_weight, likelihood_loss
-from videodit.flow.noise_level import frame_levels, sigma_from_uniform
+from videodit.flow.noise_level import frame_levels, frames_to_denoise, sigma_from_uniform
 from videodit.flow.path import interpolate, target
 from videodit.generation.pipeline import TextToVideo
 from videodit.models.rope import absolute_embedding
 from videodit.models.text import tokenize
 from videodit.models.vae import VideoVAE
-from videodit.training.dit_trainer import GIVEN_BELOW, DiTRunConfig, build_model, follow_latents
+from videodit.training.dit_trainer import DiTRunConfig, build_model, follow_latents
 from videodit.training.ema import beta_of, gamma_of
 from videodit.training.optim import lr_factor, param_groups
 
@@ -145,9 +145,8 @@ class Search:
         mask = data.mask[caption]
         context = self.model.dit.text_context(self.model.text_encoder(data.grams, data.index[caption], mask), mask)
         predicted = self.model.dit(interpolate(config.flow.path, x0, noise, level).to(DTYPE), sigma, context)
-        wanted, weight = target(config.flow, x0, noise, level), level_weight(sigma, config.weighting)
-        if config.noise.frame_slope > 0:
-            weight = weight.masked_fill(sigma < GIVEN_BELOW, 0.0)
+        wanted = target(config.flow, x0, noise, level)
+        weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, config.noise)
         if self.model.level_error is None:
             return flow_loss(predicted, wanted, weight).mean()
         return likelihood_loss(predicted, wanted, weight, self.model.level_error(sigma)).mean()

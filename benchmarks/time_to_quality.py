@@ -55,6 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim.name": "adamw",
         "optim.lr": 1e-4,
         "optim.schedule": "constant",
+        "noise.frame_slope": 0.0,
         "sampling.sampler": "euler",
         "sampling.shift": 1.0,
         "model.local_width": 0,

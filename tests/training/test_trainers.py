@@ -22,11 +22,10 @@ from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.loader import ClipLoader
 from videodit.data.video_io import read_frames
 from videodit.errors import UserError
-from videodit.flow.noise_level import NoiseLevelConfig
+from videodit.flow.noise_level import GIVEN_BELOW, NoiseLevelConfig
 from videodit.models.level_error import KNOTS
 from videodit.training.checkpoint import load_latest, read_full
 from videodit.training.dit_trainer import (
-    GIVEN_BELOW,
     DiTRunConfig,
     build_model,
     follow_latents,

@@ -7,6 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+GIVEN_BELOW = 0.02
+"""noise level of a frame that is given rather than to be denoised, where a clip's frames have levels of their own"""
+
 
 @dataclass(frozen=True)
 class NoiseLevelConfig:
@@ -90,6 +93,15 @@ def frame_levels(sigma: Tensor, frames: int, slope: Tensor, focus: Tensor, confi
     place = torch.arange(frames, device=sigma.device)[None] - (focus * frames).long()[:, None]  # b t
     logit = torch.logit(sigma.double(), eps=1e-9)[:, None] + config.frame_slope * slope.square()[:, None] * place
     return torch.sigmoid(logit).to(sigma.dtype)
+
+
+def frames_to_denoise(sigma: Tensor, config: NoiseLevelConfig) -> Tensor:
+    """Which of the frames of `frame_levels` count in the loss: from one nearly clean there is nothing to learn.
+
+    Returns:
+        sigma's shape, bool; all true where a clip has one level.
+    """
+    return sigma >= (GIVEN_BELOW if config.frame_slope > 0 else 0.0)
 
 
 def sampling_levels(num_steps: int, shift: float) -> Tensor:

@@ -220,9 +220,9 @@ class VideoDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         zero = [self.modulation, self.final_modulation, self.patch_out]
-        if self.local is not None:  # then patch_out is a hidden layer, and conv_out the last
-            last = [self.local.conv_out, self.local.latent_gate]
-            zero[-1:] = [self.local.modulation, self.local.final_modulation, *last]
+        if self.local is not None:  # then patch_out is a hidden layer, and conv_out and latent_gate are the last
+            local = self.local
+            zero[-1:] = [local.modulation, local.final_modulation, local.conv_out, local.latent_gate]
         for layer in zero:
             nn.init.zeros_(layer.weight)
         for block in cast("Iterable[DiTBlock]", self.blocks):

@@ -17,7 +17,7 @@ from videodit.data.video_io import write_mp4
 from videodit.device import torch_dtype
 from videodit.errors import UserError
 from videodit.flow.loss import Weighting, flow_loss, level_weight, likelihood_loss
-from videodit.flow.noise_level import NoiseLevelConfig, frame_levels, sigma_from_uniform
+from videodit.flow.noise_level import NoiseLevelConfig, frame_levels, frames_to_denoise, sigma_from_uniform
 from videodit.flow.path import Parameterization, interpolate, target
 from videodit.generation.pipeline import SamplingDefaults, TextToVideo
 from videodit.models.dit import DiTConfig, VideoDiT
@@ -30,9 +30,6 @@ from videodit.models.vae import VideoVAE
 from videodit.parallel.mesh import World
 from videodit.training.checkpoint import Checkpoint, load_average
 from videodit.training.run import RunConfig, TrainingRun, micro_batch_tokens, open_world, run_dtype
-
-GIVEN_BELOW = 0.02
-"""noise level of a frame that is given rather than to be denoised, where a clip's frames have levels of their own"""
 
 
 @dataclass(frozen=True)
@@ -192,9 +189,7 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig) -> NoisyBatch:
     sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), config.noise)
     slope, focus = (sample_uniform(seed, epoch, keys, name) for name in ("frame slope", "focus frame"))
     sigma = frame_levels(sigma, t, slope, focus, config.noise)  # b t
-    weight = level_weight(sigma, config.weighting)
-    if config.noise.frame_slope > 0:  # a frame as clean as that is a condition: nothing is left to learn from it
-        weight = weight.masked_fill(sigma < GIVEN_BELOW, 0.0)
+    weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, config.noise)
     if config.condition_rate > 0:
         given = sample_uniform(seed, epoch, keys, "condition") < config.condition_rate
         count = (sample_uniform(seed, epoch, keys, "condition frames") * (t - 1)).long() + 1  # 1 … t - 1
