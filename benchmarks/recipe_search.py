@@ -91,7 +91,7 @@ class Search:
     """One training. `step` reads and writes tensors only, so that a CUDA graph can hold it."""
 
     def __init__(self, config: DiTRunConfig, data: Latents) -> None:
-        self.config, self.data = config, data
+        self.config, self.data, self.levels = config, data, config.noise
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(DEVICE, DTYPE)
         groups = param_groups(self.model, config.optim)
@@ -136,8 +136,8 @@ class Search:
         mean = data.mean[rows]
         b, t = mean.shape[0], mean.shape[2]
         x0, noise = mean + data.std[rows] * torch.randn_like(mean), torch.randn_like(mean)
-        sigma = sigma_from_uniform(torch.rand(b, device=DEVICE), config.noise)
-        sigma = frame_levels(sigma, t, torch.rand(b, device=DEVICE), torch.rand(b, device=DEVICE), config.noise)
+        sigma = sigma_from_uniform(torch.rand(b, device=DEVICE), self.levels)
+        sigma = frame_levels(sigma, t, torch.rand(b, device=DEVICE), torch.rand(b, device=DEVICE), self.levels)
         level = sigma[:, None, :, None, None]
         caption = data.first[rows] + (torch.rand(b, device=DEVICE) * data.count[rows]).long()
         caption = caption.masked_fill(torch.rand(b, device=DEVICE) < config.data.caption_drop, data.empty)
@@ -146,7 +146,7 @@ class Search:
         context = self.model.dit.text_context(self.model.text_encoder(data.grams, data.index[caption], mask), mask)
         predicted = self.model.dit(interpolate(config.flow.path, x0, noise, level).to(DTYPE), sigma, context)
         wanted = target(config.flow, x0, noise, level)
-        weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, config.noise)
+        weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, self.levels)
         if self.model.level_error is None:
             return flow_loss(predicted, wanted, weight).mean()
         return likelihood_loss(predicted, wanted, weight, self.model.level_error(sigma)).mean()
@@ -175,22 +175,30 @@ class Search:
 
     def train(self) -> float:
         """All steps, then the averaged weights in the model; gives seconds."""
-        started, done, graph = time.perf_counter(), 0, None
+        started, late = time.perf_counter(), self.config.late_steps
+        for levels, steps in ((self.config.noise, self.config.max_steps - late), (self.config.late_noise, late)):
+            self.levels = levels
+            self._steps(steps)
+        self.weights.copy_(self.average)
+        return time.perf_counter() - started
+
+    def _steps(self, count: int) -> None:
+        """So many steps at the same levels; on a GPU as replays of one graph, after a few that warm up."""
+        done, graph = 0, None
         if DEVICE.type == "cuda":
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):  # AccumulateGrad runs where it first ran: not on the default stream
-                while done < min(WARMUP_STEPS, self.config.max_steps):
+                while done < min(WARMUP_STEPS, count):
                     self.step()
                     done += 1
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                self.step()
-        while done < self.config.max_steps:
+            if done < count:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    self.step()
+        while done < count:
             self.step() if graph is None else graph.replay()
             done += 1
-        self.weights.copy_(self.average)
-        return time.perf_counter() - started
 
 
 def steps_within(seconds: float, config: DiTRunConfig, data: Latents) -> int:

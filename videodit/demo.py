@@ -52,7 +52,7 @@ class DemoConfig:
     """recipe of the VAE"""
     dit_config: str = str(CONFIGS / "dit_demo.yaml")
     """recipe of the DiT"""
-    num_clips: int = 2400
+    num_clips: int = 4000
     """clips to train on"""
     num_eval_clips: int = 128
     """clips held out, to measure the VAE and the oracle on"""

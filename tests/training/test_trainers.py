@@ -135,7 +135,8 @@ def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(shards: Path, tmp_path
 def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_path: Path, zero_stage: int) -> None:
     def run(folder: Path) -> Path:
         noise = NoiseLevelConfig(frame_slope=2.0)
-        return train_dit(dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, noise=noise))
+        levels = {"noise": noise, "late_noise": NoiseLevelConfig(mean=1.0), "late_share": 0.5}
+        return train_dit(dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, **levels))
 
     check_resume(run, tmp_path, signal.SIGTERM, 143)
 
@@ -215,14 +216,28 @@ def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents:
         mean=torch.zeros(64, 4, 5, 2, 2),
         logvar=torch.full((64, 4, 5, 2, 2), -60.0),
     )
-    noisy = make_noisy(batch, config)
+    noisy = make_noisy(batch, config, noise)
     assert (noisy.sigma.diff(dim=1) >= 0).all() and (noisy.sigma.diff(dim=1) > 0.1).any()
     assert torch.equal(noisy.weight > 0, noisy.sigma >= GIVEN_BELOW) and 0 < (noisy.weight == 0).sum() < 160
     # The latents are zero: what the model sees is the frame's own level of noise.
     seen = noisy.latents.square().mean(dim=(1, 3, 4)).sqrt() / noisy.sigma
     assert 0.9 < seen.mean() < 1.1
     batch.keys, batch.mean, batch.logvar = batch.keys[9:], batch.mean[9:], batch.logvar[9:]
-    assert torch.equal(make_noisy(batch, config).sigma, noisy.sigma[9:])  # a clip's levels do not hang on the others
+    assert torch.equal(make_noisy(batch, config, noise).sigma, noisy.sigma[9:])
+
+
+def test_the_last_share_of_the_steps_draws_late_noise(latents: Path, tmp_path: Path) -> None:
+    early, late = NoiseLevelConfig(mean=1.0), NoiseLevelConfig(mean=-2.0)
+    whole_run = dit_config(tmp_path / "early", latents, max_steps=4, noise=early, late_noise=late)
+    half_run = replace(whole_run, run_dir=str(tmp_path / "late"), late_share=0.5)
+    assert [half_run.noise_at(step) for step in range(1, 5)] == [early, early, late, late]
+    assert [replace(half_run, late_share=1.0).noise_at(step) for step in (1, 4)] == [late, late]
+    for config in (whole_run, half_run):
+        train_dit(config)
+    same = [one == other for one, other in zip(metrics(tmp_path / "early"), metrics(tmp_path / "late"), strict=True)]
+    assert same == [True, True, False, False]
+    with pytest.raises(ValueError, match="late_share 1.5 is no share: use a number from 0 to 1"):
+        replace(whole_run, late_share=1.5)
 
 
 def test_micro_batches_change_nothing_but_rounding(shards: Path, tmp_path: Path) -> None:

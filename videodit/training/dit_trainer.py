@@ -52,6 +52,10 @@ class DiTRunConfig(RunConfig):
     """what the DiT predicts"""
     noise: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
     """at which noise levels it is trained"""
+    late_noise: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
+    """at which levels it is trained in the last late_share of the steps, where it learns to draw"""
+    late_share: float = 0.0
+    """share of max_steps, the last ones, that draws its levels from late_noise"""
     weighting: Weighting = "uniform"
     """weight of a noise level in the loss: uniform, velocity (for x0 prediction), min_snr (for noise prediction), or
     learned: one over the error that is expected there"""
@@ -70,6 +74,17 @@ class DiTRunConfig(RunConfig):
             raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit encode writes it")
         if not 0 <= self.condition_rate <= 1:
             raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
+        if not 0 <= self.late_share <= 1:
+            raise ValueError(f"late_share {self.late_share} is no share: use a number from 0 to 1")
+
+    @property
+    def late_steps(self) -> int:
+        """How many of the steps, the last ones, draw from late_noise."""
+        return round(self.late_share * self.max_steps)
+
+    def noise_at(self, step: int) -> NoiseLevelConfig:
+        """Density of the noise levels in a step, 1 … max_steps."""
+        return self.late_noise if step > self.max_steps - self.late_steps else self.noise
 
 
 def build_model(config: DiTRunConfig) -> TextToVideoModel:
@@ -109,9 +124,11 @@ def train_dit(config: DiTRunConfig) -> Path:
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
+            levels = config.noise_at(run.step + 1)
             sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
             for batch in batches:
-                loss, error = clip_losses(run, make_noisy(batch, config), batch_text(batch, run), config.weighting)
+                noisy = make_noisy(batch, config, levels)
+                loss, error = clip_losses(run, noisy, batch_text(batch, run), config.weighting)
                 share = batch.weight.to(world.device) / total
                 loss = (share * loss).sum()
                 run.engine.backward(loss)
@@ -178,18 +195,24 @@ class NoisyBatch:
     weight: Tensor
 
 
-def make_noisy(batch: LatentBatch, config: DiTRunConfig) -> NoisyBatch:
-    """Draws latent, noise, level and condition of each row: functions of (seed, epoch, sample key) alone."""
+def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfig) -> NoisyBatch:
+    """Draws latent, noise, level and condition of each row: functions of (seed, epoch, sample key) and levels alone.
+
+    Args:
+        batch: clean latents.
+        config: of the run.
+        levels: density of the noise levels in this step, see `DiTRunConfig.noise_at`.
+    """
     seed, epoch, keys = config.seed, batch.epoch, batch.keys
     b, c, t, h, w = batch.mean.shape
     shape = (c, t, h, w)
     posterior_noise = sample_noise(seed, epoch, keys, shape, "posterior")
     x0 = batch.mean + torch.exp(0.5 * batch.logvar) * posterior_noise
     noise = sample_noise(seed, epoch, keys, shape, "noise")
-    sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), config.noise)
+    sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), levels)
     slope, focus = (sample_uniform(seed, epoch, keys, name) for name in ("frame slope", "focus frame"))
-    sigma = frame_levels(sigma, t, slope, focus, config.noise)  # b t
-    weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, config.noise)
+    sigma = frame_levels(sigma, t, slope, focus, levels)  # b t
+    weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, levels)
     if config.condition_rate > 0:
         given = sample_uniform(seed, epoch, keys, "condition") < config.condition_rate
         count = (sample_uniform(seed, epoch, keys, "condition frames") * (t - 1)).long() + 1  # 1 … t - 1
