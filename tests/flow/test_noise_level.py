@@ -118,10 +118,10 @@ def test_a_frame_has_the_clips_level_and_the_logit_rises_evenly_around_it(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"density": "cosine"}, "noise.density 'cosine' is not one of"),
-        ({"std": 0.0}, "noise.std 0.0 is not positive"),
-        ({"shift": -1.0}, "noise.shift -1.0 is not positive"),
-        ({"frame_slope": -0.5}, "noise.frame_slope -0.5 is negative: 0 gives all frames one level"),
+        ({"density": "cosine"}, "density 'cosine' of the noise levels is not one of"),
+        ({"std": 0.0}, "std 0.0 of the noise levels is not positive"),
+        ({"shift": -1.0}, "shift -1.0 of the noise levels is not positive"),
+        ({"frame_slope": -0.5}, "frame_slope -0.5 of the noise levels is negative: 0 gives all frames one level"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict, message: str) -> None:

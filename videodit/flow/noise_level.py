@@ -28,13 +28,17 @@ class NoiseLevelConfig:
 
     def __post_init__(self) -> None:
         if self.density not in ("logit_normal", "uniform", "ddpm"):
-            raise ValueError(f"noise.density {self.density!r} is not one of logit_normal, uniform, ddpm")
+            raise ValueError(f"density {self.density!r} of the noise levels is not one of logit_normal, uniform, ddpm")
         if self.std <= 0:
-            raise ValueError(f"noise.std {self.std} is not positive: use for example 1.0")
+            raise ValueError(f"std {self.std} of the noise levels is not positive: use for example 1.0")
         if self.shift <= 0:
-            raise ValueError(f"noise.shift {self.shift} is not positive: 1 is no shift, 3 moves towards noise")
+            raise ValueError(
+                f"shift {self.shift} of the noise levels is not positive: 1 is no shift, 3 moves towards noise"
+            )
         if self.frame_slope < 0:
-            raise ValueError(f"noise.frame_slope {self.frame_slope} is negative: 0 gives all frames one level")
+            raise ValueError(
+                f"frame_slope {self.frame_slope} of the noise levels is negative: 0 gives all frames one level"
+            )
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
