@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from videodit.config import Argument, from_dict, load_yaml, parse_command, parse_config, to_dict, to_yaml
@@ -157,6 +157,7 @@ def test_round_trip() -> None:
     lr=st.floats(min_value=1e-30, max_value=1e30),
     stop_after=st.none() | st.integers(min_value=1),
 )
+@example(run_dir="0E0", prompts=["1e-3", "+.5e4"], lr=1.0, stop_after=None)  # numbers to our reader, text to YAML 1.1
 def test_yaml_reads_back_what_it_wrote(
     tmp_path_factory: pytest.TempPathFactory, run_dir: str, prompts: list[str], lr: float, stop_after: int | None
 ) -> None:

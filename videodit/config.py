@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
-import yaml
 
 from videodit.errors import UserError
 from videodit.settings import (
@@ -30,6 +29,7 @@ from videodit.settings import (
     read_yaml,
     split_argv,
     value_of,
+    write_yaml,
 )
 
 ConfigT = TypeVar("ConfigT")
@@ -136,8 +136,7 @@ def to_dict(config: Any) -> Values:
 
 def to_yaml(config: Any) -> str:
     """Give the config as YAML, fields in their order; `load_yaml` reads the same config back."""
-    # ASCII with escapes: unescaped, PyYAML writes U+0085 in a way that it reads back as a space.
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=False, width=120)
+    return write_yaml(to_dict(config))
 
 
 def _plain(value: Any) -> Any:

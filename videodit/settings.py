@@ -164,9 +164,14 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _StrictDumper(yaml.SafeDumper):
+    """Safe YAML that quotes the texts which _StrictLoader would read as numbers."""
+
+
+for _side in (_StrictLoader, _StrictDumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def parse_yaml(text: str) -> Any:
@@ -176,6 +181,12 @@ def parse_yaml(text: str) -> Any:
         return loader.get_single_data()
     finally:
         loader.dispose()
+
+
+def write_yaml(values: Values) -> str:
+    """Give values as YAML, keys in their order; `parse_yaml` reads the same back."""
+    # ASCII with escapes: unescaped, PyYAML writes U+0085 in a way that it reads back as a space.
+    return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 def read_yaml(path: Path) -> Values:
