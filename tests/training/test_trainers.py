@@ -223,6 +223,7 @@ def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents:
     seen = noisy.latents.square().mean(dim=(1, 3, 4)).sqrt() / noisy.sigma
     assert 0.9 < seen.mean() < 1.1
     batch.keys, batch.mean, batch.logvar = batch.keys[9:], batch.mean[9:], batch.logvar[9:]
+    # A clip's levels do not hang on the others.
     assert torch.equal(make_noisy(batch, config, noise).sigma, noisy.sigma[9:])
 
 
