@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,15 +105,15 @@ def stop_at(step: int, signal_number: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(TrainingRun, "log", log_and_signal)
 
 
-def check_resume(run: Callable[[Path], Any], tmp_path: Path, signal_number: int, code: int | None) -> None:
+def check_resume(run: Callable[[Path], Any], tmp_path: Path, *signals: int, code: int | None) -> None:
     """Runs straight, and again with a stop after half of the steps: same figures and same bits in the end."""
     run(tmp_path / "straight")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        stop_at(STEPS // 2 + 1, signal_number, monkeypatch)
-        with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+        for number in signals:
+            stop_at(STEPS // 2 + 1, number, monkeypatch)
+        with pytest.raises(KeyboardInterrupt if code is None else SystemExit) as stopped:
             run(tmp_path / "resumed")
-    if code is not None:
-        assert isinstance(stopped.value, SystemExit) and stopped.value.code == code
+    assert code is None or stopped.value.code == code  # type: ignore[attr-defined]
     run(tmp_path / "resumed")
     assert [line["step"] for line in metrics(tmp_path / "resumed")] == list(range(1, STEPS + 1))
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
@@ -125,7 +125,7 @@ def check_resume(run: Callable[[Path], Any], tmp_path: Path, signal_number: int,
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
 def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(shards: Path, tmp_path: Path, zero_stage: int) -> None:
     check_resume(
-        lambda folder: train_vae(vae_config(folder, shards, zero_stage=zero_stage)), tmp_path, signal.SIGTERM, 143
+        lambda folder: train_vae(vae_config(folder, shards, zero_stage=zero_stage)), tmp_path, signal.SIGTERM, code=143
     )
     straight, resumed = (VideoVAE.from_pretrained(tmp_path / name / "model") for name in ("straight", "resumed"))
     assert_same(straight.state_dict(), resumed.state_dict())  # the latents' statistics too
@@ -138,15 +138,40 @@ def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_pat
         levels = {"noise": noise, "late_noise": NoiseLevelConfig(mean=1.0), "late_share": 0.5}
         return train_dit(dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, **levels))
 
-    check_resume(run, tmp_path, signal.SIGTERM, 143)
+    check_resume(run, tmp_path, signal.SIGTERM, code=143)
 
 
-def test_train_dit_cut_off_goes_on_from_the_last_checkpoint(latents: Path, tmp_path: Path) -> None:
-    """Ctrl-C leaves no checkpoint of its own: the steps since the last one are run again, with the same figures."""
-    # Python's own handler: a shell that starts the tests in the background has them ignore Ctrl-C.
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler: a shell that starts the tests in the background has them ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_train_dit_stopped_by_ctrl_c_loses_no_step(
+    latents: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    check_resume(lambda folder: train_dit(dit_config(folder, latents)), tmp_path, signal.SIGINT, code=130)
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_train_dit_cut_off_goes_on_from_the_last_checkpoint(latents: Path, tmp_path: Path) -> None:
+    """The second Ctrl-C leaves no checkpoint: steps since the last one are run again, with the same figures."""
+    interrupts = (signal.SIGINT, signal.SIGINT)
+    check_resume(lambda folder: train_dit(dit_config(folder, latents, save_every=2)), tmp_path, *interrupts, code=None)
+
+
+def test_ctrl_c_is_ignored_where_it_was(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        check_resume(lambda folder: train_dit(dit_config(folder, latents, save_every=2)), tmp_path, signal.SIGINT, None)
+        stop_at(1, signal.SIGINT, monkeypatch)
+        train_dit(dit_config(tmp_path / "run", latents, max_steps=2))
+        assert len(metrics(tmp_path / "run")) == 2
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -1,5 +1,6 @@
 """A training run without its model: processes, run folder, engine, averages, checkpoints, tracker, console."""
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from videodit.training.optim import OptimConfig
 from videodit.training.run_folder import RunFolder
 from videodit.training.tracker import Tracker, TrackerConfig
 
-STOP_EXIT_CODE = 143  # 128 + SIGTERM: schedulers requeue on it
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # exit code 128 + number: schedulers requeue on SIGTERM's 143
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class TrainingRun:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
         self._tracker = tracker
-        self._stop = False
+        self._stop = 0  # the signal that asked for it
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, enabled=world.is_main)
 
     @classmethod
@@ -101,13 +102,18 @@ class TrainingRun:
         with RunFolder.open(config.run_dir, config_text, world) as folder:
             tracker = Tracker(config.tracker, folder.path, to_dict(config), world)
             run = cls(config, world, folder, tracker)
-            old_handler = signal.signal(signal.SIGTERM, run.request_stop)
+            # A shell that starts a job in the background has it ignore Ctrl-C: leave that as it is.
+            heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            old_handlers = {number: signal.signal(number, run.request_stop) for number in heard}
             try:
                 with run._progress:
                     yield run
             finally:
-                signal.signal(signal.SIGTERM, old_handler)
+                for number, handler in old_handlers.items():
+                    signal.signal(number, handler)
                 tracker.finish()
+        if run._stop:  # asked for after the last step
+            raise SystemExit(128 + run._stop)
 
     def start(self, module: nn.Module) -> None:
         """Puts the module into the engine, and the newest checkpoint, if there is one, into both."""
@@ -150,7 +156,7 @@ class TrainingRun:
             tokens: tokens of the global batch.
             flops: floating-point operations of the global batch.
         Raises:
-            SystemExit: with STOP_EXIT_CODE, after a checkpoint, if a rank was told to stop.
+            SystemExit: with 128 + the signal's number, after a checkpoint, if a rank was told to stop.
         """
         self.step += 1
         result = self.engine.step(self.step)
@@ -161,13 +167,13 @@ class TrainingRun:
         metrics |= self.meter.step(tokens=tokens, flops=flops)
         metrics["data/digest"] = digest
         self.log(metrics)
-        stop = any_rank(self._stop)
+        stop = any_rank(bool(self._stop))
         if self.step % self.config.save_every == 0 or not self.running or stop:
             self.save()
         if self.world.is_main:
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
         if stop:
-            raise SystemExit(STOP_EXIT_CODE)
+            raise SystemExit(128 + (self._stop or signal.SIGTERM))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Figures of the current step, to metrics.jsonl and the tracker."""
@@ -210,9 +216,18 @@ class TrainingRun:
             )
         self.meter.restart()
 
-    def request_stop(self, *_: object) -> None:
-        """Checkpoint and leave after the running step (the handler of SIGTERM)."""
-        self._stop = True
+    def request_stop(self, number: int, _: object = None) -> None:
+        """Checkpoint and leave after the running step: the handler of SIGTERM and Ctrl-C.
+
+        Raises:
+            KeyboardInterrupt: at the second Ctrl-C.
+        """
+        if number == signal.SIGINT:
+            if self._stop == signal.SIGINT:
+                raise KeyboardInterrupt
+            if self.world.is_main:  # not by print, which may be at work already
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+        self._stop = number
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:
