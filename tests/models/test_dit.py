@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.models.tiny import randomize, tiny_dit
 from videodit.models.dit import DiTBlock, DiTConfig, VideoDiT
-from videodit.models.layers import sinusoidal_embedding
+from videodit.models.layers import ACTIVATIONS, MLP, sinusoidal_embedding
 from videodit.models.local import FrameConv, LocalBlock, LocalLayers
 
 C, T, HW, L, TEXT = 4, 3, 4, 5, 12
@@ -259,6 +259,7 @@ def test_text_needs_its_mask() -> None:
         ({"cross_attention": "q"}, "model.cross_attention 'q'"),
         ({"cross_attention": "f"}, "the prompt would never reach the tokens; use 's'"),
         ({"cross_attention": ""}, "the prompt would never reach"),
+        ({"activation": "swish"}, "model.activation 'swish' is not one of gelu, gelu_tanh"),
         ({"qk_norm": "layer"}, "'layer' is not one of head, all, none"),
         ({"num_heads": 0}, "model.num_heads 0 is not positive"),
         ({"local_width": -8}, "model.local_width -8 is negative: use 0"),
@@ -271,6 +272,14 @@ def test_text_needs_its_mask() -> None:
 def test_impossible_shapes_name_value_and_fix(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DiTConfig(**{"hidden_size": 24, "depth": 2, "num_heads": 2, **changes})
+
+
+def test_one_activation_in_all_mlps() -> None:
+    for activation, function in ACTIVATIONS.items():
+        config = DiTConfig(hidden_size=24, depth=2, num_heads=2, local_width=8, activation=activation)
+        mlps = [module for module in VideoDiT(config).modules() if isinstance(module, MLP)]
+        assert len(mlps) == 2 + 4 + 1  # blocks, local blocks on both sides, text
+        assert all(mlp.activation is function for mlp in mlps)
 
 
 def test_the_convolution_of_frames_is_a_convolution() -> None:

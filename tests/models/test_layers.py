@@ -52,4 +52,8 @@ def test_mlp() -> None:
     hidden = mlp.fc1(x)
     gelu = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
     torch.testing.assert_close(mlp(x), mlp.fc2(gelu))
+    exact = MLP(4, 6, 3, activation="gelu")
+    exact.load_state_dict(mlp.state_dict())
+    torch.testing.assert_close(exact(x), mlp.fc2(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))))
+    assert not torch.equal(exact(x), mlp(x))
     assert mlp(x).shape == (2, 3) and MLP(4, 6)(x).shape == (2, 4)

@@ -4,7 +4,9 @@ Legend: b batch, t latent frames, s tokens of a frame, d hidden size.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,13 +57,29 @@ def modulate(x: Tensor, modulation: Modulation, eps: float = 1e-6) -> Tensor:
     return torch.addcmul(modulation.shift, x, 1.0 + modulation.scale)
 
 
-class MLP(nn.Module):
-    """Linear, GELU (tanh form), linear."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""GELU x Phi(x) itself, or its tanh form (no further than 5e-4 from it), which DiT and Wan were trained with."""
 
-    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None) -> None:
+
+class MLP(nn.Module):
+    """Linear, GELU, linear.
+
+    Args:
+        dim: of the input.
+        hidden_dim: between the two.
+        out_dim: of the output, dim if None.
+        activation: a key of ACTIVATIONS.
+    Source: Hendrycks & Gimpel (2016), arXiv:1606.08415, Sec. 2 (GELU and its tanh form).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None, *, activation: str = "gelu_tanh") -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.activation(self.fc1(x)))

@@ -46,16 +46,17 @@ class LocalBlock(nn.Module):
 
     Args:
         width: f.
+        activation: of the MLP.
     """
 
     muon_exclude = ("modulation_bias",)
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: str = "gelu_tanh") -> None:
         super().__init__()
         self.modulation_bias = nn.Parameter(torch.zeros(3, width))
         self.spatial = FrameConv(width)
         self.temporal = nn.Linear(3 * width, width)  # over the frame before, the frame itself and the one after
-        self.mlp = MLP(width, 4 * width)
+        self.mlp = MLP(width, 4 * width, activation=activation)
 
     def forward(self, x: Tensor, shared: Tensor) -> Tensor:
         """(b, t, h, w, f) -> the same; shared is (b, t or 1, 1, 1, 3, f)."""
@@ -74,17 +75,18 @@ class LocalLayers(nn.Module):
         width: f.
         depth: blocks on each side.
         hidden_size: d of the condition.
+        activation: of the blocks' MLPs.
     """
 
     # First and last layers and modulations: Muon is meant for the hidden matrices only.
     muon_exclude = ("conv_in", "conv_out", "latent_gate", "modulation", "final_modulation")
 
-    def __init__(self, channels: int, width: int, depth: int, hidden_size: int) -> None:
+    def __init__(self, channels: int, width: int, depth: int, hidden_size: int, activation: str = "gelu_tanh") -> None:
         super().__init__()
         self.conv_in = nn.Linear(channels, width)
         self.modulation = nn.Linear(hidden_size, 3 * width)
-        self.before = nn.ModuleList(LocalBlock(width) for _ in range(depth))
-        self.after = nn.ModuleList(LocalBlock(width) for _ in range(depth))
+        self.before = nn.ModuleList(LocalBlock(width, activation) for _ in range(depth))
+        self.after = nn.ModuleList(LocalBlock(width, activation) for _ in range(depth))
         self.final_modulation = nn.Linear(hidden_size, 2 * width)
         self.conv_out = nn.Linear(width, channels)
         self.latent_gate = nn.Linear(width, channels)
