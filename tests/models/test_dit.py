@@ -292,7 +292,7 @@ def test_the_convolution_of_frames_is_a_convolution() -> None:
 
 
 def test_a_local_block_reaches_its_neighbours_in_space_and_time() -> None:
-    block = randomize(LocalBlock(4))
+    block = randomize(LocalBlock(4, "gelu"))
     x = torch.randn(1, 5, 5, 5, 4, requires_grad=True)
     block(x, torch.randn(1, 1, 1, 1, 3, 4))[0, 2, 2, 2].square().sum().backward()
     assert x.grad is not None
@@ -303,7 +303,7 @@ def test_a_local_block_reaches_its_neighbours_in_space_and_time() -> None:
 
 
 def test_noisy_latents_pass_the_local_layers_through_their_gate() -> None:
-    layers = LocalLayers(4, 8, 1, 24)  # the convolution that writes is zero here
+    layers = LocalLayers(4, 8, 1, 24, "gelu")  # the convolution that writes is zero here
     latents, features = torch.randn(2, 4, 3, 5, 5), torch.randn(2, 8, 3, 5, 5)
     gate = torch.tensor([0.0, 0.5, 1.0, -1.0])
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_names_kept_from_muon_exist() -> None:
     names = [name for name, _ in tiny_dit().named_parameters()]
     for excluded in VideoDiT.muon_exclude:
         assert any(excluded in name.split(".") for name in names), excluded
-    names = [name for name, _ in LocalLayers(4, 8, 1, 24).named_parameters()]
+    names = [name for name, _ in LocalLayers(4, 8, 1, 24, "gelu").named_parameters()]
     for excluded in LocalLayers.muon_exclude:
         assert any(excluded in name.split(".") for name in names), excluded
 

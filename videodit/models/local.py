@@ -51,7 +51,7 @@ class LocalBlock(nn.Module):
 
     muon_exclude = ("modulation_bias",)
 
-    def __init__(self, width: int, activation: str = "gelu_tanh") -> None:
+    def __init__(self, width: int, activation: str) -> None:
         super().__init__()
         self.modulation_bias = nn.Parameter(torch.zeros(3, width))
         self.spatial = FrameConv(width)
@@ -81,7 +81,7 @@ class LocalLayers(nn.Module):
     # First and last layers and modulations: Muon is meant for the hidden matrices only.
     muon_exclude = ("conv_in", "conv_out", "latent_gate", "modulation", "final_modulation")
 
-    def __init__(self, channels: int, width: int, depth: int, hidden_size: int, activation: str = "gelu_tanh") -> None:
+    def __init__(self, channels: int, width: int, depth: int, hidden_size: int, activation: str) -> None:
         super().__init__()
         self.conv_in = nn.Linear(channels, width)
         self.modulation = nn.Linear(hidden_size, 3 * width)

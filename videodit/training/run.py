@@ -25,8 +25,6 @@ from videodit.training.optim import OptimConfig
 from videodit.training.run_folder import RunFolder
 from videodit.training.tracker import Tracker, TrackerConfig
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # exit code 128 + number: schedulers requeue on SIGTERM's 143
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -84,7 +82,7 @@ class TrainingRun:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
         self._tracker = tracker
-        self._stop = 0  # the signal that asked for it
+        self._stop_signal = 0  # that asked to stop; the exit code is 128 more: schedulers requeue on SIGTERM's 143
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, enabled=world.is_main)
 
     @classmethod
@@ -102,9 +100,10 @@ class TrainingRun:
         with RunFolder.open(config.run_dir, config_text, world) as folder:
             tracker = Tracker(config.tracker, folder.path, to_dict(config), world)
             run = cls(config, world, folder, tracker)
+            old_handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, run.request_stop)}
             # A shell that starts a job in the background has it ignore Ctrl-C: leave that as it is.
-            heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            old_handlers = {number: signal.signal(number, run.request_stop) for number in heard}
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+                old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, run.request_stop)
             try:
                 with run._progress:
                     yield run
@@ -112,8 +111,8 @@ class TrainingRun:
                 for number, handler in old_handlers.items():
                     signal.signal(number, handler)
                 tracker.finish()
-        if run._stop:  # asked for after the last step
-            raise SystemExit(128 + run._stop)
+        if run._stop_signal:  # asked for after the last step
+            raise SystemExit(128 + run._stop_signal)
 
     def start(self, module: nn.Module) -> None:
         """Puts the module into the engine, and the newest checkpoint, if there is one, into both."""
@@ -167,13 +166,13 @@ class TrainingRun:
         metrics |= self.meter.step(tokens=tokens, flops=flops)
         metrics["data/digest"] = digest
         self.log(metrics)
-        stop = any_rank(bool(self._stop))
+        stop = any_rank(bool(self._stop_signal))
         if self.step % self.config.save_every == 0 or not self.running or stop:
             self.save()
         if self.world.is_main:
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
         if stop:
-            raise SystemExit(128 + (self._stop or signal.SIGTERM))
+            raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Figures of the current step, to metrics.jsonl and the tracker."""
@@ -223,11 +222,11 @@ class TrainingRun:
             KeyboardInterrupt: at the second Ctrl-C.
         """
         if number == signal.SIGINT:
-            if self._stop == signal.SIGINT:
+            if self._stop_signal == signal.SIGINT:
                 raise KeyboardInterrupt
             if self.world.is_main:  # not by print, which may be at work already
                 os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
-        self._stop = number
+        self._stop_signal = number
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:
