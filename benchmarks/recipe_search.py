@@ -29,6 +29,7 @@ from torch import Tensor
 
 import videodit.models.dit as dit_module
 from videodit.config import load_yaml
+from videodit.data.latent_crop import crop, crop_origins
 from videodit.data.latents import read_latent_sample
 from videodit.data.shapes.world import captions, prompt_specs, sample_spec
 from videodit.data.shards import ShardSet
@@ -91,7 +92,8 @@ class Search:
     """One training. `step` reads and writes tensors only, so that a CUDA graph can hold it."""
 
     def __init__(self, config: DiTRunConfig, data: Latents) -> None:
-        self.config, self.data, self.levels = config, data, config.noise
+        self.config, self.data = config, data
+        self.levels, self.window = config.noise_at(1), config.crop_at(1)
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(DEVICE, DTYPE)
         groups = param_groups(self.model, config.optim)
@@ -133,9 +135,13 @@ class Search:
         """Of the next batch."""
         config, data = self.config, self.data
         rows = self.order[self.at][0]
-        mean = data.mean[rows]
+        mean, std, origin = data.mean[rows], data.std[rows], None
         b, t = mean.shape[0], mean.shape[2]
-        x0, noise = mean + data.std[rows] * torch.randn_like(mean), torch.randn_like(mean)
+        if self.window is not None:
+            size, patch, power = self.window.size, config.model.patch_size[1:], self.window.contrast_power
+            origin = crop_origins(mean, size, patch, power, torch.rand(b, device=DEVICE))
+            mean, std = crop(mean, origin, size), crop(std, origin, size)
+        x0, noise = mean + std * torch.randn_like(mean), torch.randn_like(mean)
         sigma = sigma_from_uniform(torch.rand(b, device=DEVICE), self.levels)
         sigma = frame_levels(sigma, t, torch.rand(b, device=DEVICE), torch.rand(b, device=DEVICE), self.levels)
         level = sigma[:, None, :, None, None]
@@ -144,7 +150,8 @@ class Search:
         assert self.model.text_encoder is not None
         mask = data.mask[caption]
         context = self.model.dit.text_context(self.model.text_encoder(data.grams, data.index[caption], mask), mask)
-        predicted = self.model.dit(interpolate(config.flow.path, x0, noise, level).to(DTYPE), sigma, context)
+        noisy = interpolate(config.flow.path, x0, noise, level).to(DTYPE)
+        predicted = self.model.dit(noisy, sigma, context, origin=origin)
         wanted = target(config.flow, x0, noise, level)
         weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, self.levels)
         if self.model.level_error is None:
@@ -175,15 +182,16 @@ class Search:
 
     def train(self) -> float:
         """All steps, then the averaged weights in the model; gives seconds."""
-        started, late = time.perf_counter(), self.config.late_steps
-        for levels, steps in ((self.config.noise, self.config.max_steps - late), (self.config.late_noise, late)):
-            self.levels = levels
-            self._steps(steps)
+        started, config = time.perf_counter(), self.config
+        phases = sorted({0, config.crop_steps, config.max_steps - config.late_steps, config.max_steps})
+        for start, end in zip(phases, phases[1:]):
+            self.levels, self.window = config.noise_at(start + 1), config.crop_at(start + 1)
+            self._steps(end - start)
         self.weights.copy_(self.average)
         return time.perf_counter() - started
 
     def _steps(self, count: int) -> None:
-        """So many steps at the same levels; on a GPU as replays of one graph, after a few that warm up."""
+        """So many steps of one kind; on a GPU as replays of one graph, after a few that warm up."""
         done, graph = 0, None
         if DEVICE.type == "cuda":
             stream = torch.cuda.Stream()
@@ -202,15 +210,19 @@ class Search:
 
 
 def steps_within(seconds: float, config: DiTRunConfig, data: Latents) -> int:
-    """Steps that the time allows, from the median of the first ones."""
-    trial, times = Search(dataclasses.replace(config, max_steps=12), data), []
-    for _ in range(12):
-        started = time.perf_counter()
-        trial.step()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return max(1, round(seconds / sorted(times[2:])[5]))
+    """Steps that the time allows, from the median of the first ones of each kind."""
+    mean = 0.0
+    for share in (1.0, 0.0):
+        steps = dataclasses.replace(config, max_steps=12, crop=dataclasses.replace(config.crop, share=share))
+        trial, times = Search(steps, data), []
+        for _ in range(12):
+            started = time.perf_counter()
+            trial.step()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        mean += sorted(times[2:])[5] * (config.crop.share if share else 1 - config.crop.share)
+    return max(1, round(seconds / mean))
 
 
 def errors(pipe: TextToVideo, clips: int) -> dict[str, list[float]]:
@@ -265,10 +277,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     tables: dict[tuple[int, int, int, int], Tensor] = {}
 
-    def table(*size: int) -> Tensor:  # a graph cannot hold the copy of a fresh table to the device
-        return tables.setdefault(size, absolute_embedding(*size).to(DEVICE))  # type: ignore[arg-type]
+    def table(t: int, h: int, w: int, dim: int, origin: Tensor | None = None) -> Tensor:
+        if origin is not None:
+            return absolute_embedding(t, h, w, dim, origin)
+        size = (t, h, w, dim)  # a graph cannot hold the copy of a fresh table to the device
+        return tables.setdefault(size, absolute_embedding(*size).to(DEVICE))
 
-    dit_module.absolute_embedding = table  # type: ignore[assignment]
+    dit_module.absolute_embedding = table
     rows = []
     for line in options.recipes:
         rows.append(run(line, options))

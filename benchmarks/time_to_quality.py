@@ -36,11 +36,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "velocity": {"flow.prediction": "velocity", "weighting": "uniform"},
     "velocity weights": {"weighting": "velocity"},
     "shift 5": {"noise.mean": 0.0, "noise.std": 1.0, "noise.shift": 5.0, "late_share": 0.0},
+    "whole latents": {"crop.share": 0.0},
     "one level a clip": {"noise.frame_slope": 0.0},
     "levels per frame to the end": {"late_share": 0.0},
     "batch 16": {"global_batch_size": 16, "micro_batch_size": 16},
     "batch 32": {"global_batch_size": 32, "micro_batch_size": 32},
-    "20 tokens": {"model.patch_size": [1, 4, 4], "model.hidden_size": 256, "model.num_heads": 8},
+    "20 tokens": {"model.patch_size": [1, 4, 4], "crop.size": [4, 4], "model.hidden_size": 256, "model.num_heads": 8},
     "wide": {"model.hidden_size": 256, "model.num_heads": 8},
     "deep": {"model.depth": 8},
     "full attention": {"model.pattern": "f"},
@@ -59,6 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim.schedule": "constant",
         "noise.frame_slope": 0.0,
         "late_share": 0.0,
+        "crop.share": 0.0,
         "sampling.sampler": "euler",
         "sampling.shift": 1.0,
         "model.local_width": 0,
@@ -76,11 +78,16 @@ def recipe_config(name: str, latents: str, run_dir: Path, **more: Any) -> DiTRun
 
 def steps_in_time(name: str, latents: str, run_dir: Path, seconds: float) -> int:
     """How many steps a recipe does in that time: the median of a few, the first ones (compilation) left out."""
-    shutil.rmtree(run_dir, ignore_errors=True)
-    train_dit(recipe_config(name, latents, run_dir, max_steps=CALIBRATION_STEPS))
-    times = sorted(line["perf/step_s"] for line in read_metrics(run_dir)[2:])
+    share = recipe_config(name, latents, run_dir).crop.share
+    mean = 0.0
+    for cropped, part in ((1.0, share), (0.0, 1 - share)):  # steps on windows and on whole latents
+        if part > 0:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            train_dit(recipe_config(name, latents, run_dir, max_steps=CALIBRATION_STEPS, **{"crop.share": cropped}))
+            times = sorted(line["perf/step_s"] for line in read_metrics(run_dir)[2:])
+            mean += part * times[len(times) // 2]
     shutil.rmtree(run_dir)
-    return max(int(seconds / times[len(times) // 2]), CALIBRATION_STEPS)
+    return max(int(seconds / mean), CALIBRATION_STEPS)
 
 
 def measure_recipe(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -50,6 +50,16 @@ def test_a_fresh_model_still_learns(local_width: int) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_a_crop_s_place_is_seen_where_positions_are_absolute() -> None:
+    latents, sigma, text, mask = inputs()
+    origin = torch.tensor([[0, 0], [2, 4]])
+    for absolute in (True, False):
+        model = tiny_dit(absolute_position=absolute)
+        here, there = model(latents, sigma, text, mask), model(latents, sigma, text, mask, origin=origin)
+        torch.testing.assert_close(there[0], here[0])
+        assert torch.equal(there[1], here[1]) != absolute
+
+
 @pytest.mark.parametrize("pattern", ["st", "f"])
 @pytest.mark.parametrize("patch", [(1, 2, 2), (3, 1, 2), (1, 4, 4)])
 @pytest.mark.parametrize("local_width", [0, 8])

@@ -89,3 +89,10 @@ def test_the_absolute_embedding_tells_every_place_apart() -> None:
 def test_the_absolute_embedding_of_a_place_does_not_depend_on_the_clip_s_size() -> None:
     small, large = absolute_embedding(2, 3, 4, 48), absolute_embedding(5, 7, 8, 48)
     torch.testing.assert_close(small.unflatten(1, (3, 4)), large.unflatten(1, (7, 8))[:2, :3, :4])
+
+
+def test_the_absolute_embedding_of_a_crop_is_that_of_its_place_in_the_whole() -> None:
+    whole = absolute_embedding(2, 6, 8, 48).unflatten(1, (6, 8))
+    crops = absolute_embedding(2, 3, 4, 48, torch.tensor([[0, 0], [3, 1], [2, 4]])).unflatten(2, (3, 4))
+    for part, (row, column) in zip(crops, [(0, 0), (3, 1), (2, 4)], strict=True):
+        assert torch.equal(part, whole[:, row : row + 3, column : column + 4])

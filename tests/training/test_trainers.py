@@ -18,6 +18,7 @@ from videodit import TextToVideo, VideoVAE
 from videodit.data.batches import LatentBatch
 from videodit.data.buckets import parse_bucket
 from videodit.data.clip_reader import DataConfig
+from videodit.data.latent_crop import LatentCropConfig, crop
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.loader import ClipLoader
 from videodit.data.video_io import read_frames
@@ -136,7 +137,9 @@ def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_pat
     def run(folder: Path) -> Path:
         noise = NoiseLevelConfig(frame_slope=2.0)
         levels = {"noise": noise, "late_noise": NoiseLevelConfig(mean=1.0), "late_share": 0.5}
-        return train_dit(dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, **levels))
+        windows = LatentCropConfig(size=(2, 4), share=0.8)
+        config = dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, crop=windows, **levels)
+        return train_dit(config)
 
     check_resume(run, tmp_path, signal.SIGTERM, code=143)
 
@@ -250,6 +253,36 @@ def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents:
     batch.keys, batch.mean, batch.logvar = batch.keys[9:], batch.mean[9:], batch.logvar[9:]
     # A clip's levels do not hang on the others.
     assert torch.equal(make_noisy(batch, config, noise).sigma, noisy.sigma[9:])
+
+
+def test_windows_are_of_the_clip_and_of_its_key_alone(latents: Path, tmp_path: Path) -> None:
+    config = follow_latents(dit_config(tmp_path / "run", latents, crop=LatentCropConfig((4, 2), share=0.5)))
+    assert [config.crop_at(step) is None for step in range(1, STEPS + 1)] == [False] * 3 + [True] * 3
+    generator = torch.Generator().manual_seed(0)
+    batch = LatentBatch(
+        bucket=parse_bucket(tiny.BUCKET, multiple=1),
+        captions=[""] * 8,
+        ids=list(range(8)),
+        keys=[f"clip-{row}" for row in range(8)],
+        weight=torch.ones(8),
+        epoch=0,
+        mean=torch.randn(8, 4, 5, 6, 6, generator=generator),
+        logvar=torch.full((8, 4, 5, 6, 6), -60.0),
+    )
+    noisy = make_noisy(batch, config, config.noise, config.crop)
+    assert noisy.latents.shape == (8, 4, 5, 4, 2) and noisy.origin is not None
+    assert len(torch.unique(noisy.origin, dim=0)) > 2
+    # The velocity's noise is what was mixed in: at every level x = (1 - sigma) x0 + sigma (x0 + velocity).
+    x0 = crop(batch.mean, noisy.origin, (4, 2))
+    torch.testing.assert_close(noisy.latents, x0 + noisy.sigma[:, None, :, None, None] * noisy.target)
+    batch.keys, batch.mean, batch.logvar = batch.keys[3:], batch.mean[3:], batch.logvar[3:]
+    assert torch.equal(make_noisy(batch, config, config.noise, config.crop).latents, noisy.latents[3:])
+    # Latents smaller than the window stay whole.
+    batch.mean, batch.logvar = batch.mean[..., :2, :], batch.logvar[..., :2, :]
+    assert make_noisy(batch, config, config.noise, config.crop).latents.shape == (5, 4, 5, 2, 2)
+    message = r"crop.size \[3, 2\] is not divided by the 2x2 of model.patch_size: use for example \[2, 2\]"
+    with pytest.raises(ValueError, match=message):
+        replace(config, crop=LatentCropConfig((3, 2)))
 
 
 def test_the_last_share_of_the_steps_draws_late_noise(latents: Path, tmp_path: Path) -> None:

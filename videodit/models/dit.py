@@ -251,7 +251,13 @@ class VideoDiT(nn.Module):
         return TextContext(pooled, keys_values, text_attention_mask(text_mask) if self.config.mask_text else None)
 
     def forward(
-        self, latents: Tensor, sigma: Tensor, text: Tensor | TextContext, text_mask: Tensor | None = None
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        text: Tensor | TextContext,
+        text_mask: Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
     ) -> Tensor:
         """Velocity noise - x0 at the given noise level.
 
@@ -260,6 +266,8 @@ class VideoDiT(nn.Module):
             sigma: (b,) or (b, t) noise level in [0, 1] of the clip or of each latent frame.
             text: (b, l, text_dim), or a `TextContext` from `text_context`.
             text_mask: (b, l) bool; needed unless text is a `TextContext`.
+            origin: (b, 2) first row and column of each clip in the latents that it is a crop of, multiples of the
+                patch; with `absolute_position` the model sees them.
         Returns:
             The latents' shape and dtype.
         Raises:
@@ -289,7 +297,8 @@ class VideoDiT(nn.Module):
             features = self.local.read(latents, per_frame)
         x = self.patch_in(patchify(features, self.config.patch_size))  # b t s d
         if self.config.absolute_position:
-            x = x + absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size).to(x)
+            tokens = None if origin is None else torch.stack([origin[:, 0] // ph, origin[:, 1] // pw], dim=1)
+            x = x + absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size, tokens).to(x)
         shared = self.modulation(condition).unflatten(-1, (6, -1))[:, :, None]  # b t 1 6 d
         rope = self._rope_table(t // pt, h // ph, w // pw, x.device)
         for block, keys_values in zip(self.blocks, text.keys_values):

@@ -18,7 +18,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 def axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
     """Angles position * theta^(-2i/dim): (n,) positions -> (n, dim / 2), float64."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
     return positions.double()[:, None] * frequencies[None, :]
 
 
@@ -40,15 +40,28 @@ def rope_table(num_frames: int, height: int, width: int, head_dim: int, theta: f
     return torch.stack([angles.cos(), angles.sin()]).float().reshape(2, num_frames, height * width, head_dim)
 
 
-def absolute_embedding(num_frames: int, height: int, width: int, dim: int) -> Tensor:
+def absolute_embedding(num_frames: int, height: int, width: int, dim: int, origin: Tensor | None = None) -> Tensor:
     """Sines and cosines of each token's own (t, h, w), the channels split over the axes as RoPE splits them.
 
+    Args:
+        num_frames: latent frames after patchify; likewise height and width, in tokens.
+        dim: channels, even.
+        origin: (b, 2) row and column, in tokens, of the first token of each clip, where clips are crops.
     Returns:
-        (t, s, dim) float32 with s = height * width.
+        (t, s, dim) float32 with s = height * width; with an origin (b, t, s, dim), on its device.
     Source: Peebles & Xie (2022), DiT, arXiv:2212.09748, Sec. 3.2 (there over h and w).
     """
-    cos, sin = rope_table(num_frames, height, width, dim)
-    return torch.cat([cos[..., ::2], sin[..., ::2]], dim=-1)
+    corner = torch.zeros(1, 2, dtype=torch.int64) if origin is None else origin
+    t, h, w = (torch.arange(size, device=corner.device) for size in (num_frames, height, width))
+    angles = [
+        axis_angles(places.flatten(), axis_dim, 10_000.0).unflatten(0, places.shape)
+        for places, axis_dim in zip((t[None], h + corner[:, :1], w + corner[:, 1:]), axis_dims(dim))
+    ]
+    angles = [angles[0][:, :, None, None], angles[1][:, None, :, None], angles[2][:, None, None]]
+    shape = (len(corner), num_frames, height, width, -1)
+    waves = [wave(axis).float().expand(shape) for wave in (torch.cos, torch.sin) for axis in angles]
+    embedded = torch.cat(waves, dim=-1).flatten(2, 3)
+    return embedded[0] if origin is None else embedded
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class TextToVideoModel(nn.Module):
         sigma: Tensor,
         text: list[str] | TextFeatures | TextContext,
         *,
+        origin: Tensor | None = None,
         with_level_error: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity of noisy latents.
@@ -41,10 +42,12 @@ class TextToVideoModel(nn.Module):
             latents: (b, c, t, h, w).
             sigma: (b,) or (b, t).
             text: b captions for the joint encoder, features of a frozen one, or a context made by `text_context`.
+            origin: (b, 2) where crops lie, as `VideoDiT.forward` takes it.
             with_level_error: gives sigma's log error as well, in sigma's shape; the loss asks here and not at
                 `level_error` itself because ZeRO-3 has a module's weights in its forward call only.
         """
-        velocity = self.dit(latents, sigma, text if isinstance(text, TextContext) else self.text_context(text))
+        context = text if isinstance(text, TextContext) else self.text_context(text)
+        velocity = self.dit(latents, sigma, context, origin=origin)
         if not with_level_error:
             return velocity
         if self.level_error is None:

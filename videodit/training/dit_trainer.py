@@ -9,6 +9,7 @@ from torch import Tensor
 
 from videodit.config import to_yaml
 from videodit.data.buckets import parse_bucket
+from videodit.data.latent_crop import LatentCropConfig, crop, crop_origins
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest
 from videodit.data.loader import LatentBatch, LatentLoader
@@ -56,6 +57,8 @@ class DiTRunConfig(RunConfig):
     """at which levels it is trained in the last late_share of the steps, where it learns to draw"""
     late_share: float = 0.0
     """share of max_steps, the last ones, that draws its levels from late_noise"""
+    crop: LatentCropConfig = field(default_factory=LatentCropConfig)
+    """windows of the latents that the first steps train on, for a part of the work"""
     weighting: Weighting = "uniform"
     """weight of a noise level in the loss: uniform, velocity (for x0 prediction), min_snr (for noise prediction), or
     learned: one over the error that is expected there"""
@@ -76,6 +79,17 @@ class DiTRunConfig(RunConfig):
             raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
         if not 0 <= self.late_share <= 1:
             raise ValueError(f"late_share {self.late_share} is no share: use a number from 0 to 1")
+        patch = self.model.patch_size[1:]
+        if any(size % edge for size, edge in zip(self.crop.size, patch)):
+            raise ValueError(
+                f"crop.size {list(self.crop.size)} is not divided by the {patch[0]}x{patch[1]} of model.patch_size: "
+                f"use for example {[edge * max(1, size // edge) for size, edge in zip(self.crop.size, patch)]}"
+            )
+
+    @property
+    def crop_steps(self) -> int:
+        """How many of the steps, the first ones, train on windows."""
+        return round(self.crop.share * self.max_steps) if min(self.crop.size) else 0
 
     @property
     def late_steps(self) -> int:
@@ -85,6 +99,10 @@ class DiTRunConfig(RunConfig):
     def noise_at(self, step: int) -> NoiseLevelConfig:
         """Density of the noise levels in a step, 1 … max_steps."""
         return self.late_noise if step > self.max_steps - self.late_steps else self.noise
+
+    def crop_at(self, step: int) -> LatentCropConfig | None:
+        """The windows that a step trains on, 1 … max_steps; None for whole latents."""
+        return self.crop if step <= self.crop_steps else None
 
 
 def build_model(config: DiTRunConfig) -> TextToVideoModel:
@@ -124,17 +142,17 @@ def train_dit(config: DiTRunConfig) -> Path:
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
-            levels = config.noise_at(run.step + 1)
+            levels, window = config.noise_at(run.step + 1), config.crop_at(run.step + 1)
             sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
             for batch in batches:
-                noisy = make_noisy(batch, config, levels)
+                noisy = make_noisy(batch, config, levels, window)
                 loss, error = clip_losses(run, noisy, batch_text(batch, run), config.weighting)
                 share = batch.weight.to(world.device) / total
                 loss = (share * loss).sum()
                 run.engine.backward(loss)
                 sums["loss"] += loss.detach().cpu()
                 sums["mse"] += (share * error).sum().cpu()
-            tokens = micro_batch_tokens(batches, clip_tokens(config.model, batches[0].mean.shape), world)
+            tokens = micro_batch_tokens(batches, clip_tokens(config.model, noisy.latents.shape), world)
             run.finish_step(sums, digest=loader.digest(plan), tokens=tokens)
             if run.time_to_sample() and text_encoder and config.prompts:
                 _draw_samples(run, config, text_encoder)
@@ -187,27 +205,38 @@ class NoisyBatch:
         sigma: (b, t) noise level of each latent frame.
         target: (b, c, t, h, w) what it should predict.
         weight: (b, t) weight of each latent frame in the loss.
+        origin: (b, 2) where the clip lies in the latents that it is a window of, or None for whole ones.
     """
 
     latents: Tensor
     sigma: Tensor
     target: Tensor
     weight: Tensor
+    origin: Tensor | None
 
 
-def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfig) -> NoisyBatch:
-    """Draws latent, noise, level and condition of each row: functions of (seed, epoch, sample key) and levels alone.
+def make_noisy(
+    batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfig, window: LatentCropConfig | None = None
+) -> NoisyBatch:
+    """Draws window, latent, noise, level and condition of each row: functions of (seed, epoch, sample) and the step's.
 
     Args:
         batch: clean latents.
         config: of the run.
         levels: density of the noise levels in this step, see `DiTRunConfig.noise_at`.
+        window: the windows of this step, see `DiTRunConfig.crop_at`; latents that are smaller stay whole.
     """
     seed, epoch, keys = config.seed, batch.epoch, batch.keys
-    b, c, t, h, w = batch.mean.shape
+    mean, logvar, origin = batch.mean, batch.logvar, None
+    if window is not None:
+        size = min(window.size[0], mean.shape[3]), min(window.size[1], mean.shape[4])
+        uniform = sample_uniform(seed, epoch, keys, "latent crop")
+        origin = crop_origins(mean, size, config.model.patch_size[1:], window.contrast_power, uniform)
+        mean, logvar = crop(mean, origin, size), crop(logvar, origin, size)
+    b, c, t, h, w = mean.shape
     shape = (c, t, h, w)
     posterior_noise = sample_noise(seed, epoch, keys, shape, "posterior")
-    x0 = batch.mean + torch.exp(0.5 * batch.logvar) * posterior_noise
+    x0 = mean + torch.exp(0.5 * logvar) * posterior_noise
     noise = sample_noise(seed, epoch, keys, shape, "noise")
     sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), levels)
     slope, focus = (sample_uniform(seed, epoch, keys, name) for name in ("frame slope", "focus frame"))
@@ -220,7 +249,7 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
         sigma, weight = sigma.masked_fill(clean, 0.0), weight.masked_fill(clean, 0.0)
     level = sigma[:, None, :, None, None]
     latents = interpolate(config.flow.path, x0, noise, level)
-    return NoisyBatch(latents, sigma, target(config.flow, x0, noise, level), weight)
+    return NoisyBatch(latents, sigma, target(config.flow, x0, noise, level), weight, origin)
 
 
 def clip_losses(
@@ -231,10 +260,10 @@ def clip_losses(
     latents, sigma = run.cast(noisy.latents), noisy.sigma.to(device)
     target, weight = noisy.target.to(device), noisy.weight.to(device)
     if weighting == "learned":
-        prediction, log_error = run.engine(latents, sigma, text, with_level_error=True)
+        prediction, log_error = run.engine(latents, sigma, text, origin=noisy.origin, with_level_error=True)
         loss = likelihood_loss(prediction, target, weight, log_error)
     else:
-        prediction = run.engine(latents, sigma, text)
+        prediction = run.engine(latents, sigma, text, origin=noisy.origin)
         loss = flow_loss(prediction, target, weight)
     return loss, flow_loss(prediction.detach(), target, (weight > 0).float())
 
