@@ -29,7 +29,7 @@ from torch import Tensor
 
 import videodit.models.dit as dit_module
 from videodit.config import load_yaml
-from videodit.data.latent_crop import crop, crop_origins
+from videodit.data.latent_crop import random_windows
 from videodit.data.latents import read_latent_sample
 from videodit.data.shapes.world import captions, prompt_specs, sample_spec
 from videodit.data.shards import ShardSet
@@ -138,9 +138,8 @@ class Search:
         mean, std, origin = data.mean[rows], data.std[rows], None
         b, t = mean.shape[0], mean.shape[2]
         if self.window is not None:
-            size, patch, power = self.window.size, config.model.patch_size[1:], self.window.contrast_power
-            origin = crop_origins(mean, size, patch, power, torch.rand(b, device=DEVICE))
-            mean, std = crop(mean, origin, size), crop(std, origin, size)
+            uniform = torch.rand(b, device=DEVICE)
+            mean, std, origin = random_windows(mean, std, self.window, config.model.patch_size[1:], uniform)
         x0, noise = mean + std * torch.randn_like(mean), torch.randn_like(mean)
         sigma = sigma_from_uniform(torch.rand(b, device=DEVICE), self.levels)
         sigma = frame_levels(sigma, t, torch.rand(b, device=DEVICE), torch.rand(b, device=DEVICE), self.levels)
@@ -212,7 +211,9 @@ class Search:
 def steps_within(seconds: float, config: DiTRunConfig, data: Latents) -> int:
     """Steps that the time allows, from the median of the first ones of each kind."""
     mean = 0.0
-    for share in (1.0, 0.0):
+    for share, part in ((1.0, config.crop.share), (0.0, 1 - config.crop.share)):  # on windows, on whole latents
+        if part == 0:
+            continue
         steps = dataclasses.replace(config, max_steps=12, crop=dataclasses.replace(config.crop, share=share))
         trial, times = Search(steps, data), []
         for _ in range(12):
@@ -221,7 +222,7 @@ def steps_within(seconds: float, config: DiTRunConfig, data: Latents) -> int:
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-        mean += sorted(times[2:])[5] * (config.crop.share if share else 1 - config.crop.share)
+        mean += part * sorted(times[2:])[5]
     return max(1, round(seconds / mean))
 
 

@@ -52,6 +52,8 @@ def test_a_clip_without_contrast_has_any_window() -> None:
     ("changes", "message"),
     [
         ({"size": (-2, 4)}, r"crop.size \[-2, 4\] is not 2 sizes: use for example \[6, 6\], or \[0, 0\] for none"),
+        ({"size": (6, 0)}, r"crop.size \[6, 0\] is not 2 sizes: use for example \[6, 6\], or \[0, 0\] for none"),
+        ({"share": 0.5}, r"crop.share 0.5 without crop.size: give for example --crop.size \[6,6\]"),
         ({"share": 1.5}, "crop.share 1.5 is no share: use a number from 0 to 1"),
         ({"contrast_power": -1.0}, "crop.contrast_power -1.0 is negative: 0 draws every window alike"),
     ],

@@ -231,19 +231,25 @@ def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
     } <= line.keys()
 
 
+def latent_batch(mean: torch.Tensor) -> LatentBatch:
+    """Clips with these latents, and next to no spread around them."""
+    rows = len(mean)
+    return LatentBatch(
+        bucket=parse_bucket(tiny.BUCKET, multiple=1),
+        captions=[""] * rows,
+        ids=list(range(rows)),
+        keys=[f"clip-{row}" for row in range(rows)],
+        weight=torch.ones(rows),
+        epoch=0,
+        mean=mean,
+        logvar=torch.full_like(mean, -60.0),
+    )
+
+
 def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents: Path, tmp_path: Path) -> None:
     noise = NoiseLevelConfig(mean=1.0, std=0.5, frame_slope=6.0)
     config = follow_latents(dit_config(tmp_path / "run", latents, noise=noise))
-    batch = LatentBatch(
-        bucket=parse_bucket(tiny.BUCKET, multiple=1),
-        captions=[""] * 64,
-        ids=list(range(64)),
-        keys=[f"clip-{row}" for row in range(64)],
-        weight=torch.ones(64),
-        epoch=0,
-        mean=torch.zeros(64, 4, 5, 2, 2),
-        logvar=torch.full((64, 4, 5, 2, 2), -60.0),
-    )
+    batch = latent_batch(torch.zeros(64, 4, 5, 2, 2))
     noisy = make_noisy(batch, config, noise)
     assert (noisy.sigma.diff(dim=1) >= 0).all() and (noisy.sigma.diff(dim=1) > 0.1).any()
     assert torch.equal(noisy.weight > 0, noisy.sigma >= GIVEN_BELOW) and 0 < (noisy.weight == 0).sum() < 160
@@ -259,16 +265,7 @@ def test_windows_are_of_the_clip_and_of_its_key_alone(latents: Path, tmp_path: P
     config = follow_latents(dit_config(tmp_path / "run", latents, crop=LatentCropConfig((4, 2), share=0.5)))
     assert [config.crop_at(step) is None for step in range(1, STEPS + 1)] == [False] * 3 + [True] * 3
     generator = torch.Generator().manual_seed(0)
-    batch = LatentBatch(
-        bucket=parse_bucket(tiny.BUCKET, multiple=1),
-        captions=[""] * 8,
-        ids=list(range(8)),
-        keys=[f"clip-{row}" for row in range(8)],
-        weight=torch.ones(8),
-        epoch=0,
-        mean=torch.randn(8, 4, 5, 6, 6, generator=generator),
-        logvar=torch.full((8, 4, 5, 6, 6), -60.0),
-    )
+    batch = latent_batch(torch.randn(8, 4, 5, 6, 6, generator=generator))
     noisy = make_noisy(batch, config, config.noise, config.crop)
     assert noisy.latents.shape == (8, 4, 5, 4, 2) and noisy.origin is not None
     assert len(torch.unique(noisy.origin, dim=0)) > 2

@@ -25,12 +25,33 @@ class LatentCropConfig:
     """a window is drawn in proportion to its contrast to this power: 0 uniformly, a large one always the richest"""
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or min(self.size) < 0:
+        if len(self.size) != 2 or min(self.size) < 0 or (max(self.size) > 0 and min(self.size) == 0):
             raise ValueError(f"crop.size {list(self.size)} is not 2 sizes: use for example [6, 6], or [0, 0] for none")
         if not 0 <= self.share <= 1:
             raise ValueError(f"crop.share {self.share} is no share: use a number from 0 to 1")
+        if self.share > 0 and max(self.size) == 0:
+            raise ValueError(f"crop.share {self.share} without crop.size: give for example --crop.size [6,6]")
         if self.contrast_power < 0:
             raise ValueError(f"crop.contrast_power {self.contrast_power} is negative: 0 draws every window alike")
+
+
+def random_windows(
+    mean: Tensor, spread: Tensor, config: LatentCropConfig, patch: tuple[int, int], uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One window of each clip's posterior.
+
+    Args:
+        mean: (b, c, t, h, w) of the posteriors; decides where there is contrast.
+        spread: (b, c, t, h, w) log-variance or deviation.
+        config: size and contrast_power; latents smaller than the size stay whole.
+        patch: rows and columns of the DiT's patch.
+        uniform: (b,) in (0, 1), decides.
+    Returns:
+        The windows of mean and of spread, and (b, 2) where they lie, in rows and columns of latents.
+    """
+    size = min(config.size[0], mean.shape[3]), min(config.size[1], mean.shape[4])
+    origin = crop_origins(mean, size, patch, config.contrast_power, uniform)
+    return crop(mean, origin, size), crop(spread, origin, size), origin
 
 
 def crop_origins(

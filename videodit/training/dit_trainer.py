@@ -9,7 +9,7 @@ from torch import Tensor
 
 from videodit.config import to_yaml
 from videodit.data.buckets import parse_bucket
-from videodit.data.latent_crop import LatentCropConfig, crop, crop_origins
+from videodit.data.latent_crop import LatentCropConfig, random_windows
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest
 from videodit.data.loader import LatentBatch, LatentLoader
@@ -89,7 +89,7 @@ class DiTRunConfig(RunConfig):
     @property
     def crop_steps(self) -> int:
         """How many of the steps, the first ones, train on windows."""
-        return round(self.crop.share * self.max_steps) if min(self.crop.size) else 0
+        return round(self.crop.share * self.max_steps)
 
     @property
     def late_steps(self) -> int:
@@ -229,10 +229,8 @@ def make_noisy(
     seed, epoch, keys = config.seed, batch.epoch, batch.keys
     mean, logvar, origin = batch.mean, batch.logvar, None
     if window is not None:
-        size = min(window.size[0], mean.shape[3]), min(window.size[1], mean.shape[4])
         uniform = sample_uniform(seed, epoch, keys, "latent crop")
-        origin = crop_origins(mean, size, config.model.patch_size[1:], window.contrast_power, uniform)
-        mean, logvar = crop(mean, origin, size), crop(logvar, origin, size)
+        mean, logvar, origin = random_windows(mean, logvar, window, config.model.patch_size[1:], uniform)
     b, c, t, h, w = mean.shape
     shape = (c, t, h, w)
     posterior_noise = sample_noise(seed, epoch, keys, shape, "posterior")
