@@ -29,7 +29,7 @@ from torch import Tensor
 
 import videodit.models.dit as dit_module
 from videodit.config import load_yaml
-from videodit.data.latent_crop import random_windows
+from videodit.data.latent_crop import crop, draw_windows, window_weights
 from videodit.data.latents import read_latent_sample
 from videodit.data.shapes.world import captions, prompt_specs, sample_spec
 from videodit.data.shards import ShardSet
@@ -93,7 +93,7 @@ class Search:
 
     def __init__(self, config: DiTRunConfig, data: Latents) -> None:
         self.config, self.data = config, data
-        self.levels, self.window = config.noise_at(1), config.crop_at(1)
+        self.levels, self.window = config.noise_at(1), config.crop_steps > 0
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(DEVICE, DTYPE)
         groups = param_groups(self.model, config.optim)
@@ -137,9 +137,11 @@ class Search:
         rows = self.order[self.at][0]
         mean, std, origin = data.mean[rows], data.std[rows], None
         b, t = mean.shape[0], mean.shape[2]
-        if self.window is not None:
-            uniform = torch.rand(b, device=DEVICE)
-            mean, std, origin = random_windows(mean, std, self.window, config.model.patch_size[1:], uniform)
+        if self.window:
+            size, patch = config.crop.size_in(*mean.shape[3:]), config.model.patch_size[1:]
+            weights = window_weights(mean, size, patch, config.crop.contrast_power)
+            origin = draw_windows(weights, patch, torch.rand(b, device=DEVICE))
+            mean, std = crop(mean, origin, size), crop(std, origin, size)
         x0, noise = mean + std * torch.randn_like(mean), torch.randn_like(mean)
         sigma = sigma_from_uniform(torch.rand(b, device=DEVICE), self.levels)
         sigma = frame_levels(sigma, t, torch.rand(b, device=DEVICE), torch.rand(b, device=DEVICE), self.levels)
@@ -184,7 +186,7 @@ class Search:
         started, config = time.perf_counter(), self.config
         phases = sorted({0, config.crop_steps, config.max_steps - config.late_steps, config.max_steps})
         for start, end in zip(phases, phases[1:]):
-            self.levels, self.window = config.noise_at(start + 1), config.crop_at(start + 1)
+            self.levels, self.window = config.noise_at(start + 1), start < config.crop_steps
             self._steps(end - start)
         self.weights.copy_(self.average)
         return time.perf_counter() - started

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videodit.data.latent_crop import LatentCropConfig, crop, crop_origins
+from videodit.data.latent_crop import LatentCropConfig, crop, draw_windows, window_weights
 
 
 @settings(deadline=None, max_examples=60)
@@ -24,12 +24,14 @@ def test_a_crop_is_a_window_of_its_clip_on_the_patches_grid(
     whole = (size[0] + more[0] * patch[0], size[1] + more[1] * patch[1])
     latents = torch.randn(4, 3, 2, *whole, generator=generator)
     uniform = torch.rand(4, generator=generator)
-    origins = crop_origins(latents, size, patch, power, uniform)
+    weights = window_weights(latents, size, patch, power)
+    origins = draw_windows(weights, patch, uniform)
     assert (origins % torch.tensor(patch) == 0).all()
     for clip, (row, column), part in zip(latents, origins.tolist(), crop(latents, origins, size), strict=True):
         assert torch.equal(part, clip[:, :, row : row + size[0], column : column + size[1]])
     # A clip's window does not hang on the others of its batch.
-    assert torch.equal(crop_origins(latents[2:], size, patch, power, uniform[2:]), origins[2:])
+    assert torch.equal(window_weights(latents[2:], size, patch, power), weights[2:])
+    assert torch.equal(draw_windows(weights[2:], patch, uniform[2:]), origins[2:])
 
 
 def test_the_window_with_the_object_is_drawn_as_often_as_its_contrast_says() -> None:
@@ -38,13 +40,15 @@ def test_the_window_with_the_object_is_drawn_as_often_as_its_contrast_says() -> 
     latents[..., 1:] = 1.0  # the mean is 0.5: energy 2 (1.5² + 0.5²) in columns 0 and 1, 4 x 0.5² in 2 and 3
     uniform = (torch.arange(1000) + 0.5) / 1000
     for power, first in ((0.0, 0.5), (1.0, 5 / 6), (2.0, 25 / 26), (100.0, 1.0)):
-        drawn = crop_origins(latents.expand(1000, -1, -1, -1, -1), (2, 2), (2, 2), power, uniform)
+        weights = window_weights(latents, (2, 2), (2, 2), power)
+        drawn = draw_windows(weights.expand(1000, -1, -1), (2, 2), uniform)
         assert (drawn[:, 1] == 0).float().mean() == pytest.approx(first, abs=1e-3)
 
 
 def test_a_clip_without_contrast_has_any_window() -> None:
     uniform = (torch.arange(100) + 0.5) / 100
-    origins = crop_origins(torch.full((100, 2, 3, 4, 4), 0.3), (2, 2), (2, 2), 4.0, uniform)
+    weights = window_weights(torch.full((100, 2, 3, 4, 4), 0.3), (2, 2), (2, 2), 4.0)
+    origins = draw_windows(weights, (2, 2), uniform)
     assert torch.unique(origins, dim=0).tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from videodit.data.batches import read_all
 from videodit.data.buckets import Bucket
 from videodit.data.clip_reader import ClipReader, DataConfig
+from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import write_latent_sample
 from videodit.data.loader import ClipLoader, LatentLoader, clips_in_order
@@ -265,6 +266,50 @@ def test_latents_are_the_same_for_any_ranks_workers_and_memory(latents, cache_gi
     assert len(reference[0]) == 2 * NUM_CLIPS
     variant = [loader(rank, 2, cache_gib=cache_gib, num_workers=num_workers) for rank in range(2)]
     assert samples_of(variant, steps=6) == reference
+
+
+@pytest.mark.parametrize(("cache_gib", "num_workers"), [(2.0, 0), (0.0, 0), (0.0, 2)])
+def test_the_first_steps_read_windows_that_the_key_and_the_epoch_decide(tmp_path, cache_gib, num_workers):
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(3, 2, *size, generator=generator) for size in [(4, 6)] * 5 + [(2, 2)] * 4]
+    with ShardWriter(tmp_path, clips_per_shard=4) as writer:
+        for number, mean in enumerate(whole):
+            meta = {"bucket": f"5x{8 * mean.shape[2]}x{8 * mean.shape[3]}", "captions": [""]}
+            write_latent_sample(writer, f"c{number}", mean, 2 * mean, meta)
+
+    def windows(seed=1, rank=0, world=1, start=1, crop_steps=1000, **config):
+        loader = LatentLoader(
+            LatentDataConfig(shards=str(tmp_path), **config),
+            seed=seed,
+            global_batch_size=2,
+            micro_batch_size=1,
+            rank=rank,
+            world=world,
+            crop=LatentCropConfig((2, 4), share=1.0, contrast_power=1.0),
+            crop_steps=crop_steps,
+            patch=(1, 2),
+        )
+        return {
+            (plan.epoch, index): (None if batch.origin is None else tuple(batch.origin[0].tolist()), batch)
+            for plan, batches in islice(loader.iterate(start), 60)
+            for batch in batches
+            for index in batch.ids
+            if index >= 0
+        }
+
+    reference = windows()
+    for (_, index), ((row, column), batch) in reference.items():
+        assert column % 2 == 0
+        part = whole[index].half()[:, :, row : row + 2, column : column + 4]
+        assert torch.equal(batch.mean[0], part.float()) and torch.equal(batch.logvar[0], (2 * part).float())
+        assert batch.mean.shape[3:] == ((2, 4) if index < 5 else (2, 2))  # smaller ones stay whole
+    assert len({origin for (_, index), (origin, _) in reference.items() if index == 0}) > 2  # of 6
+    ranks = [windows(rank=rank, world=2, start=21, cache_gib=cache_gib, num_workers=num_workers) for rank in (0, 1)]
+    shared = [(place, origin) for part in ranks for place, (origin, _) in part.items() if place in reference]
+    assert len(shared) > 40 and all(reference[place][0] == origin for place, origin in shared)
+    later = windows(crop_steps=30)
+    assert {origin is None for (epoch, _), (origin, _) in later.items() if epoch == 0} == {False}
+    assert {tuple(b.mean.shape[3:]) for _, (o, b) in later.items() if o is None} == {(4, 6), (2, 2)}
 
 
 def test_latents_come_by_bucket_and_as_written(latents):

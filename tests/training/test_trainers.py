@@ -18,7 +18,7 @@ from videodit import TextToVideo, VideoVAE
 from videodit.data.batches import LatentBatch
 from videodit.data.buckets import parse_bucket
 from videodit.data.clip_reader import DataConfig
-from videodit.data.latent_crop import LatentCropConfig, crop
+from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.loader import ClipLoader
 from videodit.data.video_io import read_frames
@@ -261,22 +261,15 @@ def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents:
     assert torch.equal(make_noisy(batch, config, noise).sigma, noisy.sigma[9:])
 
 
-def test_windows_are_of_the_clip_and_of_its_key_alone(latents: Path, tmp_path: Path) -> None:
+def test_the_model_is_told_where_its_window_lies(latents: Path, tmp_path: Path) -> None:
     config = follow_latents(dit_config(tmp_path / "run", latents, crop=LatentCropConfig((4, 2), share=0.5)))
-    assert [config.crop_at(step) is None for step in range(1, STEPS + 1)] == [False] * 3 + [True] * 3
-    generator = torch.Generator().manual_seed(0)
-    batch = latent_batch(torch.randn(8, 4, 5, 6, 6, generator=generator))
-    noisy = make_noisy(batch, config, config.noise, config.crop)
-    assert noisy.latents.shape == (8, 4, 5, 4, 2) and noisy.origin is not None
-    assert len(torch.unique(noisy.origin, dim=0)) > 2
+    assert config.crop_steps == STEPS // 2
+    batch = latent_batch(torch.randn(8, 4, 5, 4, 2, generator=torch.Generator().manual_seed(0)))
+    batch.origin = torch.arange(16).view(8, 2)
+    noisy = make_noisy(batch, config, config.noise)
+    assert noisy.origin is not None and torch.equal(noisy.origin, batch.origin)
     # The velocity's noise is what was mixed in: at every level x = (1 - sigma) x0 + sigma (x0 + velocity).
-    x0 = crop(batch.mean, noisy.origin, (4, 2))
-    torch.testing.assert_close(noisy.latents, x0 + noisy.sigma[:, None, :, None, None] * noisy.target)
-    batch.keys, batch.mean, batch.logvar = batch.keys[3:], batch.mean[3:], batch.logvar[3:]
-    assert torch.equal(make_noisy(batch, config, config.noise, config.crop).latents, noisy.latents[3:])
-    # Latents smaller than the window stay whole.
-    batch.mean, batch.logvar = batch.mean[..., :2, :], batch.logvar[..., :2, :]
-    assert make_noisy(batch, config, config.noise, config.crop).latents.shape == (5, 4, 5, 2, 2)
+    torch.testing.assert_close(noisy.latents, batch.mean + noisy.sigma[:, None, :, None, None] * noisy.target)
     message = r"crop.size \[3, 2\] is not divided by the 2x2 of model.patch_size: use for example \[2, 2\]"
     with pytest.raises(ValueError, match=message):
         replace(config, crop=LatentCropConfig((3, 2)))

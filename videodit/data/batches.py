@@ -67,6 +67,8 @@ class LatentBatch(Batch):
     """(b, l, d) float16 embeddings of `captions`, zero at padding; None if the latents have none."""
     text_mask: Tensor | None = None
     """(b, l) bool, true where there is text; None if the latents have no embeddings."""
+    origin: Tensor | None = None
+    """(b, 2) first row and column of each clip's window in its latents; None if these are whole."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Request:
     bucket: Bucket
     epoch: int
     ids: tuple[int, ...]
+    windowed: bool = False
+    """Windows of latents instead of whole ones."""
 
 
 @dataclass

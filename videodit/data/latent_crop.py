@@ -34,30 +34,13 @@ class LatentCropConfig:
         if self.contrast_power < 0:
             raise ValueError(f"crop.contrast_power {self.contrast_power} is negative: 0 draws every window alike")
 
-
-def random_windows(
-    mean: Tensor, spread: Tensor, config: LatentCropConfig, patch: tuple[int, int], uniform: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One window of each clip's posterior.
-
-    Args:
-        mean: (b, c, t, h, w) of the posteriors; decides where there is contrast.
-        spread: (b, c, t, h, w) log-variance or deviation.
-        config: size and contrast_power; latents smaller than the size stay whole.
-        patch: rows and columns of the DiT's patch.
-        uniform: (b,) in (0, 1), decides.
-    Returns:
-        The windows of mean and of spread, and (b, 2) where they lie, in rows and columns of latents.
-    """
-    size = min(config.size[0], mean.shape[3]), min(config.size[1], mean.shape[4])
-    origin = crop_origins(mean, size, patch, config.contrast_power, uniform)
-    return crop(mean, origin, size), crop(spread, origin, size), origin
+    def size_in(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the windows of such latents; smaller ones stay whole."""
+        return min(self.size[0], height), min(self.size[1], width)
 
 
-def crop_origins(
-    latents: Tensor, size: tuple[int, int], step: tuple[int, int], power: float, uniform: Tensor
-) -> Tensor:
-    """Where each clip's window lies.
+def window_weights(latents: Tensor, size: tuple[int, int], step: tuple[int, int], power: float) -> Tensor:
+    """How likely each window is: its contrast to a power.
 
     A window's contrast is the sum, over its positions and all frames and channels, of the squared distance from the
     clip's mean latent.
@@ -67,24 +50,35 @@ def crop_origins(
         size: rows and columns of a window, at most h and w.
         step: rows and columns between neighbouring windows (the patch, so that tokens stay the same).
         power: see `LatentCropConfig.contrast_power`.
-        uniform: (b,) in (0, 1), decides.
     Returns:
-        (b, 2) int64, the first row and column of each window.
+        (b, rows, columns) float64, one number for each window; the largest of a clip is 1.
     """
     energy = (
         (latents - latents.mean(dim=(2, 3, 4), keepdim=True)).square().sum(dim=(1, 2), dtype=torch.float64)
     )  # b h w
     windows = energy.unfold(1, size[0], step[0]).unfold(2, size[1], step[1]).sum(dim=(-1, -2))
-    columns = windows.shape[2]
-    contrast = windows.flatten(1) + torch.finfo(torch.float32).tiny  # a clip of one color has none: all windows alike
-    weight = (contrast / contrast.amax(dim=1, keepdim=True)) ** power
-    total = weight.cumsum(dim=1)
+    contrast = windows + torch.finfo(torch.float32).tiny  # a clip of one color has none: all windows alike
+    return (contrast / contrast.amax(dim=(1, 2), keepdim=True)) ** power
+
+
+def draw_windows(weights: Tensor, step: tuple[int, int], uniform: Tensor) -> Tensor:
+    """Where each clip's window lies.
+
+    Args:
+        weights: (b, rows, columns) from `window_weights`.
+        step: as there.
+        uniform: (b,) in (0, 1), decides.
+    Returns:
+        (b, 2) int64, the first row and column of each window.
+    """
+    total = weights.flatten(1).cumsum(dim=1)
     place = (total < uniform[:, None] * total[:, -1:]).sum(dim=1)
+    columns = weights.shape[2]
     return torch.stack([place // columns * step[0], place % columns * step[1]], dim=1)
 
 
 def crop(latents: Tensor, origins: Tensor, size: tuple[int, int]) -> Tensor:
-    """(b, c, t, h, w) and (b, 2) from `crop_origins` -> the windows, (b, c, t, rows, columns)."""
+    """(b, c, t, h, w) and (b, 2) from `draw_windows` -> the windows, (b, c, t, rows, columns)."""
     b, c, t, h, w = latents.shape
     rows = origins[:, 0, None] + torch.arange(size[0], device=origins.device)  # b rows
     columns = origins[:, 1, None] + torch.arange(size[1], device=origins.device)

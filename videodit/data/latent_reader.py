@@ -1,6 +1,6 @@
 """Reading latents and their captions' embeddings, from memory where all of them fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from videodit.data.batches import Request, Rows, check_workers, choose_caption_number
 from videodit.data.buckets import Bucket, parse_bucket
+from videodit.data.latent_crop import LatentCropConfig, crop, draw_windows, window_weights
 from videodit.data.latents import LatentSample, read_empty_text, read_latent_sample, read_manifest
 from videodit.data.order import PADDING
+from videodit.data.randomness import sample_uniform
 from videodit.data.shards import ShardSet
 from videodit.errors import UserError
 
@@ -43,12 +45,23 @@ class LatentReader:
         shards: latent shards.
         config: caption drop and memory.
         seed: the run's seed.
+        window: what requests may ask for instead of whole latents.
+        patch: rows and columns of the DiT's patch: windows start on its grid.
     Raises:
         UserError: if the shards hold no latents, or should have embeddings and lack that of the empty caption.
     """
 
-    def __init__(self, shards: ShardSet, config: LatentDataConfig, seed: int) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: LatentDataConfig,
+        seed: int,
+        window: LatentCropConfig,
+        patch: tuple[int, int],
+    ) -> None:
         self.shards, self.config, self.seed = shards, config, seed
+        self.window, self.patch = window, patch
+        self._weights: dict[int, Tensor] = {}  # of each clip's windows, which are the same in every epoch
         sizes = [entry.members["safetensors"][1] for entry in shards.entries if "safetensors" in entry.members]
         has_text = bool((read_manifest(shards.root) or {}).get("text_encoder"))
         self.empty_text = read_empty_text(shards.root) if has_text else None
@@ -72,23 +85,20 @@ class LatentReader:
 
     def __getitem__(self, request: Request) -> Rows:
         shape = self.latent_shapes[request.bucket]
-        mean = torch.zeros(len(request.ids), *shape)
-        logvar = torch.zeros(len(request.ids), *shape)
+        height, width = shape[2:]
+        size = self.window.size_in(height, width) if request.windowed else (height, width)
+        mean = torch.zeros(len(request.ids), *shape[:2], *size)
+        logvar = torch.zeros_like(mean)
         rows = Rows(request, {"mean": mean, "logvar": logvar}, [""] * len(request.ids))
+        samples = self._samples(request, rows.failures)
+        if request.windowed:
+            rows.tensors["origin"] = torch.zeros(len(request.ids), 2, dtype=torch.int64)
+            self._read_windows(rows, samples, size)
         text = [] if self.empty_text is None else [self.empty_text] * len(request.ids)
-        for row, index in enumerate(request.ids):
-            if index == PADDING:
-                continue
-            try:
-                sample, captions = self._sample(index)
-                if sample.mean.shape != shape or sample.logvar.shape != shape:
-                    raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
-                self._check_text(sample, captions)
-            except (UserError, OSError, ValueError) as error:
-                rows.failures[row] = str(error)
-                continue
-            mean[row], logvar[row] = sample.mean, sample.logvar
-            key = self.shards.entries[index].key
+        for row, (sample, captions) in samples.items():
+            if not request.windowed:
+                mean[row], logvar[row] = sample.mean, sample.logvar
+            key = self.shards.entries[request.ids[row]].key
             drop = self.config.caption_drop
             number = choose_caption_number(len(captions), self.seed, request.epoch, key, drop)
             if number is not None:
@@ -98,6 +108,47 @@ class LatentReader:
         if text:
             rows.tensors["text"], rows.tensors["text_mask"] = _pad(text)
         return rows
+
+    def _samples(self, request: Request, failures: dict[int, str]) -> dict[int, tuple[LatentSample, list[str]]]:
+        """By row; what cannot be read is put into `failures`."""
+        shape, samples = self.latent_shapes[request.bucket], {}
+        for row, index in enumerate(request.ids):
+            if index == PADDING:
+                continue
+            try:
+                sample, captions = self._sample(index)
+                if sample.mean.shape != shape or sample.logvar.shape != shape:
+                    raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
+                self._check_text(sample, captions)
+            except (UserError, OSError, ValueError) as error:
+                failures[row] = str(error)
+                continue
+            samples[row] = sample, captions
+        return samples
+
+    def _read_windows(
+        self, rows: Rows, samples: Mapping[int, tuple[LatentSample, list[str]]], size: tuple[int, int]
+    ) -> None:
+        """Each sample's window into its row; where it lies is a function of (seed, epoch, key)."""
+        if not samples:
+            return
+        request, places = rows.request, list(samples)
+        keys = [self.shards.entries[request.ids[row]].key for row in places]
+        uniform = sample_uniform(self.seed, request.epoch, keys, "latent crop")
+        weights = [self._window_weights(request.ids[row], sample, size) for row, (sample, _) in samples.items()]
+        origin = draw_windows(torch.cat(weights), self.patch, uniform)
+        rows.tensors["origin"][places] = origin
+        for name in ("mean", "logvar"):
+            whole = torch.stack([getattr(sample, name) for sample, _ in samples.values()])
+            rows.tensors[name][places] = crop(whole, origin, size).float()
+
+    def _window_weights(self, index: int, sample: LatentSample, size: tuple[int, int]) -> Tensor:
+        weights = self._weights.get(index)
+        if weights is None:
+            weights = window_weights(sample.mean[None].float(), size, self.patch, self.window.contrast_power)
+            if self.in_memory:
+                self._weights[index] = weights
+        return weights
 
     def _check_text(self, sample: LatentSample, captions: list[str]) -> None:
         if self.empty_text is None:

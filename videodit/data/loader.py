@@ -25,6 +25,7 @@ from videodit.data.batches import (
 )
 from videodit.data.buckets import Bucket
 from videodit.data.clip_reader import ClipReader, DataConfig
+from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig, LatentReader
 from videodit.data.order import PADDING, GlobalOrder, StepPlan, deal, num_micro_batches
 from videodit.data.randomness import batch_digest
@@ -49,6 +50,7 @@ class StepLoader(Generic[BatchT]):
         micro_batch_size: rows of one forward pass.
         rank, world: this data-parallel rank of how many.
         num_workers, prefetch: as in `read_all`.
+        windowed_steps: this many steps, the first ones, ask for windows.
     Raises:
         UserError: if there are fewer clips than one global batch takes.
     """
@@ -68,8 +70,10 @@ class StepLoader(Generic[BatchT]):
         world: int,
         num_workers: int,
         prefetch: int,
+        windowed_steps: int = 0,
     ) -> None:
         self._reader = reader
+        self._windowed_steps = windowed_steps
         self._to_batch = to_batch
         self._buckets = {bucket.name: bucket for bucket in members}
         self._keys = keys
@@ -127,7 +131,7 @@ class StepLoader(Generic[BatchT]):
             plan = self.order.batch(step)
             pending.append(plan)
             for ids in deal(plan.ids, self._rank, self._world, self._micro_batch_size):
-                yield Request(self._buckets[plan.bucket], plan.epoch, tuple(ids))
+                yield Request(self._buckets[plan.bucket], plan.epoch, tuple(ids), windowed=step <= self._windowed_steps)
             step += 1
 
     def _next(self, stream: Iterator[Rows]) -> BatchT:
@@ -187,6 +191,8 @@ class LatentLoader(StepLoader[LatentBatch]):
     Args:
         config: where the latents are, and how often captions are dropped.
         seed, global_batch_size, micro_batch_size, rank, world: as in StepLoader.
+        crop: windows that the first crop_steps steps read; the others read whole latents.
+        patch: rows and columns of the DiT's patch: windows start on its grid.
     Raises:
         UserError: if there are no latents, or fewer than a global batch.
     """
@@ -200,9 +206,12 @@ class LatentLoader(StepLoader[LatentBatch]):
         micro_batch_size: int,
         rank: int = 0,
         world: int = 1,
+        crop: LatentCropConfig | None = None,
+        crop_steps: int = 0,
+        patch: tuple[int, int] = (1, 1),
     ) -> None:
         self.shards = ShardSet.open(config.shards)
-        reader = LatentReader(self.shards, config, seed)
+        reader = LatentReader(self.shards, config, seed, crop or LatentCropConfig(), patch)
         self.latent_shapes = reader.latent_shapes
         super().__init__(
             reader,
@@ -217,13 +226,14 @@ class LatentLoader(StepLoader[LatentBatch]):
             world=world,
             num_workers=0 if reader.in_memory else config.num_workers,
             prefetch=config.prefetch,
+            windowed_steps=crop_steps,
         )
 
 
 def _latent_batch(rows: Rows, fields: dict[str, Any]) -> LatentBatch:
     tensors = rows.tensors
-    text, text_mask = tensors.get("text"), tensors.get("text_mask")
-    return LatentBatch(mean=tensors["mean"], logvar=tensors["logvar"], text=text, text_mask=text_mask, **fields)
+    optional: dict[str, Any] = {name: tensors.get(name) for name in ("text", "text_mask", "origin")}
+    return LatentBatch(mean=tensors["mean"], logvar=tensors["logvar"], **optional, **fields)
 
 
 def _clip_batch(rows: Rows, fields: dict[str, Any]) -> ClipBatch:

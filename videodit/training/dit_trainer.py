@@ -9,7 +9,7 @@ from torch import Tensor
 
 from videodit.config import to_yaml
 from videodit.data.buckets import parse_bucket
-from videodit.data.latent_crop import LatentCropConfig, random_windows
+from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest
 from videodit.data.loader import LatentBatch, LatentLoader
@@ -100,10 +100,6 @@ class DiTRunConfig(RunConfig):
         """Density of the noise levels in a step, 1 … max_steps."""
         return self.late_noise if step > self.max_steps - self.late_steps else self.noise
 
-    def crop_at(self, step: int) -> LatentCropConfig | None:
-        """The windows that a step trains on, 1 … max_steps; None for whole latents."""
-        return self.crop if step <= self.crop_steps else None
-
 
 def build_model(config: DiTRunConfig) -> TextToVideoModel:
     """The module of a run with fresh weights; without text_encoder if that is frozen."""
@@ -131,6 +127,9 @@ def train_dit(config: DiTRunConfig) -> Path:
             micro_batch_size=config.micro_batch_size,
             rank=world.rank,
             world=world.size,
+            crop=config.crop,
+            crop_steps=config.crop_steps,
+            patch=config.model.patch_size[1:],
         )
         model = build_model(config)
         text_encoder = model.text_encoder or _read_prompts(config, world)
@@ -142,10 +141,10 @@ def train_dit(config: DiTRunConfig) -> Path:
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
-            levels, window = config.noise_at(run.step + 1), config.crop_at(run.step + 1)
+            levels = config.noise_at(run.step + 1)
             sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
             for batch in batches:
-                noisy = make_noisy(batch, config, levels, window)
+                noisy = make_noisy(batch, config, levels)
                 loss, error = clip_losses(run, noisy, batch_text(batch, run), config.weighting)
                 share = batch.weight.to(world.device) / total
                 loss = (share * loss).sum()
@@ -215,26 +214,19 @@ class NoisyBatch:
     origin: Tensor | None
 
 
-def make_noisy(
-    batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfig, window: LatentCropConfig | None = None
-) -> NoisyBatch:
-    """Draws window, latent, noise, level and condition of each row: functions of (seed, epoch, sample) and the step's.
+def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfig) -> NoisyBatch:
+    """Draws latent, noise, level and condition of each row: functions of (seed, epoch, sample) and the step's.
 
     Args:
         batch: clean latents.
         config: of the run.
         levels: density of the noise levels in this step, see `DiTRunConfig.noise_at`.
-        window: the windows of this step, see `DiTRunConfig.crop_at`; latents that are smaller stay whole.
     """
     seed, epoch, keys = config.seed, batch.epoch, batch.keys
-    mean, logvar, origin = batch.mean, batch.logvar, None
-    if window is not None:
-        uniform = sample_uniform(seed, epoch, keys, "latent crop")
-        mean, logvar, origin = random_windows(mean, logvar, window, config.model.patch_size[1:], uniform)
-    b, c, t, h, w = mean.shape
+    b, c, t, h, w = batch.mean.shape
     shape = (c, t, h, w)
     posterior_noise = sample_noise(seed, epoch, keys, shape, "posterior")
-    x0 = mean + torch.exp(0.5 * logvar) * posterior_noise
+    x0 = batch.mean + torch.exp(0.5 * batch.logvar) * posterior_noise
     noise = sample_noise(seed, epoch, keys, shape, "noise")
     sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), levels)
     slope, focus = (sample_uniform(seed, epoch, keys, name) for name in ("frame slope", "focus frame"))
@@ -247,7 +239,7 @@ def make_noisy(
         sigma, weight = sigma.masked_fill(clean, 0.0), weight.masked_fill(clean, 0.0)
     level = sigma[:, None, :, None, None]
     latents = interpolate(config.flow.path, x0, noise, level)
-    return NoisyBatch(latents, sigma, target(config.flow, x0, noise, level), weight, origin)
+    return NoisyBatch(latents, sigma, target(config.flow, x0, noise, level), weight, batch.origin)
 
 
 def clip_losses(
