@@ -1,8 +1,6 @@
 """`python -m videodit` is the same as `videodit`."""
 
-import sys
-
-from videodit.cli import main
+from videodit.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from videodit import __version__
 from videodit.config import Argument, parse_command, parse_config
@@ -173,6 +174,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_DONE
+
+
+def entry() -> NoReturn:
+    """The command `videodit`: `main`, and then the end of the process with its exit code."""
+    try:
+        code = main()
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        code = end.code
+    mesh = sys.modules.get("videodit.parallel.mesh")  # not imported by verbs that need no processes
+    if mesh is not None:
+        mesh.leave(code)
+    sys.exit(code)
 
 
 def _report(message: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tests.training import toy
-from videodit.parallel.mesh import World, barrier, gather_objects, init_process, shutdown
+from videodit.parallel.mesh import World, barrier, gather_objects, init_process, leave, shutdown
 from videodit.training.checkpoint import load_latest, save
 from videodit.training.ema import PowerEMA
 from videodit.training.run_folder import RunFolder
@@ -202,3 +202,4 @@ if __name__ == "__main__":
     if this.is_main:
         (Path(sys.argv[1]) / "report.json").write_text(json.dumps(found))
     shutdown()
+    leave(0)

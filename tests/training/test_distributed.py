@@ -1,7 +1,6 @@
 """Two gloo ranks under torchrun, and what they saved on one rank."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +20,7 @@ ROOT = Path(__file__).parents[2]
 def launch(folder: Path, *args: str) -> dict[str, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.training.distributed_cases", str(folder), *args]
-    # seen twice in some 70 launches: rank 0 ends with "terminate called without an active exception"; this says where
-    env = os.environ | {"PYTHONFAULTHANDLER": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     report: dict[str, str] = json.loads((folder / "report.json").read_text())
     return report
@@ -45,6 +42,29 @@ def slow_report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def world() -> Iterator[World]:
     yield init_process("cpu")
     shutdown()
+
+
+def test_a_process_ends_with_its_code_while_gloo_still_works() -> None:
+    # With sys.exit 9 of 10 of these are aborted: a thread of gloo frees a tensor while the interpreter is taken down.
+    script = """
+import atexit, torch, torch.distributed as dist
+from videodit.parallel.mesh import init_process, leave, shutdown
+atexit.register(print, "said goodbye")
+init_process("cpu")
+kept = dist.group.WORLD  # as DeepSpeed does: nobody waits for the group's threads
+for _ in range(20):
+    dist.all_reduce(torch.ones(1_000_000), async_op=True)
+shutdown()
+leave(0)
+"""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--no-python", sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout.count("said goodbye") == 2, done.stderr[-4000:]
+    alone = "from videodit.parallel.mesh import init_process, leave; init_process('cpu'); leave(3)"
+    assert subprocess.run([sys.executable, "-c", alone], cwd=ROOT).returncode == 3
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -1,15 +1,19 @@
 """The processes of one run: who I am, on which device, and the collectives that training needs outside the engine."""
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+_joined = False  # whether this process was ever in a group
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a slow shared disk must not look like a hang
 
@@ -44,6 +48,8 @@ def init_process(device: str | None = None) -> World:
     Returns:
         This process' place in the run. Gloo carries collectives on CPU, NCCL on GPU (gloo beside it for CPU tensors).
     """
+    global _joined
+    _joined = True
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     launched = dist.is_torchelastic_launched()
     rank = int(os.environ["RANK"]) if launched else 0
@@ -126,3 +132,22 @@ def shutdown() -> None:
     _gloo = None
     if dist.is_initialized():
         _destroy()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process as sys.exit does, exit handlers and all, but leaves the interpreter standing.
+
+    Gloo's threads let go of a collective's tensors some time after whoever waited for it went on, and leaving the group
+    does not wait for them where somebody still holds it, as DeepSpeed does. A thread that does so while the interpreter
+    is being taken down aborts the process (SIGABRT, "terminate called without an active exception"): a finished run
+    would end as failed.
+
+    Args:
+        code: exit code.
+    """
+    if not _joined:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
