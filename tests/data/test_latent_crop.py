@@ -29,8 +29,7 @@ def test_a_crop_is_a_window_of_its_clip_on_the_patches_grid(
     assert (origins % torch.tensor(patch) == 0).all()
     for clip, (row, column), part in zip(latents, origins.tolist(), crop(latents, origins, size), strict=True):
         assert torch.equal(part, clip[:, :, row : row + size[0], column : column + size[1]])
-    # A clip's window does not hang on the others of its batch.
-    # up to the order of a batch's sums in float32, to the power of 50; the reader takes one clip at a time
+    # A clip's window does not hang on the others of its batch, but for the order of float32 sums (to the power of 50).
     torch.testing.assert_close(window_weights(latents[2:], size, patch, power), weights[2:], rtol=1e-3, atol=1e-6)
     assert torch.equal(draw_windows(weights[2:], patch, uniform[2:]), origins[2:])
 

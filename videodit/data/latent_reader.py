@@ -94,10 +94,11 @@ class LatentReader:
         if request.windowed:
             rows.tensors["origin"] = torch.zeros(len(request.ids), 2, dtype=torch.int64)
             self._read_windows(rows, samples, size)
+        else:
+            for row, (sample, _) in samples.items():
+                mean[row], logvar[row] = sample.mean, sample.logvar
         text = [] if self.empty_text is None else [self.empty_text] * len(request.ids)
         for row, (sample, captions) in samples.items():
-            if not request.windowed:
-                mean[row], logvar[row] = sample.mean, sample.logvar
             key = self.shards.entries[request.ids[row]].key
             drop = self.config.caption_drop
             number = choose_caption_number(len(captions), self.seed, request.epoch, key, drop)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-_joined = False  # whether this process was ever in a group
-
 TIMEOUT = datetime.timedelta(minutes=30)  # a slow shared disk must not look like a hang
+
+_joined = False  # whether this process was ever in a group; shutdown() does not undo it
 
 
 @dataclass(frozen=True)
