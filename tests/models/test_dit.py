@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models.tiny import randomize, tiny_dit
-from videodit.models.dit import DiTBlock, DiTConfig, VideoDiT
+from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.dit_block import DiTBlock
 from videodit.models.layers import ACTIVATIONS, MLP, sinusoidal_embedding
 from videodit.models.local import FrameConv, LocalBlock, LocalLayers
 

@@ -13,9 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from videodit.models.attention import CrossAttention, SelfAttention, text_attention_mask
+from videodit.models.attention import text_attention_mask
+from videodit.models.dit_block import DiTBlock
 from videodit.models.folder import load_model, save_model
-from videodit.models.layers import ACTIVATIONS, MLP, Modulation, modulate, sinusoidal_embedding
+from videodit.models.layers import ACTIVATIONS, MLP, FinalBias, Modulation, modulate, sinusoidal_embedding
 from videodit.models.local import FrameConv, LocalLayers
 from videodit.models.patchify import patchify, unpatchify
 from videodit.models.rope import absolute_embedding, rope_table
@@ -41,6 +42,8 @@ class DiTConfig:
     """letters of the pattern whose blocks attend to the text"""
     text_dim: int = 512
     """channels of the text encoder's output"""
+    text_length: int = 0
+    """zeros are appended to shorter texts up to this many tokens, as imported models were trained; 0 for none"""
     pooled_text: bool = True
     """add the mean text embedding to the noise-level embedding, so that adaLN sees the prompt too"""
     mask_text: bool = True
@@ -53,6 +56,8 @@ class DiTConfig:
     """RMS norm of queries and keys: head, all or none"""
     absolute_position: bool = False
     """add sines and cosines of each token's place: RoPE alone tells distances, not where in the frame a token is"""
+    final_modulation: str = "linear"
+    """of the last norm: linear, a layer of its own as in DiT; or bias, the noise-level embedding and a bias, as in Wan"""
     frequency_dim: int = 256
     """channels of the sinusoidal noise-level embedding"""
     rope_theta: float = 10000.0
@@ -66,7 +71,7 @@ class DiTConfig:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "text_dim", "frequency_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} {getattr(self, name)} is not positive")
-        for name in ("local_width", "local_depth"):
+        for name in ("text_length", "local_width", "local_depth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} {getattr(self, name)} is negative: use 0 for none")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
@@ -96,6 +101,8 @@ class DiTConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"model.activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.final_modulation not in ("linear", "bias"):
+            raise ValueError(f"model.final_modulation {self.final_modulation!r} is not one of linear, bias")
         if self.qk_norm not in ("head", "all", "none"):
             raise ValueError(f"model.qk_norm {self.qk_norm!r} is not one of head, all, none")
 
@@ -118,54 +125,6 @@ class TextContext:
     pooled: Tensor | None
     keys_values: list[tuple[Tensor, Tensor] | None]
     mask: Tensor | None
-
-
-class DiTBlock(nn.Module):
-    """Self-attention, cross-attention to the text (if any) and MLP, the first and last modulated by adaLN.
-
-    The six modulations are the shared ones plus this block's bias. Source: Wan Team (2025), arXiv:2503.20314, Sec. 4.2
-    (shared MLP, bias per block); Peebles & Xie (2022), arXiv:2212.09748 (adaLN-Zero).
-    """
-
-    muon_exclude = ("modulation_bias",)
-
-    def __init__(self, config: DiTConfig, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.modulation_bias = nn.Parameter(torch.zeros(6, config.hidden_size))
-        self.attention = SelfAttention(config.hidden_size, config.num_heads, config.qk_norm)
-        self.cross_norm: nn.LayerNorm | None = None
-        self.cross_attention: CrossAttention | None = None
-        if kind in config.cross_attention:
-            self.cross_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
-            self.cross_attention = CrossAttention(config.hidden_size, config.num_heads, config.qk_norm)
-        self.mlp = MLP(config.hidden_size, int(config.hidden_size * config.mlp_ratio), activation=config.activation)
-
-    def forward(
-        self,
-        x: Tensor,
-        shared: Tensor,
-        rope: Tensor,
-        keys_values: tuple[Tensor, Tensor] | None,
-        text_mask: Tensor | None,
-    ) -> Tensor:
-        """One block.
-
-        Args:
-            x: (b, t, s, d) tokens.
-            shared: (b, t, 1, 6, d) modulations shared by all blocks.
-            rope: (2, t, s, e), see `rope_table`.
-            keys_values: of the text for this block, or None.
-            text_mask: (b, 1, 1, l) or None.
-        Returns:
-            (b, t, s, d).
-        """
-        six = (shared + self.modulation_bias).unbind(-2)  # each b t 1 d
-        attention, mlp = Modulation(*six[:3]), Modulation(*six[3:])
-        x = torch.addcmul(x, attention.gate, self.attention(modulate(x, attention), self.kind, rope))
-        if self.cross_attention is not None and self.cross_norm is not None and keys_values is not None:
-            x = x + self.cross_attention(self.cross_norm(x), keys_values, text_mask)
-        return torch.addcmul(x, mlp.gate, self.mlp(modulate(x, mlp)))
 
 
 class VideoDiT(nn.Module):
@@ -199,8 +158,19 @@ class VideoDiT(nn.Module):
         self.sigma_embedding = nn.Sequential(nn.Linear(config.frequency_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.modulation = nn.Linear(d, 6 * d)
         self.text_projection = MLP(config.text_dim, d, d, activation=config.activation)
-        self.blocks = nn.ModuleList(DiTBlock(config, kind) for kind in config.block_kinds)
-        self.final_modulation = nn.Linear(d, 2 * d)
+        self.blocks = nn.ModuleList(
+            DiTBlock(
+                kind,
+                d,
+                config.num_heads,
+                round(d * config.mlp_ratio),
+                qk_norm=config.qk_norm,
+                activation=config.activation,
+                reads_text=kind in config.cross_attention,
+            )
+            for kind in config.block_kinds
+        )
+        self.final_modulation = nn.Linear(d, 2 * d) if config.final_modulation == "linear" else FinalBias(d)
         self.patch_out = nn.Linear(d, patch_channels)
         self._rope: dict[tuple[int, int, int], Tensor] = {}
         self.init_weights()
@@ -223,12 +193,13 @@ class VideoDiT(nn.Module):
         for module in self.sigma_embedding:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        zero = [self.modulation, self.final_modulation, self.patch_out]
+        zero = [self.modulation, self.patch_out]
         if self.local is not None:  # then patch_out is a hidden layer, and conv_out and latent_gate are the last
             local = self.local
             zero[-1:] = [local.modulation, local.final_modulation, local.conv_out, local.latent_gate]
         for layer in zero:
             nn.init.zeros_(layer.weight)
+        nn.init.zeros_(getattr(self.final_modulation, "weight", self.final_modulation.bias))
         for block in cast("Iterable[DiTBlock]", self.blocks):
             nn.init.zeros_(block.modulation_bias)
             if block.cross_attention is not None:
@@ -241,6 +212,10 @@ class VideoDiT(nn.Module):
             text: (b, l, text_dim) from a text encoder.
             text_mask: (b, l) bool, true where there is text; at least one token each.
         """
+        missing = self.config.text_length - text.shape[1]
+        if missing > 0:
+            text = nn.functional.pad(text * text_mask[..., None].to(text), (0, 0, 0, missing))
+            text_mask = nn.functional.pad(text_mask, (0, missing))
         text = self.text_projection(text)  # b l d
         pooled = None
         if self.config.pooled_text:
@@ -289,7 +264,7 @@ class VideoDiT(nn.Module):
         condition = self.sigma_embedding(embedded.to(latents.dtype))  # b t d
         if text.pooled is not None:
             condition = condition + text.pooled[:, None]
-        condition = nn.functional.silu(condition)
+        embedding, condition = condition, nn.functional.silu(condition)
         per_frame = condition
         features = latents
         if self.local is not None:
@@ -303,7 +278,8 @@ class VideoDiT(nn.Module):
         rope = self._rope_table(t // pt, h // ph, w // pw, x.device)
         for block, keys_values in zip(self.blocks, text.keys_values):
             x = block(x, shared, rope, keys_values, text.mask)
-        shift, scale = self.final_modulation(condition)[:, :, None].chunk(2, dim=-1)
+        final = self.final_modulation(embedding if self.config.final_modulation == "bias" else condition)
+        shift, scale = final[:, :, None].chunk(2, dim=-1)  # each b t 1 d
         x = self.patch_out(modulate(x, Modulation(shift, scale, gate=scale)))
         out = unpatchify(x, self.config.patch_size, h // ph, w // pw)
         return out if self.local is None else self.local.write(features + out, latents, per_frame)

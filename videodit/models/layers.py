@@ -57,6 +57,23 @@ def modulate(x: Tensor, modulation: Modulation, eps: float = 1e-6) -> Tensor:
     return torch.addcmul(modulation.shift, x, 1.0 + modulation.scale)
 
 
+class FinalBias(nn.Module):
+    """Shift and scale of the last norm without a layer of their own: the noise-level embedding plus a bias each.
+
+    Args:
+        dim: hidden size d.
+    Source: Wan Team (2025), arXiv:2503.20314 (its published code).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(2, dim))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """(b, t, d) -> (b, t, 2 d): shift, then scale."""
+        return (embedding[..., None, :] + self.bias).flatten(-2)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
