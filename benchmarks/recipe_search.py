@@ -43,7 +43,8 @@ from videodit.generation.pipeline import TextToVideo
 from videodit.models.rope import absolute_embedding
 from videodit.models.text import tokenize
 from videodit.models.vae import VideoVAE
-from videodit.training.dit_trainer import DiTRunConfig, build_model, follow_latents
+from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.dit_trainer import build_model
 from videodit.training.ema import beta_of, gamma_of
 from videodit.training.optim import lr_factor, param_groups
 

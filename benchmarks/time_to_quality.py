@@ -22,7 +22,8 @@ from videodit.data.shapes.world import prompt_specs
 from videodit.evaluation.evaluate import follow_prompts
 from videodit.evaluation.machine import machine_facts
 from videodit.training.checkpoint import FOLDER, Checkpoint, steps_in
-from videodit.training.dit_trainer import DiTRunConfig, export_dit, follow_latents, train_dit
+from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.dit_trainer import export_dit, train_dit
 from videodit.training.run_folder import read_metrics
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/dit_demo.yaml"

@@ -7,7 +7,7 @@ import pytest
 from videodit.config import load_yaml
 from videodit.data.buckets import parse_bucket
 from videodit.models.vae import VAEConfig
-from videodit.training.dit_trainer import DiTRunConfig
+from videodit.training.dit_config import DiTRunConfig
 from videodit.training.vae_trainer import VAERunConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -20,6 +20,14 @@ class NoSettings:
     """The config of a verb that has none."""
 
 
+@dataclass(frozen=True)
+class ImportSettings:
+    """Settings of import."""
+
+    pattern: str = "f"
+    """attention of the blocks, repeated to the depth: f as published; st to train a factorized model from it"""
+
+
 def demo(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.demo import DemoConfig, run_demo
 
@@ -48,7 +56,7 @@ def train_vae(argv: Sequence[str], prog: str, summary: str) -> None:
 
 
 def train_dit(argv: Sequence[str], prog: str, summary: str) -> None:
-    from videodit.training.dit_trainer import DiTRunConfig
+    from videodit.training.dit_config import DiTRunConfig
     from videodit.training.dit_trainer import train_dit as run
 
     example = "videodit train dit --config configs/dit_demo.yaml --data.shards runs/a/latents --run_dir runs/a/dit"
@@ -93,6 +101,17 @@ def export(argv: Sequence[str], prog: str, summary: str) -> None:
     print(f"model folder: {given['out']}")
 
 
+def import_wan(argv: Sequence[str], prog: str, summary: str) -> None:
+    source = Argument("src", "Folder of a Wan 2.1 text-to-video model in diffusers' layout.", positional=True)
+    arguments = [source, Argument("out", "Model folder to write.")]
+    example = "videodit import wan Wan2.1-T2V-1.3B-Diffusers --out my_model"
+    config, given = parse_command(ImportSettings, argv, prog, summary, example, arguments)
+    from videodit.generation.import_wan import import_wan as run
+
+    run(given["src"], given["out"], config.pattern)
+    print(f"model folder: {given['out']}")
+
+
 def doctor(argv: Sequence[str], prog: str, summary: str) -> None:
     parse_config(NoSettings, argv, prog, summary, "videodit doctor")
     from videodit.doctor import run_doctor
@@ -117,6 +136,7 @@ VERBS = {
     "generate": Verb("Make clips from prompts: an .mp4 each, beside the .json that reproduces it.", generate),
     "evaluate": Verb("Measure a model, or one set of videos against another.", evaluate),
     "export": Verb("Write EMA weights, configs and statistics of a run as one model folder.", export),
+    "import wan": Verb("Write a published Wan 2.1 text-to-video model as a model folder.", import_wan),
     "doctor": Verb("Say what this machine can run, and what is missing.", doctor),
 }
 
@@ -137,9 +157,10 @@ def find_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
         name = " ".join(argv[:words])
         if name in VERBS:
             return name, list(argv[words:])
-    typed = argv[0] if argv[0] != "train" else " ".join(argv[:2])
-    if typed == "train" or typed.startswith("train -"):
-        raise UserError("train needs to know what: videodit train vae or videodit train dit")
+    followed = {"train": "videodit train vae or videodit train dit", "import": "videodit import wan"}
+    typed = argv[0] if argv[0] not in followed else " ".join(argv[:2])
+    if typed in followed or (argv[0] in followed and argv[1].startswith("-")):
+        raise UserError(f"{argv[0]} needs to know what: {followed[argv[0]]}")
     near = difflib.get_close_matches(typed, VERBS, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}"
     raise UserError(f"no verb {typed!r}: {advice}")

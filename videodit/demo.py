@@ -33,7 +33,8 @@ from videodit.evaluation.report import ClipCard, Reconstruction, RunReport, writ
 from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.models.vae import VideoVAE
 from videodit.progress import show_progress
-from videodit.training.dit_trainer import DiTRunConfig, train_dit
+from videodit.training.dit_config import DiTRunConfig
+from videodit.training.dit_trainer import train_dit
 from videodit.training.export import export_run
 from videodit.training.vae_trainer import VAERunConfig, train_vae
 

@@ -27,7 +27,8 @@ from videodit.errors import UserError
 from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.generation.generate import GenerateConfig, generate
 from videodit.models.text_transformers import TransformersTextEncoder
-from videodit.training.dit_trainer import DiTRunConfig, build_model, follow_latents, train_dit
+from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.dit_trainer import build_model, train_dit
 from videodit.training.export import export_run
 from videodit.training.optim import OptimConfig
 from videodit.training.tracker import TrackerConfig

@@ -23,10 +23,9 @@ from videodit.data.loader import clips_in_order
 from videodit.data.shards import ShardSet, ShardWriter
 from videodit.device import choose_device
 from videodit.errors import UserError, user_error
-from videodit.models.folder import WEIGHTS_NAME
 from videodit.models.text import TextEncoder
-from videodit.models.text_transformers import TransformersTextEncoder
-from videodit.models.vae import VideoVAE
+from videodit.models.text_transformers import TransformersTextEncoder, tokenizer_folder
+from videodit.models.vae_folder import load_vae
 
 # What decides the embeddings of a transformers folder: config, tokenizer, weights.
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -77,7 +76,7 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
         MissingExtra: for a text encoder without the transformers library.
     """
     device = choose_device(config.device)
-    vae = VideoVAE.from_pretrained(config.vae).to(device)
+    vae = load_vae(config.vae).to(device)
     if config.multiple % vae.config.spatial_compression:
         raise UserError(f"multiple {config.multiple} is not a multiple of the VAE's {vae.config.spatial_compression}")
     shards = ShardSet.open(config.data.shards)
@@ -138,10 +137,11 @@ def _fingerprint(config: EncodeConfig, shards: ShardSet) -> dict[str, Any]:
     """All that the latents and embeddings depend on; of folders the contents, not the names."""
     text_encoder = None
     if config.text_encoder:
-        files = files_fingerprint(config.text_encoder, TEXT_FILES)
+        folders = dict.fromkeys([Path(config.text_encoder), tokenizer_folder(config.text_encoder)])
+        files = "".join(files_fingerprint(folder, TEXT_FILES) for folder in folders if folder)
         text_encoder = {"files": files, "max_length": config.text_max_length}
     return {
-        "vae": files_fingerprint(config.vae, ("config.json", WEIGHTS_NAME)),
+        "vae": files_fingerprint(config.vae, ("config.json", "*.safetensors")),
         "clips": shards_fingerprint(shards),
         "buckets": config.data.buckets,
         "fps": config.data.fps,

@@ -14,7 +14,6 @@ from videodit.data.video_io import write_mp4
 from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.errors import UserError, user_error
 from videodit.generation.pipeline import TextToVideo
-from videodit.models.folder import WEIGHTS_NAME
 
 OPTIONS = ("num_frames", "height", "width", "num_steps", "guidance_scale", "sampler")  # the model's own where None
 
@@ -116,7 +115,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
 def _weights_sha256(model: Path) -> str:
     """Of all weight files of a model folder, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(model.glob(f"*/{WEIGHTS_NAME}")):
+    for path in sorted(model.glob("*/*.safetensors")):
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)

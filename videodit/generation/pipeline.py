@@ -21,7 +21,7 @@ from videodit.models.dit import DiTConfig, TextContext, VideoDiT
 from videodit.models.text import TextEncoder
 from videodit.models.text_folder import load_text_encoder
 from videodit.models.text_to_video import TextToVideoModel
-from videodit.models.vae import VAEConfig, VideoVAE
+from videodit.models.vae_folder import VideoAutoencoder, VideoAutoencoderConfig, load_vae
 
 INDEX_NAME = "model_index.json"
 
@@ -110,7 +110,7 @@ class TextToVideo:
     def __init__(
         self,
         model: TextToVideoModel,
-        vae: VideoVAE,
+        vae: VideoAutoencoder,
         text_encoder: TextEncoder,
         parameterization: Parameterization,
         defaults: SamplingDefaults,
@@ -148,7 +148,7 @@ class TextToVideo:
             raise UserError(f"{path} is damaged ({error}): export the run again") from None
         text_encoder = load_text_encoder(folder / "text_encoder", device, dtype)
         dit = VideoDiT.from_pretrained(folder / "dit").to(device, dtype)
-        vae = VideoVAE.from_pretrained(folder / "vae").to(device)
+        vae = load_vae(folder / "vae").to(device)
         joint = text_encoder if isinstance(text_encoder, torch.nn.Module) else None
         return cls(TextToVideoModel(dit, joint).eval(), vae, text_encoder, parameterization, defaults)  # type: ignore[arg-type]
 
@@ -249,7 +249,9 @@ class TextToVideo:
         return to_pixels(self.vae.decode(latents.float())).cpu().numpy()
 
 
-def latent_shape(vae: VAEConfig, dit: DiTConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+def latent_shape(
+    vae: VideoAutoencoderConfig, dit: DiTConfig, num_frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
     """(c, t, h, w) of a clip's latents, if VAE and patch both fit.
 
     Raises:

@@ -57,7 +57,7 @@ class DiTConfig:
     absolute_position: bool = False
     """add sines and cosines of each token's place: RoPE alone tells distances, not where in the frame a token is"""
     final_modulation: str = "linear"
-    """of the last norm: linear, a layer of its own as in DiT; or bias, the noise-level embedding and a bias, as in Wan"""
+    """of the last norm: linear, a layer of its own as in DiT; or bias, the embedding and a bias as in Wan"""
     frequency_dim: int = 256
     """channels of the sinusoidal noise-level embedding"""
     rope_theta: float = 10000.0

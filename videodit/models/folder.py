@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -68,7 +69,8 @@ def load_model(model_class: Callable[[Any], ModelT], config_class: type, folder:
     folder = Path(folder)
     config = load_config(config_class, folder)
     try:
-        model = model_class(config)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+            model = model_class(config)
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.json'} does not describe a model: {detail[:300]}") from None
@@ -80,8 +82,22 @@ def load_model(model_class: Callable[[Any], ModelT], config_class: type, folder:
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or damaged ({error}): copy it or export the run again") from None
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{path} does not fit {folder / 'config.json'}: {detail[:300]}") from None
     return model.eval()
+
+
+def write_readme(folder: str | Path, verb: str, facts: dict[str, Any]) -> None:
+    """Writes the README.md of a model folder: which verb made it, and from what.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    text = f"# A videodit model\n\nMade by `videodit {verb}`.\n\n| fact | value |\n|---|---|\n{rows}\n"
+    try:
+        (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise user_error(error, folder) from None

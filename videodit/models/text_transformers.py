@@ -25,7 +25,8 @@ class TransformersTextEncoder:
     """A frozen encoder from a local folder; its weights stay where they are, a model folder keeps a reference.
 
     Args:
-        source: folder with config.json, tokenizer and safetensors weights.
+        source: folder with config.json, safetensors weights and tokenizer; or, as in diffusers' layout, with the
+            tokenizer in a folder `tokenizer` beside it.
         max_length: tokens that are read of a caption, at most what the encoder has positions for; the rest is cut.
         device: where to compute.
         dtype: of the weights.
@@ -57,12 +58,13 @@ class TransformersTextEncoder:
                 f"text encoder {source} is a {model_type!r}: give one of {', '.join(sorted(_ENCODER_CLASSES))}"
             )
         # transformers would go on with an empty vocabulary, or with random weights: both are refused here.
-        if not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+        tokenizer = tokenizer_folder(source)
+        if tokenizer is None:
             raise UserError(
                 f"text encoder {source} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it there too"
             )
         try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
             model: Any
             model, loaded = getattr(transformers, _ENCODER_CLASSES[model_type]).from_pretrained(
                 source, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
@@ -100,3 +102,9 @@ class TransformersTextEncoder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps({"source": self.source, "max_length": self.max_length}, indent=2)
         (Path(folder) / REFERENCE_NAME).write_text(text + "\n")
+
+
+def tokenizer_folder(source: str | Path) -> Path | None:
+    """Where the tokenizer of an encoder's folder lies: in it, or in `tokenizer` beside it; None if in neither."""
+    folders = (Path(source), Path(source).resolve().parent / "tokenizer")
+    return next((folder for folder in folders if any((folder / name).is_file() for name in _TOKENIZER_FILES)), None)

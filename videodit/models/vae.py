@@ -24,6 +24,7 @@ from videodit.models.causal_conv import (
     unfold,
 )
 from videodit.models.folder import load_model, save_model
+from videodit.models.latent_shape import latent_shape
 
 INITIAL_LOGVAR = -6.0
 
@@ -94,15 +95,8 @@ class VAEConfig:
         Raises:
             ValueError: if the clip's size does not fit; names the nearest that does.
         """
-        time, space = self.temporal_compression, self.spatial_compression
-        if num_frames < 1 or (num_frames - 1) % time:
-            nearest = max(round((num_frames - 1) / time), 0) * time + 1
-            raise ValueError(f"num_frames {num_frames} is not {time}k+1: the nearest is {nearest}")
-        for name, value in (("height", height), ("width", width)):
-            if value < space or value % space:
-                nearest = max(round(value / space), 1) * space
-                raise ValueError(f"{name} {value} is not a multiple of {space}: the nearest is {nearest}")
-        return self.latent_channels, (num_frames - 1) // time + 1, height // space, width // space
+        shape = (self.latent_channels, self.temporal_compression, self.spatial_compression)
+        return latent_shape(*shape, num_frames, height, width)
 
 
 class ConvBlock(nn.Module):

@@ -158,7 +158,7 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise UserError(f"{folder} has no weights: {name} is missing; copy it there")
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                for key in file.keys():
                     ours = our_name(key)
                     if ours is None:
                         raise UserError(f"{path} has a weight that no Wan 2.1 text-to-video transformer has: {key}")

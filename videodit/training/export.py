@@ -7,8 +7,10 @@ import yaml
 
 from videodit.config import load_yaml
 from videodit.errors import UserError
+from videodit.models.folder import write_readme
 from videodit.training.checkpoint import load_latest
-from videodit.training.dit_trainer import DiTRunConfig, export_dit
+from videodit.training.dit_config import DiTRunConfig
+from videodit.training.dit_trainer import export_dit
 from videodit.training.vae_trainer import VAERunConfig, export_vae
 
 
@@ -40,10 +42,5 @@ def export_run(run_dir: str | Path, out: str | Path, ema: int = 0) -> Path:
         dit_config = load_yaml(DiTRunConfig, path)
         export_dit(dit_config, checkpoint, out, ema)
         facts |= {"kind": "text-to-video model", "latents": dit_config.data.shards, "vae": dit_config.vae}
-    (out / "README.md").write_text(_readme(facts), encoding="utf-8")
+    write_readme(out, "export", facts)
     return out
-
-
-def _readme(facts: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"# A videodit model\n\nMade by `videodit export`.\n\n| fact | value |\n|---|---|\n{rows}\n"

@@ -1,0 +1,164 @@
+"""What a DiT training run is made of, and what of it the latents and the model that it starts from decide."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from videodit.data.buckets import parse_bucket
+from videodit.data.latent_crop import LatentCropConfig
+from videodit.data.latent_reader import LatentDataConfig
+from videodit.data.latents import read_manifest
+from videodit.errors import UserError
+from videodit.flow.loss import Weighting
+from videodit.flow.noise_level import NoiseLevelConfig
+from videodit.flow.path import Parameterization
+from videodit.generation.pipeline import SamplingDefaults
+from videodit.models.dit import DiTConfig
+from videodit.models.folder import WEIGHTS_NAME, load_config
+from videodit.models.text import ByteTextConfig
+from videodit.models.vae_folder import load_vae
+from videodit.training.run import RunConfig
+
+
+@dataclass(frozen=True)
+class DiTRunConfig(RunConfig):
+    """A DiT training run."""
+
+    data: LatentDataConfig = field(default_factory=LatentDataConfig)
+    """latents to train on"""
+    vae: str | None = None
+    """VAE folder that decodes samples and goes into the export; by default the one that made the latents"""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """shape of the DiT; in_channels and text_dim follow the latents and the text encoder"""
+    init: str | None = None
+    """model folder that training starts from, as export or import writes it; model.* and text.* follow it"""
+    text: ByteTextConfig = field(default_factory=ByteTextConfig)
+    """byte-level text encoder, trained with the DiT; not used where the latents have text embeddings"""
+    text_encoder: str | None = None
+    """folder of the frozen text encoder that reads prompts; by default the one that made the latents' embeddings"""
+    text_max_length: int = 0
+    """tokens that the frozen text encoder reads of a prompt; follows the latents"""
+    flow: Parameterization = field(default_factory=Parameterization)
+    """what the DiT predicts"""
+    noise: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
+    """at which noise levels it is trained"""
+    late_noise: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
+    """at which levels it is trained in the last late_share of the steps, where it learns to draw"""
+    late_share: float = 0.0
+    """share of max_steps, the last ones, that draws its levels from late_noise"""
+    crop: LatentCropConfig = field(default_factory=LatentCropConfig)
+    """windows of the latents that the first steps train on, for a part of the work"""
+    weighting: Weighting = "uniform"
+    """weight of a noise level in the loss: uniform, velocity (for x0 prediction), min_snr (for noise prediction), or
+    learned: one over the error that is expected there"""
+    condition_rate: float = 0.0
+    """share of samples whose first latent frames are given clean (image-to-video, extension)"""
+    compile: bool = False
+    """torch.compile each block"""
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """how samples are drawn, in training and from the export; sizes follow the latents"""
+    prompts: tuple[str, ...] = ()
+    """prompts of the samples drawn in training"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data.shards:
+            raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit encode writes it")
+        if not 0 <= self.condition_rate <= 1:
+            raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
+        if not 0 <= self.late_share <= 1:
+            raise ValueError(f"late_share {self.late_share} is no share: use a number from 0 to 1")
+        patch = self.model.patch_size[1:]
+        if any(size % edge for size, edge in zip(self.crop.size, patch)):
+            raise ValueError(
+                f"crop.size {list(self.crop.size)} is not divided by the {patch[0]}x{patch[1]} of model.patch_size: "
+                f"use for example {[edge * max(1, size // edge) for size, edge in zip(self.crop.size, patch)]}"
+            )
+
+    @property
+    def crop_steps(self) -> int:
+        """How many of the steps, the first ones, train on windows."""
+        return round(self.crop.share * self.max_steps)
+
+    @property
+    def late_steps(self) -> int:
+        """How many of the steps, the last ones, draw from late_noise."""
+        return round(self.late_share * self.max_steps)
+
+    def noise_at(self, step: int) -> NoiseLevelConfig:
+        """Density of the noise levels in a step, 1 … max_steps."""
+        return self.late_noise if step > self.max_steps - self.late_steps else self.noise
+
+
+def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
+    """The config with what the latents decide filled in: channels, VAE, frozen text encoder, size of the samples.
+
+    Raises:
+        UserError: if the folder is no finished set of latents, the patch does not divide them, or a text encoder is
+            given that made no embeddings.
+    """
+    manifest = read_manifest(config.data.shards)
+    if manifest is None:
+        raise UserError(
+            f"data.shards {config.data.shards} has no finished latents: run videodit encode --out {config.data.shards}"
+        )
+    frozen = manifest.get("text_encoder") or {}
+    if config.text_encoder and not frozen:
+        raise UserError(
+            f"text_encoder {config.text_encoder} is given, but data.shards {config.data.shards} has no embeddings: "
+            f"run videodit encode with --text_encoder {config.text_encoder}, or leave it out"
+        )
+    config = _follow_init(config, frozen)
+    vae = load_vae(config.vae or manifest["vae"])
+    if config.init and vae.config.latent_channels != config.model.in_channels:
+        raise UserError(
+            f"init {config.init} is for {config.model.in_channels} latent channels, but {config.data.shards} has "
+            f"{vae.config.latent_channels}: encode the clips with the VAE of that model, --vae {config.init}/vae"
+        )
+    buckets = [parse_bucket(text, multiple=1) for text in manifest["fingerprint"]["buckets"]]
+    for bucket in buckets:
+        shape = vae.config.latent_shape(*bucket)
+        for name, size, patch in zip(("frames", "height", "width"), shape[1:], config.model.patch_size):
+            if size % patch:
+                raise UserError(
+                    f"model.patch_size {list(config.model.patch_size)} does not divide latents of {shape[1:]} ({name}) "
+                    f"in {config.data.shards}, bucket {bucket.name}: change the patch, or encode clips of another size"
+                )
+    frames, height, width = buckets[0]
+    text_dim = frozen.get("dim", config.text.dim)
+    return dataclasses.replace(
+        config,
+        vae=config.vae or manifest["vae"],
+        model=dataclasses.replace(config.model, in_channels=vae.config.latent_channels, text_dim=text_dim),
+        text_encoder=(config.text_encoder or frozen["source"]) if frozen else None,
+        text_max_length=frozen.get("max_length", 0),
+        sampling=dataclasses.replace(config.sampling, num_frames=frames, height=height, width=width),
+    )
+
+
+def _follow_init(config: DiTRunConfig, frozen: dict[str, Any]) -> DiTRunConfig:
+    """The config with the shapes of the model that training starts from.
+
+    Args:
+        config: of the run.
+        frozen: what the latents say of the frozen text encoder; empty if they have no embeddings.
+    """
+    if not config.init:
+        return config
+    init = Path(config.init)
+    model: DiTConfig = load_config(DiTConfig, init / "dit")
+    text = config.text
+    if frozen and frozen["dim"] != model.text_dim:
+        raise UserError(
+            f"init {config.init} reads text of {model.text_dim} channels, but the embeddings in {config.data.shards} "
+            f"have {frozen['dim']}: encode the clips with the text encoder of that model"
+        )
+    if not frozen:
+        if not (init / "text_encoder" / WEIGHTS_NAME).is_file():
+            raise UserError(
+                f"init {config.init} has a frozen text encoder, but {config.data.shards} has no embeddings: "
+                "encode the clips with it, --text_encoder FOLDER"
+            )
+        text = load_config(ByteTextConfig, init / "text_encoder")
+    return dataclasses.replace(config, model=model, text=text)
