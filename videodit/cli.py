@@ -112,6 +112,16 @@ def import_wan(argv: Sequence[str], prog: str, summary: str) -> None:
     print(f"model folder: {given['out']}")
 
 
+def plan(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.planning.plan import config_class, make_plan
+    from videodit.planning.table import print_plan
+    from videodit.settings import option_values
+
+    example = "videodit plan --config configs/dit_base.yaml --gpus 8 --gpu h100"
+    cls = config_class(option_values(argv, "config"))
+    print_plan(make_plan(parse_config(cls, argv, prog, summary, example)))
+
+
 def doctor(argv: Sequence[str], prog: str, summary: str) -> None:
     parse_config(NoSettings, argv, prog, summary, "videodit doctor")
     from videodit.doctor import run_doctor
@@ -132,6 +142,7 @@ VERBS = {
     "ingest": Verb("Turn a folder, CSV or JSONL of videos into checked, cut, captioned shards.", ingest),
     "train vae": Verb("Train the video VAE on shards; the same command resumes.", train_vae),
     "train dit": Verb("Train the text-to-video DiT on latent shards; the same command resumes.", train_dit),
+    "plan": Verb("Say what a training run needs: parameters, FLOPs, memory and time, before a GPU is touched.", plan),
     "encode": Verb("Encode clips into latent shards with a trained VAE.", encode),
     "generate": Verb("Make clips from prompts: an .mp4 each, beside the .json that reproduces it.", generate),
     "evaluate": Verb("Measure a model, or one set of videos against another.", evaluate),

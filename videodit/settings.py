@@ -246,6 +246,12 @@ def split_argv(argv: Sequence[str], cls: type, named: Sequence[str]) -> Iterator
             check_key(cls, key, also=named)
 
 
+def option_values(argv: Sequence[str], name: str) -> list[str]:
+    """Give every value of `--name VALUE` or `--name=VALUE`, without checking the rest."""
+    spaced = [value for option, value in zip(argv, argv[1:]) if option == f"--{name}"]
+    return spaced + [token.partition("=")[2] for token in argv if token.startswith(f"--{name}=")]
+
+
 def value_of(texts: Sequence[str], hint: Any) -> Any:
     """Give what the texts of one option stand for: `[a, b]` and repetition make lists; scalars stay text."""
     if holds(hint, list, tuple):

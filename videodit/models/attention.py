@@ -28,12 +28,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         query: of any strides; likewise key and value.
         mask: bool, broadcast against (b, h, n, l), true where a key may be seen.
     """
+    if query.device.type == "meta":
+        return _fused_on_meta(query, key, value, mask)
     if query.device.type != "cpu" or key.shape[-2] > SHORT_SEQUENCE:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return torch.softmax(scores, dim=-1) @ value
+
+
+def _fused_on_meta(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The kernels that a GPU would choose; on meta tensors torch itself chooses the one that keeps all scores."""
+    if mask is None:
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        return out
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)[0]
+    return out
 
 
 def attend(kind: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from videodit.models.attention import text_attention_mask
+from videodit.models.checkpointing import run_block
 from videodit.models.dit_block import DiTBlock
 from videodit.models.folder import load_model, save_model
 from videodit.models.layers import ACTIVATIONS, MLP, FinalBias, Modulation, modulate, sinusoidal_embedding
@@ -172,6 +173,8 @@ class VideoDiT(nn.Module):
         )
         self.final_modulation = nn.Linear(d, 2 * d) if config.final_modulation == "linear" else FinalBias(d)
         self.patch_out = nn.Linear(d, patch_channels)
+        self.checkpointing = "none"
+        """which activations of the blocks training keeps, one of `checkpointing.POLICIES`"""
         self._rope: dict[tuple[int, int, int], Tensor] = {}
         self.init_weights()
 
@@ -277,7 +280,7 @@ class VideoDiT(nn.Module):
         shared = self.modulation(condition).unflatten(-1, (6, -1))[:, :, None]  # b t 1 6 d
         rope = self._rope_table(t // pt, h // ph, w // pw, x.device)
         for block, keys_values in zip(self.blocks, text.keys_values):
-            x = block(x, shared, rope, keys_values, text.mask)
+            x = run_block(self.checkpointing, block, x, shared, rope, keys_values, text.mask)
         final = self.final_modulation(embedding if self.config.final_modulation == "bias" else condition)
         shift, scale = final[:, :, None].chunk(2, dim=-1)  # each b t 1 d
         x = self.patch_out(modulate(x, Modulation(shift, scale, gate=scale)))

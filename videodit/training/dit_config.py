@@ -14,6 +14,7 @@ from videodit.flow.loss import Weighting
 from videodit.flow.noise_level import NoiseLevelConfig
 from videodit.flow.path import Parameterization
 from videodit.generation.pipeline import SamplingDefaults
+from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import DiTConfig
 from videodit.models.folder import WEIGHTS_NAME, load_config
 from videodit.models.text import ByteTextConfig
@@ -54,6 +55,9 @@ class DiTRunConfig(RunConfig):
     learned: one over the error that is expected there"""
     condition_rate: float = 0.0
     """share of samples whose first latent frames are given clean (image-to-video, extension)"""
+    checkpointing: str = "none"
+    """activations that training keeps: none of them is computed again, attention keeps products and attention, full
+    keeps the blocks' inputs, auto takes the first of these that fits the device's memory"""
     compile: bool = False
     """torch.compile each block"""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
@@ -69,6 +73,8 @@ class DiTRunConfig(RunConfig):
             raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
         if not 0 <= self.late_share <= 1:
             raise ValueError(f"late_share {self.late_share} is no share: use a number from 0 to 1")
+        if self.checkpointing not in (*POLICIES, "auto"):
+            raise ValueError(f"checkpointing {self.checkpointing!r} is not one of {', '.join(POLICIES)}, auto")
         patch = self.model.patch_size[1:]
         if any(size % edge for size, edge in zip(self.crop.size, patch)):
             raise ValueError(

@@ -23,6 +23,8 @@ from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.vae_folder import load_vae
 from videodit.parallel.mesh import World
+from videodit.planning.machines import device_memory
+from videodit.planning.plan import choose_checkpointing
 from videodit.training.checkpoint import Checkpoint, load_average
 from videodit.training.dit_config import DiTRunConfig, follow_latents
 from videodit.training.run import TrainingRun, micro_batch_tokens, open_world, run_dtype
@@ -74,6 +76,7 @@ def train_dit(config: DiTRunConfig) -> Path:
         if config.init:
             load_init(model, config.init)
         text_encoder = model.text_encoder or _read_prompts(config, world)
+        model.dit.checkpointing = _checkpointing(config, world)
         if config.compile:
             for block in model.dit.blocks:
                 block.compile()
@@ -203,6 +206,14 @@ def clip_tokens(model: DiTConfig, shape: torch.Size) -> int:
     """Tokens of one clip with latents of shape (b, c, t, h, w)."""
     pt, ph, pw = model.patch_size
     return (shape[2] // pt) * (shape[3] // ph) * (shape[4] // pw)
+
+
+def _checkpointing(config: DiTRunConfig, world: World) -> str:
+    """The policy of the run; with auto the first that fits the memory of this rank's device."""
+    if config.checkpointing != "auto":
+        return config.checkpointing
+    dtype = torch_dtype(run_dtype(config, world.device))
+    return choose_checkpointing(config, device_memory(world.device), world.size, dtype)
 
 
 def _read_prompts(config: DiTRunConfig, world: World) -> TextEncoder | None:

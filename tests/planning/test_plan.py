@@ -1,0 +1,154 @@
+"""`videodit plan`: what it prints, refuses and advises; and that every file in configs/ fits the machine it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from videodit import cli
+from videodit.config import load_yaml
+from videodit.errors import UserError
+from videodit.models.checkpointing import POLICIES
+from videodit.planning.footprint import ParameterCount
+from videodit.planning.machines import GIB, find_machine
+from videodit.planning.memory import rank_memory
+from videodit.planning.plan import (
+    DiTPlanConfig,
+    Planner,
+    VAEPlanConfig,
+    choose_checkpointing,
+    config_class,
+    make_plan,
+    plan_dtype,
+    policy_of,
+    room_of,
+)
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+SMALL = {"model.hidden_size": 32, "model.depth": 2, "model.num_heads": 2, "text.dim": 32, "text.num_heads": 2}
+SMALL |= {"gpu": "h100", "sampling.height": 64, "sampling.width": 64}
+
+
+def small(tmp_path: Path, **changes) -> DiTPlanConfig:
+    path = tmp_path / "config.yaml"
+    path.write_text("max_steps: 1000\n")
+    return load_yaml(DiTPlanConfig, path, {**SMALL, **changes})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_fits_the_machine_that_its_first_line_names(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    named = re.search(r"--gpus (\d+) --gpu ([\w-]+)", first)
+    assert named, f"{path.name} names no machine: {first}"
+    config = load_yaml(config_class([str(path)]), path, {"gpus": int(named[1]), "gpu": named[2]})
+    dtype = plan_dtype(config)
+    planner = Planner(config, config.workload(), config.gpus, dtype)
+    choice = planner.choice(config.zero_stage, policy_of(config), planner.micro)
+    assert planner.micro == config.micro_batch_size, "a rank never gets such a micro batch"
+    assert choice.memory.total <= room_of(find_machine(config.gpu, dtype))
+
+
+def test_sizes_have_the_parameters_that_their_names_say() -> None:
+    for name, low, high in (("xl", 0.5e9, 0.7e9), ("2b", 1.8e9, 2.2e9), ("5b", 4.6e9, 5.4e9)):
+        path = next(path for path in CONFIGS if path.stem == f"dit_{name}")
+        config = load_yaml(DiTPlanConfig, path)
+        assert low < config.workload().parameters().total < high, name
+
+
+def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("max_steps: 1000\nmodel:\n  hidden_size: 32\n  depth: 2\n  num_heads: 2\n")
+    command = ["plan", "--config", str(path), "--gpus", "4", "--gpu", "H200", "--buckets", "[17x64x64, 9x32x64]"]
+    assert cli.main([*command, "--model.depth", "4"]) == 0
+    out = capsys.readouterr().out
+    for text in ("4 x h200", "17x64x64", "9x32x64", "ZeRO", "GPU-hours", "MFU"):
+        assert text in out
+    path.write_text("model:\n  latent_channels: 4\n  channels: [8, 16, 16]\n")
+    assert cli.main(["plan", f"--config={path}", "--gpu", "h100"]) == 0
+    assert "VAE of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "0"], "gpus 0 is an empty plan: the nearest that works is 1"),
+        (["--gpus", "64"], "global_batch_size 32 leaves 32 of 64 GPUs without a clip: use 64, or --gpus 32"),
+        (["--gpu", "h300"], "--gpu 'h300' is not known: use cpu or one of b200, h200"),
+        (["--mfu", "40"], "mfu 40.0 is no share"),
+        (["--buckets", "18x64x64"], "18x64x64.*the nearest that fits is 17x64x64"),
+        (["--buckets", "17x64x72"], "9 latents of width are not divided by the 2 of model.patch_size.*nearest"),
+        (["--checkpointing", "half"], "checkpointing 'half' is not one of none, attention, full, auto"),
+    ],
+)
+def test_an_impossible_plan_is_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model:\n  hidden_size: 32\n  depth: 2\n  num_heads: 2\n")
+    assert cli.main(["plan", "--config", str(path), *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_too_large_a_run_is_refused_with_the_nearest_that_fits(tmp_path: Path) -> None:
+    large = {"model.hidden_size": 2048, "model.num_heads": 16, "sampling.height": 512, "sampling.width": 512}
+    config = small(tmp_path, gpu="rtx4090", gpus=8, micro_batch_size=4, **large)
+    with pytest.raises(UserError) as refused:
+        make_plan(config)
+    advice = re.search(r"--zero_stage (\d) --checkpointing (\w+) --micro_batch_size (\d)", str(refused.value))
+    assert advice, refused.value
+    stage, policy, micro = advice.groups()
+    better = small(
+        tmp_path,
+        gpu="rtx4090",
+        gpus=8,
+        zero_stage=int(stage),
+        checkpointing=policy,
+        micro_batch_size=int(micro),
+        **large,
+    )
+    plan = make_plan(better)
+    assert plan.chosen.memory.total <= plan.room
+    with pytest.raises(UserError, match="no ZeRO stage, checkpointing or micro batch makes it fit"):
+        make_plan(small(tmp_path, gpu="rtx3090", **{**large, "model.hidden_size": 16384, "model.num_heads": 128}))
+
+
+def test_auto_takes_the_first_policy_that_fits(tmp_path: Path) -> None:
+    config = small(tmp_path, checkpointing="auto", micro_batch_size=32)
+    planner = Planner(config, config.workload(), 1, torch.bfloat16)
+    needs = [planner.choice(1, policy, 32).memory.total / 0.92 for policy in POLICIES]
+    assert needs == sorted(needs, reverse=True)
+    rooms = (needs[0] + 1, needs[1] + 1, needs[2] + 1, needs[2] / 2)
+    chosen = [choose_checkpointing(config, room, 1, torch.bfloat16) for room in rooms]
+    assert chosen == ["none", "attention", "full", "full"]
+    assert make_plan(config).chosen.checkpointing == "none"
+
+
+def test_time_follows_from_flops_ranks_and_mfu(tmp_path: Path) -> None:
+    one, eight = (make_plan(small(tmp_path, gpus=gpus, mfu=0.5)) for gpus in (1, 8))
+    (bucket,) = one.buckets
+    assert bucket.step_s == pytest.approx(bucket.step_flops / (989e12 * 0.5))
+    assert one.seconds == pytest.approx(1000 * bucket.step_s) and one.seconds == pytest.approx(8 * eight.seconds)
+    uneven = make_plan(small(tmp_path, gpus=24, mfu=0.5))  # 32 clips: some ranks have 2, and the others wait
+    assert uneven.seconds == pytest.approx(one.seconds / 16)
+
+
+def test_latents_decide_channels_and_buckets(tmp_path: Path) -> None:
+    latents = tiny.make_latents(tmp_path / "latents", tiny.make_shards(tmp_path / "s"), tiny.make_vae(tmp_path / "vae"))
+    plan = make_plan(small(tmp_path, **{"data.shards": str(latents)}))
+    assert [row.bucket.name for row in plan.buckets] == [tiny.BUCKET]
+    assert plan.config.model.in_channels == 4
+
+
+@pytest.mark.parametrize("muon", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharding_divides_what_it_shards(dtype: torch.dtype, muon: bool) -> None:
+    count = ParameterCount(total=10**9, small=0)
+    options = {"dtype": dtype, "muon": muon, "ema_profiles": 2}
+    for stage in (1, 2, 3):
+        one, many = (rank_memory(count, 0.0, zero_stage=stage, ranks=ranks, **options) for ranks in (1, 1000))
+        assert many.optimizer == pytest.approx(one.optimizer / 1000) and many.ema == pytest.approx(one.ema / 1000)
+        assert (many.gradients < one.gradients) == (stage > 1)
+    assert one.total > 16 * 10**9 and one.total / GIB < 30
+    assert isinstance(VAEPlanConfig(), VAEPlanConfig)

@@ -1,0 +1,123 @@
+"""What one training step costs, found by running the model itself on tensors without data.
+
+The model runs forward and backward on fake and meta tensors, so nothing here repeats its formulas: FLOPs are those that
+torch's counter sees, activations are the storages that are alive at once. A model of 5B parameters takes seconds.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+SMALL = 100_000
+"""Elements up to which DeepSpeed keeps a tensor whole at ZeRO-3 (its stage3_param_persistence_threshold)."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of trainable parameters.
+
+    Attributes:
+        total: all of them.
+        small: those in tensors of `SMALL` elements at most.
+    """
+
+    total: int
+    small: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Of a model on any device, meta too."""
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    return ParameterCount(sum(sizes), sum(size for size in sizes if size <= SMALL))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, from when they are made until they are freed.
+
+    Attributes:
+        peak: most that was alive at once.
+        now: alive now.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Leaves these out: their views would else count as made here."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def step_flops(build: Callable[[], nn.Module], run: Callable[[nn.Module], None]) -> int:
+    """Floating-point operations of a forward and backward pass; a multiply-add is two.
+
+    Attention counts as plain matrix products. The fused kernels' own counts differ from that: flash attention's
+    backward pass computes the scores again.
+
+    Args:
+        build: makes the model.
+        run: the pass, with tensors on the device and of the dtype of the model's weights.
+    """
+    with FakeTensorMode():
+        return count_flops(build(), run)
+
+
+def count_flops(model: nn.Module, run: Callable[[nn.Module], None]) -> int:
+    """What `FlopCounterMode` sees of a pass with attention as plain matrix products, on the model's device."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run(model)
+    return int(counter.get_total_flops())
+
+
+def activation_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], None], dtype: torch.dtype) -> int:
+    """Most that is alive at once in a forward and backward pass on a GPU, beside weights and their gradients.
+
+    Args:
+        build: makes the model.
+        run: the pass, with tensors on the device and of the dtype of the model's weights.
+        dtype: of weights and activations.
+    """
+    with torch.device("meta"):
+        model = build().to(dtype)
+    return live_bytes(model, run)
+
+
+def live_bytes(model: nn.Module, run: Callable[[nn.Module], None]) -> int:
+    """Most bytes that a pass holds at once, beside the weights and their gradients, on the model's device."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # counted apart
+    with LiveBytes() as live:
+        live.ignore(tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None)
+        live.ignore(model.buffers())
+        run(model)
+    return live.peak

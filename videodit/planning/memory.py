@@ -1,0 +1,78 @@
+"""Bytes that training keeps on each rank, by part, for every ZeRO stage.
+
+The bytes per parameter are what DeepSpeed 0.19.8 holds in our engine: tensors counted at every stage, in fp32 and bf16,
+on one rank and on two (`tests/planning/test_memory.py`), not what its papers say.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from videodit.planning.footprint import ParameterCount
+
+BUCKET_BYTES = 4 * 50_000_000
+"""The engine's reduce_bucket_size, in fp32."""
+GATHERED = 1_000_000_000
+"""Parameters that ZeRO-3 keeps gathered at most (its stage3_max_live_parameters)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, by part."""
+
+    weights: float
+    """as the module holds them, with what ZeRO-3 gathers"""
+    gradients: float
+    """and the buckets they are reduced in"""
+    optimizer: float
+    """fp32 master weights and moments"""
+    ema: float
+    """the averages"""
+    activations: float
+    """most that is alive at once in a forward and backward pass"""
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def rank_memory(
+    parameters: ParameterCount,
+    activations: float,
+    *,
+    zero_stage: int,
+    ranks: int,
+    dtype: torch.dtype,
+    muon: bool,
+    ema_profiles: int,
+) -> Memory:
+    """What one rank holds between the backward pass and the optimizer step.
+
+    Args:
+        parameters: trainable ones.
+        activations: bytes, see `StepFootprint`.
+        zero_stage: 0 to 3.
+        ranks: that share the run.
+        dtype: of the weights.
+        muon: a momentum, and its copy for the gradient's norm, instead of two moments: as many bytes.
+        ema_profiles: averages kept.
+    """
+    total = parameters.total
+    bf16 = dtype == torch.bfloat16
+    size = 2 if bf16 else 4
+    part = total / ranks
+    reducing = BUCKET_BYTES if ranks > 1 else 0
+    moments = 8 if not muon or bf16 or zero_stage != 1 else 12
+    if zero_stage == 0:
+        # No master weights of its own; rank 0 holds the averages for all.
+        return Memory(4.0 * total, 4.0 * total, 8.0 * total, 4.0 * ema_profiles * total, activations)
+    optimizer, ema = (4.0 + moments) * part, 4.0 * ema_profiles * part
+    if zero_stage == 3:
+        whole = parameters.small + min(total - parameters.small, GATHERED) if ranks > 1 else 0
+        weights = size * (part + whole)
+        return Memory(weights, 4.0 * part + reducing, optimizer, ema, activations)
+    if zero_stage == 2:
+        return Memory(size * total, 4.0 * part, optimizer, ema, activations)
+    gradients = (4.0 + 2.0) * total if bf16 else 4.0 * total
+    return Memory(size * total, gradients + reducing, optimizer, ema, activations)

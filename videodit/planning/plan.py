@@ -1,0 +1,307 @@
+"""`videodit plan`: what a training run needs, before a GPU is touched."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from videodit.data.buckets import Bucket
+from videodit.data.latents import read_manifest
+from videodit.device import has_bf16, torch_dtype
+from videodit.errors import UserError
+from videodit.models.checkpointing import POLICIES
+from videodit.planning.footprint import ParameterCount
+from videodit.planning.machines import GIB, Machine, find_machine
+from videodit.planning.memory import Memory, rank_memory
+from videodit.planning.workload import DiTWorkload, VAEWorkload, Workload
+from videodit.settings import read_yaml
+from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.run import RunConfig
+from videodit.training.vae_trainer import VAERunConfig
+
+USABLE = 0.92
+"""Share of a device's memory that a plan may fill: the rest is for the context, libraries and fragmentation."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What to plan for."""
+
+    gpus: int = 1
+    """ranks of the run"""
+    gpu: str = "h100"
+    """kind of GPU (b200, h200, h100, a100, a100-40gb, l40s, rtx4090, rtx3090, mi300x), or cpu: this machine"""
+    buckets: tuple[str, ...] = ()
+    """clip shapes FRAMESxHEIGHTxWIDTH; by default those of the config or the latents, else that of the samples"""
+    mfu: float = 0.4
+    """share of the peak speed that training is expected to reach; 0.4 is the best published for factorized attention"""
+
+    def check(self) -> None:
+        """Raises ValueError for a plan for nothing."""
+        if self.gpus < 1:
+            raise ValueError(f"gpus {self.gpus} is an empty plan: the nearest that works is 1")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu {self.mfu} is no share of the peak: use for example 0.4")
+
+
+@dataclass(frozen=True)
+class DiTPlanConfig(PlanOptions, DiTRunConfig):
+    """A DiT training run, and what to plan it for."""
+
+    text_tokens: int = 0
+    """tokens of a caption; by default as many as the text encoder reads"""
+
+    def __post_init__(self) -> None:
+        self.check()
+        _fill_in(self)
+        super().__post_init__()
+
+    def workload(self) -> Workload:
+        """What is trained."""
+        return DiTWorkload(self, self.buckets, self.text_tokens)
+
+
+@dataclass(frozen=True)
+class VAEPlanConfig(PlanOptions, VAERunConfig):
+    """A VAE training run, and what to plan it for."""
+
+    def __post_init__(self) -> None:
+        self.check()
+        _fill_in(self)
+        super().__post_init__()
+
+    def workload(self) -> Workload:
+        """What is trained."""
+        return VAEWorkload(self, self.buckets)
+
+
+PlanConfig = DiTPlanConfig | VAEPlanConfig
+
+
+def _fill_in(config: PlanConfig) -> None:
+    """A plan needs no data and writes nothing."""
+    object.__setattr__(config, "run_dir", config.run_dir or "unused")
+    if not config.data.shards:
+        object.__setattr__(config, "data", dataclasses.replace(config.data, shards="unused"))
+
+
+def config_class(files: Sequence[str]) -> type[DiTPlanConfig] | type[VAEPlanConfig]:
+    """Which kind of run the config files describe, by the keys of their model."""
+    models = [read_yaml(Path(file)).get("model") for file in files]
+    keys = {key for model in models if isinstance(model, dict) for key in model}
+    return VAEPlanConfig if "latent_channels" in keys else DiTPlanConfig
+
+
+def room_of(machine: Machine) -> float:
+    """Bytes of a machine's memory that a plan may fill."""
+    return USABLE * machine.memory_bytes
+
+
+def policy_of(config: RunConfig) -> str:
+    """Which activations a run keeps; only the DiT's has the choice."""
+    return config.checkpointing if isinstance(config, DiTRunConfig) else "none"
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """One clip shape.
+
+    Attributes:
+        bucket: the shape.
+        tokens: of a clip.
+        step_flops: of an optimizer step, over all ranks; what is computed twice counts once.
+        step_s: seconds of a step at the expected MFU.
+    """
+
+    bucket: Bucket
+    tokens: int
+    step_flops: int
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run: stage, checkpointing and micro batch, and the memory that it takes on a rank."""
+
+    zero_stage: int
+    checkpointing: str
+    micro_batch_size: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `videodit plan` prints.
+
+    Attributes:
+        config: of the run and the plan.
+        machine: a rank's.
+        dtype: of weights and activations.
+        parameters: trainable ones.
+        buckets: clip shapes.
+        choices: every ZeRO stage with every checkpointing policy, at the config's micro batch.
+    """
+
+    config: PlanConfig
+    machine: Machine
+    dtype: torch.dtype
+    parameters: ParameterCount
+    buckets: list[BucketPlan]
+    choices: list[Choice]
+
+    @property
+    def room(self) -> float:
+        """Bytes that a rank may fill."""
+        return room_of(self.machine)
+
+    @property
+    def chosen(self) -> Choice:
+        """What the config says; with checkpointing auto the first policy that fits, else the last."""
+        of_stage = [c for c in self.choices if c.zero_stage == self.config.zero_stage]
+        if policy_of(self.config) == "auto":
+            return next((c for c in of_stage if c.memory.total <= self.room), of_stage[-1])
+        return next(c for c in of_stage if c.checkpointing == policy_of(self.config))
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, with the buckets in equal shares."""
+        return sum(plan.step_s for plan in self.buckets) / len(self.buckets) * self.config.max_steps
+
+
+def make_plan(config: PlanConfig) -> Plan:
+    """Plans a training run.
+
+    Raises:
+        UserError: if it does not fit the machine; names the nearest that does.
+    """
+    if isinstance(config, DiTPlanConfig) and read_manifest(config.data.shards) is not None:
+        followed = follow_latents(config)
+        assert isinstance(followed, DiTPlanConfig)
+        config = followed
+    if config.global_batch_size < config.gpus:
+        raise UserError(
+            f"global_batch_size {config.global_batch_size} leaves {config.gpus - config.global_batch_size} of "
+            f"{config.gpus} GPUs without a clip: use {config.gpus}, or --gpus {config.global_batch_size}"
+        )
+    dtype = plan_dtype(config)
+    planner = Planner(config, config.workload(), config.gpus, dtype)
+    machine = find_machine(config.gpu, dtype)
+    plan = planner.plan(machine)
+    if plan.chosen.memory.total > plan.room:
+        raise UserError(_refusal(plan, planner))
+    return plan
+
+
+def plan_dtype(config: PlanConfig) -> torch.dtype:
+    """Of weights and activations on the machine that is planned for."""
+    if config.dtype != "auto":
+        return torch_dtype("bf16" if config.dtype == "bf16" else "fp32")
+    bf16 = config.zero_stage > 0 and (config.gpu != "cpu" or has_bf16(torch.device("cpu")))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+class Planner:
+    """Measures each bucket with each policy once, and puts memory together from that.
+
+    Args:
+        config: of the run.
+        workload: what is trained.
+        ranks: of the run.
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, config: RunConfig, workload: Workload, ranks: int, dtype: torch.dtype) -> None:
+        self.config, self.workload, self.ranks, self.dtype = config, workload, ranks, dtype
+        self.parameters = workload.parameters()
+        self._activations: dict[str, int] = {}
+
+    @property
+    def micro(self) -> int:
+        """Clips of a micro batch: no more than a rank gets."""
+        return min(self.config.micro_batch_size, -(-self.config.global_batch_size // self.ranks))
+
+    @property
+    def stages(self) -> list[int]:
+        """ZeRO stages that the number format and the optimizer allow."""
+        first = 1 if self.dtype == torch.bfloat16 or self.config.optim.name == "muon" else 0
+        return list(range(first, 4))
+
+    def choice(self, stage: int, policy: str, micro: int) -> Choice:
+        """The memory of the most demanding bucket; activations grow with the clips of a micro batch."""
+        if policy not in self._activations:
+            self._activations[policy] = max(
+                self.workload.activation_bytes(bucket, policy, self.dtype) for bucket in self.workload.buckets
+            )
+        one = self._activations[policy]
+        memory = rank_memory(
+            self.parameters,
+            float(one * micro),
+            zero_stage=stage,
+            ranks=self.ranks,
+            dtype=self.dtype,
+            muon=self.config.optim.name == "muon",
+            ema_profiles=len(self.config.ema_profiles),
+        )
+        return Choice(stage, policy, micro, memory)
+
+    def plan(self, machine: Machine) -> Plan:
+        """For a machine and its speed."""
+        config = self.config
+        assert isinstance(config, (DiTPlanConfig, VAEPlanConfig))
+        choices = [self.choice(stage, p, self.micro) for stage in self.stages for p in self.workload.policies]
+        plan = Plan(config, machine, self.dtype, self.parameters, [], choices)
+        policy = plan.chosen.checkpointing
+        speed = machine.peak_flops * config.mfu
+        for bucket in self.workload.buckets:
+            executed = flops = self.workload.flops(bucket, "none")
+            if policy != "none":
+                executed = self.workload.flops(bucket, policy)
+            # The fullest rank is the one that the others wait for.
+            seconds = executed * -(-config.global_batch_size // self.ranks) / speed
+            flops *= config.global_batch_size
+            plan.buckets.append(BucketPlan(bucket, self.workload.tokens(bucket), flops, seconds))
+        return plan
+
+    def nearest(self, room: float) -> Choice | None:
+        """The choice that fits with the least work: sharding before recomputing, and that before smaller batches."""
+        micro, policy = self.micro, policy_of(self.config)
+        first = 0 if policy == "auto" else self.workload.policies.index(policy)
+        while micro:
+            for p in self.workload.policies[first:]:
+                for stage in self.stages:
+                    choice = self.choice(stage, p, micro)
+                    if stage >= self.config.zero_stage and choice.memory.total <= room:
+                        return choice
+            micro //= 2
+        return None
+
+
+def _refusal(plan: Plan, planner: Planner) -> str:
+    says = (
+        f"the run needs {plan.chosen.memory.total / GIB:.1f} GiB on each of {plan.config.gpus} {plan.machine.name}, "
+        f"which have room for {plan.room / GIB:.1f}"
+    )
+    nearest = planner.nearest(plan.room)
+    if nearest is None:
+        return f"{says}: no ZeRO stage, checkpointing or micro batch makes it fit; use more or larger GPUs"
+    policy = f" --checkpointing {nearest.checkpointing}" if nearest.checkpointing != "none" else ""
+    return (
+        f"{says}: the nearest that fits is --zero_stage {nearest.zero_stage}{policy} "
+        f"--micro_batch_size {nearest.micro_batch_size} ({nearest.memory.total / GIB:.1f} GiB)"
+    )
+
+
+def choose_checkpointing(config: DiTRunConfig, memory_bytes: float, ranks: int, dtype: torch.dtype) -> str:
+    """The first of `checkpointing.POLICIES` with which the run fits a device; the last one if none does.
+
+    Args:
+        config: of the run, following its latents.
+        memory_bytes: of the device.
+        ranks: of the run.
+        dtype: of weights and activations.
+    """
+    planner = Planner(config, DiTWorkload(config), ranks, dtype)
+    needs = ((p, planner.choice(config.zero_stage, p, planner.micro).memory.total) for p in POLICIES)
+    return next((policy for policy, total in needs if total <= USABLE * memory_bytes), POLICIES[-1])

@@ -1,0 +1,62 @@
+"""A plan as the terminal shows it."""
+
+from dataclasses import fields
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from videodit.planning.machines import GIB
+from videodit.planning.memory import Memory
+from videodit.planning.plan import DiTPlanConfig, Plan
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Parameters, steps and memory, as tables."""
+    console = console or Console()
+    config, machine = plan.config, plan.machine
+    kind = "DiT" if isinstance(config, DiTPlanConfig) else "VAE"
+    dtype = "bf16" if plan.dtype == torch.bfloat16 else "fp32"
+    console.print(
+        f"{kind} of {plan.parameters.total / 1e6:,.1f} M parameters on {config.gpus} x {machine.name} "
+        f"({machine.memory_bytes / GIB:.0f} GiB, {machine.peak_flops / 1e12:,.1f} TFLOP/s peak), {dtype}, "
+        f"global batch {config.global_batch_size}, micro batch {plan.chosen.micro_batch_size}",
+        highlight=False,
+    )
+    console.print(_steps(plan))
+    console.print(_memory(plan))
+    hours = plan.seconds / 3600
+    console.print(
+        f"{config.max_steps:,} steps: {hours / 24:,.2f} days, {hours * config.gpus:,.1f} GPU-hours "
+        f"at {config.mfu:.0%} MFU (an assumption: --mfu)",
+        highlight=False,
+    )
+
+
+def _steps(plan: Plan) -> Table:
+    table = Table("bucket", "tokens/clip", "FLOPs/step", "s/step", "tokens/s", title="steps", title_justify="left")
+    for row in plan.buckets:
+        tokens = row.tokens * plan.config.global_batch_size / row.step_s
+        table.add_row(
+            row.bucket.name, f"{row.tokens:,}", f"{row.step_flops:.3e}", f"{row.step_s:.3g}", f"{tokens:,.0f}"
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    parts = [field.name for field in fields(Memory)]
+    title = f"GiB on a rank, of {plan.room / GIB:.1f} usable (> the config; red does not fit)"
+    short = {"gradients": "grads", "optimizer": "optim", "activations": "activ"}
+    headers = [short.get(part, part) for part in parts]
+    table = Table("", "ZeRO", "recompute", *headers, "total", title=title, title_justify="left")
+    for choice in plan.choices:
+        memory = choice.memory
+        fits = memory.total <= plan.room
+        cells = [f"{getattr(memory, part) / GIB:.2f}" for part in parts] + [f"{memory.total / GIB:.2f}"]
+        mark = ">" if choice is plan.chosen else ""
+        table.add_row(mark, str(choice.zero_stage), choice.checkpointing, *cells, style=None if fits else "red")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    return table

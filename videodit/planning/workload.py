@@ -1,0 +1,171 @@
+"""What is trained, as a plan sees it: how to build it without memory, and one pass of a micro batch of each bucket.
+
+Legend: b clips, c t h w latent channels, frames, rows and columns, l text tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from videodit.data.buckets import Bucket, parse_bucket
+from videodit.data.latents import read_manifest
+from videodit.errors import UserError
+from videodit.models.checkpointing import POLICIES
+from videodit.models.dit import VideoDiT
+from videodit.models.text import ByteTextEncoder
+from videodit.models.vae import VAEConfig, VideoVAE
+from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
+from videodit.planning.footprint import ParameterCount, activation_bytes, count_parameters, step_flops
+from videodit.training.dit_config import DiTRunConfig
+from videodit.training.vae_trainer import VAEObjective, VAERunConfig
+
+
+class Workload(Protocol):
+    """A model in training."""
+
+    buckets: list[Bucket]
+    policies: Sequence[str]
+
+    def parameters(self) -> ParameterCount:
+        """Trainable ones."""
+
+    def tokens(self, bucket: Bucket) -> int:
+        """Of a clip."""
+
+    def flops(self, bucket: Bucket, policy: str) -> int:
+        """Of a forward and backward pass of one clip, with what the policy computes again."""
+
+    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype) -> int:
+        """Most that such a pass holds at once."""
+
+
+class DiTWorkload:
+    """The DiT, and the byte-level text encoder that is trained with it (its parameters; its FLOPs are left out).
+
+    Args:
+        config: of the run.
+        buckets: clip shapes; if empty those of the latents, else that of the samples.
+        text_tokens: of a caption; 0 for as many as the text encoder reads.
+    Raises:
+        UserError: if VAE or patch does not divide a bucket.
+    """
+
+    policies = POLICIES
+
+    def __init__(self, config: DiTRunConfig, buckets: Sequence[str] = (), text_tokens: int = 0) -> None:
+        self.config = config
+        self.text_tokens = text_tokens or (config.text_max_length if config.text_encoder else config.text.max_words)
+        self._shapes = dict(_latent_shapes(config, buckets))
+        self.buckets = list(self._shapes)
+
+    def parameters(self) -> ParameterCount:
+        with torch.device("meta"):
+            parts: list[nn.Module] = [VideoDiT(self.config.model)]
+            if not self.config.text_encoder:
+                parts.append(ByteTextEncoder(self.config.text))
+        return count_parameters(nn.ModuleList(parts))
+
+    def tokens(self, bucket: Bucket) -> int:
+        pt, ph, pw = self.config.model.patch_size
+        _, t, h, w = self._shapes[bucket]
+        return (t // pt) * (h // ph) * (w // pw)
+
+    def flops(self, bucket: Bucket, policy: str) -> int:
+        return step_flops(lambda: self._build(policy), self._pass(bucket))
+
+    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype) -> int:
+        return activation_bytes(lambda: self._build(policy), self._pass(bucket), dtype)
+
+    def _build(self, policy: str) -> nn.Module:
+        model = VideoDiT(self.config.model)
+        model.checkpointing = policy
+        return model
+
+    def _pass(self, bucket: Bucket) -> Callable[[nn.Module], None]:
+        return partial(dit_pass, shape=(1, *self._shapes[bucket]), text_tokens=self.text_tokens)
+
+
+def dit_pass(model: nn.Module, shape: tuple[int, int, int, int, int], text_tokens: int) -> None:
+    """Forward and backward of zeros: latents (b, c, t, h, w), a level per frame, l text tokens."""
+    assert isinstance(model, VideoDiT)
+    weight = model.patch_out.weight
+    like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+    text = torch.zeros(shape[0], text_tokens, model.config.text_dim, **like)
+    mask = torch.ones(shape[0], text_tokens, dtype=torch.bool, device=weight.device)
+    out = model(torch.zeros(shape, **like), torch.zeros(shape[0], shape[2], device=weight.device), text, mask)
+    out.float().square().mean().backward()
+
+
+class VAEWorkload:
+    """The video VAE with its loss.
+
+    Args:
+        config: of the run.
+        buckets: clip shapes; those of the config if empty.
+    Raises:
+        UserError: if the VAE does not divide a bucket.
+    """
+
+    policies = ("none",)
+
+    def __init__(self, config: VAERunConfig, buckets: Sequence[str] = ()) -> None:
+        self.config = config
+        self.buckets = []
+        for name in buckets or config.data.buckets:
+            try:
+                self.buckets.append(parse_bucket(name, multiple=config.model.spatial_compression))
+            except ValueError as error:
+                raise UserError(str(error)) from None
+
+    def parameters(self) -> ParameterCount:
+        with torch.device("meta"):
+            return count_parameters(VideoVAE(self.config.model))
+
+    def tokens(self, bucket: Bucket) -> int:
+        _, t, h, w = self.config.model.latent_shape(*bucket)
+        return t * h * w
+
+    def flops(self, bucket: Bucket, policy: str) -> int:
+        return step_flops(self._build, self._pass(bucket))
+
+    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype) -> int:
+        return activation_bytes(self._build, self._pass(bucket), dtype)
+
+    def _build(self) -> nn.Module:
+        return VAEObjective(VideoVAE(self.config.model), self.config.loss)
+
+    def _pass(self, bucket: Bucket) -> Callable[[nn.Module], None]:
+        config = self.config.model
+        return partial(_vae_pass, shape=(1, config.in_channels, *bucket), config=config)
+
+
+def _vae_pass(model: nn.Module, shape: tuple[int, int, int, int, int], config: VAEConfig) -> None:
+    device = next(model.parameters()).device
+    noise = torch.zeros(shape[0], *config.latent_shape(*shape[2:]), device=device)
+    loss, _ = model(torch.zeros(shape, device=device), noise)
+    loss.mean().backward()
+
+
+def _latent_shapes(config: DiTRunConfig, names: Sequence[str]) -> Iterator[tuple[Bucket, tuple[int, int, int, int]]]:
+    """(bucket, (c, t, h, w)) of every clip shape."""
+    vae: VideoAutoencoderConfig = load_vae(config.vae).config if config.vae else VAEConfig()
+    manifest = read_manifest(config.data.shards)
+    if not names and manifest is not None:
+        names = list(manifest["fingerprint"]["buckets"])
+    sampling = config.sampling
+    for name in names or [f"{sampling.num_frames}x{sampling.height}x{sampling.width}"]:
+        try:
+            bucket = parse_bucket(name, multiple=1)
+            _, t, h, w = vae.latent_shape(*bucket)
+        except ValueError as error:
+            raise UserError(f"buckets {name}: {error}") from None
+        for axis, size, patch in zip(("frames", "height", "width"), (t, h, w), config.model.patch_size):
+            if size % patch:
+                raise UserError(
+                    f"buckets {name}: {size} latents of {axis} are not divided by the {patch} of model.patch_size: "
+                    f"the nearest has {max(round(size / patch), 1) * patch}"
+                )
+        yield bucket, (config.model.in_channels, t, h, w)
