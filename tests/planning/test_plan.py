@@ -92,7 +92,8 @@ def test_an_impossible_plan_is_one_line(
 
 
 def test_too_large_a_run_is_refused_with_the_nearest_that_fits(tmp_path: Path) -> None:
-    large = {"model.hidden_size": 2048, "model.num_heads": 16, "sampling.height": 512, "sampling.width": 512}
+    large = {"model.hidden_size": 2048, "model.num_heads": 16, "model.depth": 8}
+    large |= {"sampling.height": 1024, "sampling.width": 1024}
     config = small(tmp_path, gpu="rtx4090", gpus=8, micro_batch_size=4, **large)
     with pytest.raises(UserError) as refused:
         make_plan(config)

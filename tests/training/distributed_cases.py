@@ -4,6 +4,7 @@ Many cases share one process group, since a launch costs seconds. Every rank ass
 or traceback to FOLDER/report.json.
 """
 
+import gc
 import json
 import sys
 import traceback
@@ -11,11 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tests.training import toy
 from videodit.parallel.mesh import World, barrier, gather_objects, init_process, leave, shutdown
+from videodit.planning.footprint import ParameterCount, count_parameters
+from videodit.planning.memory import BUCKET_BYTES, rank_memory
 from videodit.training.checkpoint import load_latest, save
 from videodit.training.ema import PowerEMA
+from videodit.training.engine import Engine
 from videodit.training.run_folder import RunFolder
 
 Case = Callable[[World], None]
@@ -145,6 +150,50 @@ def save_for_one_rank(world: World, folder: str) -> None:
         assert save(Path(folder) / name, 2, engine, ema)
 
 
+def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
+    """Between backward pass and step a rank holds what `rank_memory` says, to a tenth."""
+    gc.collect()
+    before = set(storages())
+    module = nn.Sequential(*(nn.Linear(400, 400) for _ in range(8)))  # matrices that ZeRO-3 does shard
+    config = toy.optim_config(name)
+    engine = Engine(module, config, zero_stage=stage, dtype=dtype, world=world, max_steps=9)  # type: ignore[arg-type]
+    ema = PowerEMA(engine.slices())
+    for step in (1, 2):
+        if step == 2:
+            engine.step(1)
+        engine.backward(engine(torch.randn(2, 400, dtype=engine.dtype)).float().square().mean())
+    if stage == 0 and not world.is_main:
+        return  # the plan is for the fullest rank, which has the averages
+    gc.collect()
+    mine = {key: size for key, size in storages().items() if key not in before and size < BUCKET_BYTES}
+    planned = rank_memory(
+        count_parameters(module) if stage < 3 else ParameterCount(8 * 400 * 401, 8 * 400),
+        0.0,
+        zero_stage=stage,
+        ranks=world.size,
+        dtype=engine.dtype,
+        muon=name == "muon",
+        ema_profiles=len(ema.profiles),
+    )
+    bucket = BUCKET_BYTES if stage in (1, 3) else 0
+    gathered = 2 if dtype == "bf16" else 4  # ZeRO-3 may still hold, or have freed, what it gathered
+    slack = gathered * 8 * 400 * 400 if stage == 3 else 0
+    ratio = (planned.total - bucket - slack) / sum(mine.values())
+    assert abs(ratio - 1) < 0.1, (ratio, planned, sum(mine.values()))
+
+
+def storages() -> dict[int, int]:
+    """Address and bytes of every storage that a tensor or a gradient has."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            grad = thing.grad if thing.is_leaf else None
+            for tensor in (thing, grad):
+                if tensor is not None:
+                    found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    return found
+
+
 def errors_reach_all_ranks(world: World) -> None:
     """A folder that rank 0 cannot take is an error on every rank, not a hang."""
     from videodit.errors import UserError
@@ -180,6 +229,10 @@ for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
 for _pair in ((1, 3), (3, 2), (2, 1)):
     add(change_stage, *_pair, "muon", slow=_pair == (2, 1))
 add(errors_reach_all_ranks)
+for _stage, _dtype, _name in ((0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "fp32", "adamw")):
+    add(memory_as_planned, _stage, _dtype, _name)
+for _stage, _dtype, _name in ((1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "muon")):
+    add(memory_as_planned, _stage, _dtype, _name, slow=True)
 
 
 def run_all(world: World, cases: dict[str, Case]) -> dict[str, str]:

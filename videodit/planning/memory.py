@@ -1,7 +1,7 @@
 """Bytes that training keeps on each rank, by part, for every ZeRO stage.
 
 The bytes per parameter are what DeepSpeed 0.19.8 holds in our engine: tensors counted at every stage, in fp32 and bf16,
-on one rank and on two (`tests/planning/test_memory.py`), not what its papers say.
+on one rank and on two (`memory_as_planned` in tests/training/distributed_cases.py), not what its papers say.
 """
 
 from dataclasses import dataclass, fields
