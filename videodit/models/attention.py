@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from videodit.models.layers import RMSNorm
 from videodit.models.rope import apply_rope
+from videodit.models.token_layout import WHOLE, TokenLayout
 
 SHORT_SEQUENCE = 128
 """Up to this length a CPU is faster with plain matrix products than with the fused kernel
@@ -118,13 +119,17 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(qk_norm, num_heads, dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, kind: str, rope: Tensor) -> Tensor:
-        """(b, t, s, d) -> the same; kind as in `attend`, rope as in `apply_rope`."""
+    def forward(self, x: Tensor, kind: str, rope: Tensor, layout: TokenLayout = WHOLE) -> Tensor:
+        """(b, t, s, d) -> the same; kind as in `attend`, rope as in `apply_rope`, layout for full attention."""
         query, key, value = (
             layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.query, self.key, self.value)
         )
         query = apply_rope(self.norm.norm_query(query), rope)  # b t s h e
         key = apply_rope(self.norm.norm_key(key), rope)
+        if kind == "f":
+            query, key, value = (layout.spread_heads(x) for x in (query, key, value))
+            out = attend(kind, query, key, value).unflatten(-1, query.shape[-2:])
+            return self.proj(layout.collect_heads(out).flatten(-2)[..., : x.shape[-1]])
         return self.proj(attend(kind, query, key, value))
 
 

@@ -21,6 +21,7 @@ from videodit.models.layers import ACTIVATIONS, MLP, FinalBias, Modulation, modu
 from videodit.models.local import FrameConv, LocalLayers
 from videodit.models.patchify import patchify, unpatchify
 from videodit.models.rope import absolute_embedding, rope_table
+from videodit.models.token_layout import WHOLE, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ class VideoDiT(nn.Module):
         text_mask: Tensor | None = None,
         *,
         origin: Tensor | None = None,
+        layout: TokenLayout = WHOLE,
     ) -> Tensor:
         """Velocity noise - x0 at the given noise level.
 
@@ -246,6 +248,7 @@ class VideoDiT(nn.Module):
             text_mask: (b, l) bool; needed unless text is a `TextContext`.
             origin: (b, 2) first row and column of each clip in the latents that it is a crop of, multiples of the
                 patch; with `absolute_position` the model sees them.
+            layout: where the tokens lie; every rank that shares them gives the same latents and gets the same result.
         Returns:
             The latents' shape and dtype.
         Raises:
@@ -273,17 +276,19 @@ class VideoDiT(nn.Module):
         if self.local is not None:
             per_frame = condition if sigma.dim() == 1 else condition.repeat_interleave(pt, dim=1)
             features = self.local.read(latents, per_frame)
-        x = self.patch_in(patchify(features, self.config.patch_size))  # b t s d
+        x = self.patch_in(layout.take(patchify(features, self.config.patch_size)))  # b t s d
         if self.config.absolute_position:
             tokens = None if origin is None else torch.stack([origin[:, 0] // ph, origin[:, 1] // pw], dim=1)
-            x = x + absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size, tokens).to(x)
+            x = x + layout.take(absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size, tokens)).to(x)
         shared = self.modulation(condition).unflatten(-1, (6, -1))[:, :, None]  # b t 1 6 d
         rope = self._rope_table(t // pt, h // ph, w // pw, x.device)
-        for block, keys_values in zip(self.blocks, text.keys_values):
-            x = run_block(self.checkpointing, block, x, shared, rope, keys_values, text.mask)
+        for block, keys_values in zip(cast("Iterable[DiTBlock]", self.blocks), text.keys_values):
+            layout, x = layout.switch(block.kind, x)
+            inputs = (x, layout.frames(shared), layout.table(rope), keys_values, text.mask, layout)
+            x = run_block(self.checkpointing, block, *inputs)
         final = self.final_modulation(embedding if self.config.final_modulation == "bias" else condition)
-        shift, scale = final[:, :, None].chunk(2, dim=-1)  # each b t 1 d
-        x = self.patch_out(modulate(x, Modulation(shift, scale, gate=scale)))
+        shift, scale = layout.frames(final)[:, :, None].chunk(2, dim=-1)  # each b t 1 d
+        x = layout.join(self.patch_out(modulate(x, Modulation(shift, scale, gate=scale))))
         out = unpatchify(x, self.config.patch_size, h // ph, w // pw)
         return out if self.local is None else self.local.write(features + out, latents, per_frame)
 

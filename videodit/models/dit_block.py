@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from videodit.models.attention import CrossAttention, SelfAttention
 from videodit.models.layers import MLP, Modulation, modulate
+from videodit.models.token_layout import WHOLE, TokenLayout
 
 
 class DiTBlock(nn.Module):
@@ -49,21 +50,23 @@ class DiTBlock(nn.Module):
         rope: Tensor,
         keys_values: tuple[Tensor, Tensor] | None,
         text_mask: Tensor | None,
+        layout: TokenLayout = WHOLE,
     ) -> Tensor:
         """One block.
 
         Args:
             x: (b, t, s, d) tokens.
-            shared: (b, t, 1, 6, d) modulations shared by all blocks.
+            shared: (b, t or 1, 1, 6, d) modulations shared by all blocks.
             rope: (2, t, s, e), see `rope_table`.
             keys_values: of the text for this block, or None.
             text_mask: (b, 1, 1, l) or None.
+            layout: where the other tokens lie.
         Returns:
             (b, t, s, d).
         """
         six = (shared + self.modulation_bias).unbind(-2)  # each b t 1 d
         attention, mlp = Modulation(*six[:3]), Modulation(*six[3:])
-        x = torch.addcmul(x, attention.gate, self.attention(modulate(x, attention), self.kind, rope))
+        x = torch.addcmul(x, attention.gate, self.attention(modulate(x, attention), self.kind, rope, layout))
         if self.cross_attention is not None and self.cross_norm is not None and keys_values is not None:
             x = x + self.cross_attention(self.cross_norm(x), keys_values, text_mask)
         return torch.addcmul(x, mlp.gate, self.mlp(modulate(x, mlp)))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from videodit.models.dit import TextContext, VideoDiT
 from videodit.models.level_error import LevelError
 from videodit.models.text import ByteTextEncoder, TextFeatures
+from videodit.models.token_layout import WHOLE, TokenLayout
 
 
 class TextToVideoModel(nn.Module):
@@ -34,6 +35,7 @@ class TextToVideoModel(nn.Module):
         text: list[str] | TextFeatures | TextContext,
         *,
         origin: Tensor | None = None,
+        layout: TokenLayout = WHOLE,
         with_level_error: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity of noisy latents.
@@ -43,11 +45,12 @@ class TextToVideoModel(nn.Module):
             sigma: (b,) or (b, t).
             text: b captions for the joint encoder, features of a frozen one, or a context made by `text_context`.
             origin: (b, 2) where crops lie, as `VideoDiT.forward` takes it.
+            layout: where the tokens lie, as `VideoDiT.forward` takes it.
             with_level_error: gives sigma's log error as well, in sigma's shape; the loss asks here and not at
                 `level_error` itself because ZeRO-3 has a module's weights in its forward call only.
         """
         context = text if isinstance(text, TextContext) else self.text_context(text)
-        velocity = self.dit(latents, sigma, context, origin=origin)
+        velocity = self.dit(latents, sigma, context, origin=origin, layout=layout)
         if not with_level_error:
             return velocity
         if self.level_error is None:

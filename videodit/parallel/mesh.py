@@ -68,6 +68,46 @@ def init_process(device: str | None = None) -> World:
     return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """How the ranks of a run share its work: some see different clips, some parts of the same ones.
+
+    Attributes:
+        data_rank: which share of the clips this rank sees, 0 … data_size - 1.
+        data_size: number of such shares.
+        sequence: the ranks that see the same clips as this one, each a part of their tokens; None if there are none.
+    """
+
+    data_rank: int
+    data_size: int
+    sequence: dist.ProcessGroup | None = None
+
+
+def make_mesh(world: World, sequence_parallel: int) -> Mesh:
+    """Lets neighbouring ranks, on one node if they fit there, share each clip's tokens. Call on every rank.
+
+    Args:
+        world: this process' place.
+        sequence_parallel: ranks that share a clip.
+    Raises:
+        ValueError: if that does not divide the number of ranks.
+    """
+    if world.size % sequence_parallel:
+        fits = max(n for n in range(1, sequence_parallel) if world.size % n == 0)
+        raise ValueError(
+            f"sequence_parallel {sequence_parallel} does not divide the {world.size} ranks of the run: "
+            f"the nearest that does is {fits}"
+        )
+    if sequence_parallel == 1:
+        return Mesh(world.rank, world.size)
+    own = None
+    for first in range(0, world.size, sequence_parallel):  # every rank has to make every group
+        group = dist.new_group(list(range(first, first + sequence_parallel)), timeout=TIMEOUT)
+        if first <= world.rank < first + sequence_parallel:
+            own = group
+    return Mesh(world.rank // sequence_parallel, world.size // sequence_parallel, own)
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over all ranks, in place; returns it."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -58,6 +58,8 @@ class DiTRunConfig(RunConfig):
     checkpointing: str = "none"
     """activations that training keeps: none of them is computed again, attention keeps products and attention, full
     keeps the blocks' inputs, auto takes the first of these that fits the device's memory"""
+    sequence_parallel: int = 1
+    """ranks that share each clip's tokens; the others share the clips"""
     compile: bool = False
     """torch.compile each block"""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
@@ -73,6 +75,8 @@ class DiTRunConfig(RunConfig):
             raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
         if not 0 <= self.late_share <= 1:
             raise ValueError(f"late_share {self.late_share} is no share: use a number from 0 to 1")
+        if self.sequence_parallel < 1:
+            raise ValueError(f"sequence_parallel {self.sequence_parallel} is below 1: use 1 for none")
         if self.checkpointing not in (*POLICIES, "auto"):
             raise ValueError(f"checkpointing {self.checkpointing!r} is not one of {', '.join(POLICIES)}, auto")
         patch = self.model.patch_size[1:]

@@ -11,6 +11,7 @@ from videodit.data.loader import LatentBatch, LatentLoader
 from videodit.data.randomness import sample_noise, sample_uniform
 from videodit.data.video_io import write_mp4
 from videodit.device import torch_dtype
+from videodit.errors import UserError
 from videodit.flow.loss import Weighting, flow_loss, level_weight, likelihood_loss
 from videodit.flow.noise_level import NoiseLevelConfig, frame_levels, frames_to_denoise, sigma_from_uniform
 from videodit.flow.path import interpolate, target
@@ -21,8 +22,10 @@ from videodit.models.text import ByteTextEncoder, TextEncoder, TextFeatures
 from videodit.models.text_prompts import EncodedPrompts
 from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.text_transformers import TransformersTextEncoder
+from videodit.models.token_layout import WHOLE, TokenLayout
 from videodit.models.vae_folder import load_vae
-from videodit.parallel.mesh import World
+from videodit.parallel.mesh import Mesh, World, make_mesh
+from videodit.parallel.sequence import split_layout
 from videodit.planning.machines import device_memory
 from videodit.planning.plan import choose_checkpointing
 from videodit.training.checkpoint import Checkpoint, load_average
@@ -61,13 +64,14 @@ def train_dit(config: DiTRunConfig) -> Path:
     """
     config = follow_latents(config)
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
+        mesh = _mesh(config, world)
         loader = LatentLoader(
             config.data,
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             micro_batch_size=config.micro_batch_size,
-            rank=world.rank,
-            world=world.size,
+            rank=mesh.data_rank,
+            world=mesh.data_size,
             crop=config.crop,
             crop_steps=config.crop_steps,
             patch=config.model.patch_size[1:],
@@ -89,13 +93,15 @@ def train_dit(config: DiTRunConfig) -> Path:
             sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
             for batch in batches:
                 noisy = make_noisy(batch, config, levels)
-                loss, error = clip_losses(run, noisy, batch_text(batch, run), config.weighting)
+                layout = _layout(config.model, mesh, noisy.latents.shape)
+                loss, error = clip_losses(run, noisy, batch_text(batch, run), config.weighting, layout)
                 share = batch.weight.to(world.device) / total
                 loss = (share * loss).sum()
                 run.engine.backward(loss)
                 sums["loss"] += loss.detach().cpu()
                 sums["mse"] += (share * error).sum().cpu()
-            tokens = micro_batch_tokens(batches, clip_tokens(config.model, noisy.latents.shape), world)
+            frames, positions = token_shape(config.model, noisy.latents.shape)
+            tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
             run.finish_step(sums, digest=loader.digest(plan), tokens=tokens)
             if run.time_to_sample() and text_encoder and config.prompts:
                 _draw_samples(run, config, text_encoder)
@@ -187,25 +193,45 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
 
 
 def clip_losses(
-    run: TrainingRun, noisy: NoisyBatch, text: list[str] | TextFeatures, weighting: Weighting
+    run: TrainingRun,
+    noisy: NoisyBatch,
+    text: list[str] | TextFeatures,
+    weighting: Weighting,
+    layout: TokenLayout = WHOLE,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the model: each clip's loss and, without gradient, its mean squared error; both (b,)."""
+    """Runs the model: each clip's loss and, without gradient, its mean squared error; both (b,).
+
+    Ranks that share the clips' tokens get the same losses: the sum of the rows' weights over all ranks, which each
+    row's is divided by, counts such a clip once for each of them, and so each adds its part of the gradient.
+    """
     device = run.world.device
     latents, sigma = run.cast(noisy.latents), noisy.sigma.to(device)
     target, weight = noisy.target.to(device), noisy.weight.to(device)
     if weighting == "learned":
-        prediction, log_error = run.engine(latents, sigma, text, origin=noisy.origin, with_level_error=True)
+        options = {"origin": noisy.origin, "layout": layout, "with_level_error": True}
+        prediction, log_error = run.engine(latents, sigma, text, **options)
         loss = likelihood_loss(prediction, target, weight, log_error)
     else:
-        prediction = run.engine(latents, sigma, text, origin=noisy.origin)
+        prediction = run.engine(latents, sigma, text, origin=noisy.origin, layout=layout)
         loss = flow_loss(prediction, target, weight)
     return loss, flow_loss(prediction.detach(), target, (weight > 0).float())
 
 
-def clip_tokens(model: DiTConfig, shape: torch.Size) -> int:
-    """Tokens of one clip with latents of shape (b, c, t, h, w)."""
+def token_shape(model: DiTConfig, shape: torch.Size) -> tuple[int, int]:
+    """Frames, and tokens of a frame, of clips with latents of shape (b, c, t, h, w)."""
     pt, ph, pw = model.patch_size
-    return (shape[2] // pt) * (shape[3] // ph) * (shape[4] // pw)
+    return shape[2] // pt, (shape[3] // ph) * (shape[4] // pw)
+
+
+def _mesh(config: DiTRunConfig, world: World) -> Mesh:
+    try:
+        return make_mesh(world, config.sequence_parallel)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _layout(model: DiTConfig, mesh: Mesh, shape: torch.Size) -> TokenLayout:
+    return split_layout(mesh.sequence, *token_shape(model, shape)) or WHOLE
 
 
 def _checkpointing(config: DiTRunConfig, world: World) -> str:

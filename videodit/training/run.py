@@ -255,6 +255,6 @@ def open_world(config: RunConfig) -> Iterator[World]:
         shutdown()
 
 
-def micro_batch_tokens(batches: Sequence[Batch], tokens_per_clip: int, world: World) -> int:
-    """Tokens of the global batch, padding rows included."""
-    return sum(len(batch.ids) for batch in batches) * tokens_per_clip * world.size
+def micro_batch_tokens(batches: Sequence[Batch], tokens_per_clip: int, data_size: int) -> int:
+    """Tokens of the global batch, padding rows included; data_size ranks see different clips."""
+    return sum(len(batch.ids) for batch in batches) * tokens_per_clip * data_size

@@ -120,7 +120,7 @@ def train_vae(config: VAERunConfig) -> Path:
                 sums["loss"] += (weight * loss).sum().detach().cpu()
                 sums["mse"] += (weight * squared).sum().detach().cpu()
             positions = shape[1] * shape[2] * shape[3]
-            run.finish_step(sums, digest=loader.digest(plan), tokens=micro_batch_tokens(batches, positions, world))
+            run.finish_step(sums, digest=loader.digest(plan), tokens=micro_batch_tokens(batches, positions, world.size))
             if run.time_to_sample() and held_out is not None:
                 _reconstruct(run, held_out, fps=8.0)
         run.save()

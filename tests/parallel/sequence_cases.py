@@ -1,0 +1,141 @@
+"""Cases for n ranks: `torchrun --nproc-per-node n -m tests.parallel.sequence_cases REPORT`; see test_sequence.py."""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.models.tiny import tiny_dit
+from videodit.models.checkpointing import POLICIES
+from videodit.parallel.mesh import gather_objects, init_process, leave, shutdown
+from videodit.parallel.sequence import SplitTokens, exchange, split_layout
+
+# What does not divide by 2 or 4: frames, positions, heads.
+CASES: dict[str, dict[str, Any]] = {
+    "pairs": {},
+    "even": {"size": (4, 4, 8)},
+    "one frame": {"size": (1, 6, 6)},
+    "fewer positions than ranks": {"size": (5, 2, 2)},
+    "full": {"pattern": "f", "size": (3, 6, 6)},
+    "all kinds": {"pattern": "tfs", "depth": 3, "cross_attention": "stf"},
+    "three heads": {"pattern": "ft", "num_heads": 3, "qk_norm": "all", "size": (3, 6, 6)},
+    "patches over time": {"patch_size": (3, 2, 2), "size": (9, 6, 6)},
+    "local layers": {"local_width": 8, "absolute_position": True, "final_modulation": "bias"},
+    **{f"checkpointing {policy}": {"policy": policy, "pattern": "stf", "depth": 3} for policy in POLICIES[1:]},
+}
+
+
+def inputs(size: tuple[int, int, int], b: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    latents, sigma = torch.randn(b, 4, *size, generator=generator), torch.rand(b, size[0], generator=generator)
+    return latents, sigma, torch.randn(b, 5, 12, generator=generator), torch.arange(5) < torch.tensor([[3], [5]])
+
+
+def equals_one_process(policy: str = "none", size: tuple[int, int, int] = (5, 6, 10), **changes: Any) -> None:
+    """Loss, output and gradients are those of one process with all tokens."""
+    model = tiny_dit(**changes).train()
+    latents, sigma, text, mask = inputs(size)
+    whole = model(latents, sigma, text, mask)
+    whole_loss = (whole - latents).square().mean()
+    whole_loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.checkpointing = policy
+    group = dist.group.WORLD
+    pt, ph, pw = model.config.patch_size
+    layout = split_layout(group, size[0] // pt, size[1] // ph * (size[2] // pw))
+    assert layout is not None
+    out = model(latents, sigma, text, mask, layout=layout)
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
+    loss = (out - latents).square().mean() / dist.get_world_size()
+    loss.backward()
+    dist.all_reduce(loss := loss.detach())
+    torch.testing.assert_close(loss, whole_loss.detach(), rtol=1e-5, atol=0)
+    for name, p in model.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(grad)
+        scale = expected[name].abs().max().clamp(min=1.0)
+        torch.testing.assert_close(grad / scale, expected[name] / scale, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@contextmanager
+def all_to_alls() -> Iterator[list[int]]:
+    """Bytes that leave this rank, of every all-to-all inside."""
+    sent: list[int] = []
+    original = dist.all_to_all_single
+
+    def count(received: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(given.numel() * given.element_size() * (dist.get_world_size() - 1) // dist.get_world_size())
+        return original(received, given, *args, **kwargs)
+
+    dist.all_to_all_single = count
+    try:
+        yield sent
+    finally:
+        dist.all_to_all_single = original
+
+
+def two_switches_a_pair() -> None:
+    """d channels of every padded token, once to temporal and once back for each pair; the last pair stays."""
+    n = dist.get_world_size()
+    model = tiny_dit(depth=6)
+    latents, sigma, text, mask = inputs((5, 6, 10))
+    t, s, d = -(-5 // n) * n, -(-15 // n) * n, 24
+    with all_to_alls() as sent, torch.no_grad():
+        model(latents, sigma, text, mask, layout=split_layout(dist.group.WORLD, 5, 15))
+    assert sent == [2 * (t // n) * s * d * 4 * (n - 1) // n] * 5, sent  # s t s t s t: five switches
+    with all_to_alls() as sent:
+        model(latents, sigma, text, mask, layout=split_layout(dist.group.WORLD, 5, 15)).sum().backward()
+    assert len(sent) == 10  # each again, backwards
+
+
+def full_attention_moves_heads() -> None:
+    """Queries, keys, values and the result, each once a block."""
+    model = tiny_dit(pattern="f")
+    latents, sigma, text, mask = inputs((4, 4, 8))
+    with all_to_alls() as sent, torch.no_grad():
+        model(latents, sigma, text, mask, layout=split_layout(dist.group.WORLD, 4, 8))
+    assert len(sent) == 4 * 2 and len(set(sent)) == 1
+
+
+def exchange_is_its_own_inverse() -> None:
+    x = torch.randn(2, 3, 4 * dist.get_world_size(), 5)
+    there = exchange(x, dist.group.WORLD, split=2, join=1)
+    assert there.shape == (2, 3 * dist.get_world_size(), 4, 5)
+    assert torch.equal(exchange(there, dist.group.WORLD, split=1, join=2), x)
+
+
+def layouts_are_values() -> None:
+    """A switch leaves the old layout as it was: a block that is computed again finds it."""
+    layout = SplitTokens(dist.group.WORLD, 4, 8)
+    other, _ = layout.switch("t", torch.zeros(1, 4 // dist.get_world_size(), 8, 2))
+    assert layout.axis != other.axis and layout.switch("s", torch.zeros(1, 1, 8, 2))[0] is layout
+
+
+def run(function: Any, **options: Any) -> str:
+    try:
+        function(**options)
+    except Exception:
+        mine = traceback.format_exc()
+    else:
+        mine = ""
+    return next((text for text in gather_objects(mine) if text), "")
+
+
+if __name__ == "__main__":
+    world = init_process("cpu")
+    torch.manual_seed(0)
+    report = {name: run(equals_one_process, **options) for name, options in CASES.items()}
+    for extra in (two_switches_a_pair, full_attention_moves_heads, exchange_is_its_own_inverse, layouts_are_values):
+        report[extra.__name__] = run(extra)
+    if world.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(report))
+    shutdown()
+    leave(0)

@@ -1,0 +1,33 @@
+"""Sequence parallelism on 2 and 4 gloo ranks: the same numbers as one process, and no more traffic than promised."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.sequence_cases import CASES
+
+ROOT = Path(__file__).parents[2]
+EXTRA = ["two_switches_a_pair", "full_attention_moves_heads", "exchange_is_its_own_inverse", "layouts_are_values"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("sequence")
+    found = {}
+    for ranks in (2, 4):
+        path = folder / f"{ranks}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", "tests.parallel.sequence_cases", str(path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[ranks] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", [*CASES, *EXTRA])
+def test_on_ranks(name: str, ranks: int, reports: dict[int, dict[str, str]]) -> None:
+    assert not reports[ranks][name], reports[ranks][name]
