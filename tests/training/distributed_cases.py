@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from tests.training import toy
+from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.parallel.mesh import World, barrier, gather_objects, init_process, leave, shutdown
-from videodit.planning.footprint import ParameterCount, count_parameters
+from videodit.planning.footprint import LiveBytes, ParameterCount, count_parameters
 from videodit.planning.memory import BUCKET_BYTES, rank_memory
 from videodit.training.checkpoint import load_latest, save
 from videodit.training.ema import PowerEMA
-from videodit.training.engine import Engine
+from videodit.training.engine import Engine, sharded_construction
 from videodit.training.run_folder import RunFolder
 
 Case = Callable[[World], None]
@@ -194,6 +195,35 @@ def storages() -> dict[int, int]:
     return found
 
 
+def sharded_from_the_start(world: World, dtype: str, name: str) -> None:
+    """At ZeRO-3 a model is built in parts, has the weights of one that is built whole, and trains the same."""
+    shape = DiTConfig(in_channels=4, hidden_size=96, depth=6, num_heads=2, text_dim=16, frequency_dim=32)
+    size = 4 * sum(p.numel() for p in VideoDiT(shape).parameters())
+    latents, mask = torch.randn(2, 4, 2, 4, 4), torch.ones(2, 3, dtype=torch.bool)
+    states, results = [], []
+    for sharded in (False, True):
+        torch.manual_seed(3)
+        with LiveBytes() as live:
+            if sharded:
+                with sharded_construction(3, world):
+                    model = VideoDiT(shape)
+            else:
+                model = VideoDiT(shape)
+        assert (live.peak < 0.75 * size) == sharded or not sharded, (live.peak, size)
+        config = toy.optim_config(name)
+        engine = Engine(model, config, zero_stage=3, dtype=dtype, world=world, max_steps=9)  # type: ignore[arg-type]
+        states.append(toy.full_state(engine))
+        for step in (1, 2):
+            text = torch.ones(2, 3, 16, dtype=engine.dtype)
+            out = engine(latents.to(engine.dtype), torch.full((2,), 0.5), text, mask).float()
+            engine.backward((out - latents).square().mean() / world.size)
+            results.append(engine.step(step).grad_norm)
+        with engine.using([part.weight for part in engine.slices()]) as module, torch.no_grad():  # sampling
+            results.append(float(module(latents.to(engine.dtype), torch.full((2,), 0.5), text, mask).float().sum()))
+    toy.assert_same(*states)
+    assert results[:3] == results[3:], results
+
+
 def errors_reach_all_ranks(world: World) -> None:
     """A folder that rank 0 cannot take is an error on every rank, not a hang."""
     from videodit.errors import UserError
@@ -231,6 +261,8 @@ for _pair in ((1, 3), (3, 2), (2, 1)):
 add(errors_reach_all_ranks)
 for _stage, _dtype, _name in ((0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "fp32", "adamw")):
     add(memory_as_planned, _stage, _dtype, _name)
+for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")):
+    add(sharded_from_the_start, _dtype, _name, slow=_name == "muon" or _dtype == "bf16")
 for _stage, _dtype, _name in ((1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "muon")):
     add(memory_as_planned, _stage, _dtype, _name, slow=True)
 

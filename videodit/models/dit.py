@@ -17,6 +17,7 @@ from videodit.models.attention import text_attention_mask
 from videodit.models.checkpointing import run_block
 from videodit.models.dit_block import DiTBlock
 from videodit.models.folder import load_model, save_model
+from videodit.models.initialise import whole
 from videodit.models.layers import ACTIVATIONS, MLP, FinalBias, Modulation, modulate, sinusoidal_embedding
 from videodit.models.local import FrameConv, LocalLayers
 from videodit.models.patchify import patchify, unpatchify
@@ -188,26 +189,30 @@ class VideoDiT(nn.Module):
         adaLN-Zero), the cross-attention's output and the last layer (so that the first prediction is zero). Norms: one.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, FrameConv):
-                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-                nn.init.zeros_(module.bias)
+            if isinstance(module, (nn.Linear, FrameConv)):
+                with whole(module.weight, module.bias):
+                    if isinstance(module, nn.Linear):
+                        nn.init.xavier_uniform_(module.weight)
+                    else:
+                        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+                    nn.init.zeros_(module.bias)
         for module in self.sigma_embedding:
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                with whole(module.weight):
+                    nn.init.normal_(module.weight, std=0.02)
         zero = [self.modulation, self.patch_out]
         if self.local is not None:  # then patch_out is a hidden layer, and conv_out and latent_gate are the last
             local = self.local
             zero[-1:] = [local.modulation, local.final_modulation, local.conv_out, local.latent_gate]
-        for layer in zero:
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(getattr(self.final_modulation, "weight", self.final_modulation.bias))
+        weights = [layer.weight for layer in zero]
+        weights.append(getattr(self.final_modulation, "weight", self.final_modulation.bias))
         for block in cast("Iterable[DiTBlock]", self.blocks):
-            nn.init.zeros_(block.modulation_bias)
+            weights.append(block.modulation_bias)
             if block.cross_attention is not None:
-                nn.init.zeros_(block.cross_attention.proj.weight)
+                weights.append(block.cross_attention.proj.weight)
+        for weight in weights:
+            with whole(weight):
+                nn.init.zeros_(weight)
 
     def text_context(self, text: Tensor, text_mask: Tensor) -> TextContext:
         """Text keys and values of every block and the pooled prompt.

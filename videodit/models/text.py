@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from videodit.models.folder import load_model, save_model
+from videodit.models.initialise import whole
 
 MAX_WORD_BYTES = 16
 GRAM_SIZES = (3, 4, 5)
@@ -176,15 +177,19 @@ class ByteTextEncoder(nn.Module):
         Embeddings: normal 1 (n-grams) and 0.1 (positions). Linear layers: Xavier uniform, biases zero, the two that end
         a residual branch scaled by 1/sqrt(2 depth).
         """
-        nn.init.normal_(self.gram_embedding.weight)
-        nn.init.normal_(self.word_position, std=0.1)
+        with whole(self.gram_embedding.weight):
+            nn.init.normal_(self.gram_embedding.weight)
+        with whole(self.word_position):
+            nn.init.normal_(self.word_position, std=0.1)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                with whole(module.weight, module.bias):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
         for layer in cast("Iterable[WordTransformerLayer]", self.layers):
-            layer.proj.weight.mul_((2 * self.config.depth) ** -0.5)
-            layer.fc2.weight.mul_((2 * self.config.depth) ** -0.5)
+            for weight in (layer.proj.weight, layer.fc2.weight):
+                with whole(weight):
+                    weight.mul_((2 * self.config.depth) ** -0.5)
 
     def encode(self, captions: list[str]) -> TextFeatures:
         """Captions -> features (b, l, d) with their mask."""

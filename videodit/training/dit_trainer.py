@@ -30,6 +30,7 @@ from videodit.planning.machines import device_memory
 from videodit.planning.plan import choose_checkpointing
 from videodit.training.checkpoint import Checkpoint, load_average
 from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.engine import sharded_construction
 from videodit.training.run import TrainingRun, micro_batch_tokens, open_world, run_dtype
 
 
@@ -76,7 +77,8 @@ def train_dit(config: DiTRunConfig) -> Path:
             crop_steps=config.crop_steps,
             patch=config.model.patch_size[1:],
         )
-        model = build_model(config)
+        with sharded_construction(config.zero_stage, world):
+            model = build_model(config)
         if config.init:
             load_init(model, config.init)
         text_encoder = model.text_encoder or _read_prompts(config, world)

@@ -25,9 +25,14 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+from videodit.models.initialise import gathering  # noqa: E402
 from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
-from videodit.training.optim import OptimConfig, lr_factor, param_groups  # noqa: E402
+from videodit.training.optim import OptimConfig, lr_factor, param_groups, whole_shape  # noqa: E402
 from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReader  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Probing and building its shared-memory collective takes ninja and seconds; gloo does the work.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
 
 # torch's own wrappers around collectives warn about each other's names on every call
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -94,7 +99,9 @@ class Engine:
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         for p in named.values():
             p.data = p.data.contiguous()  # slices are views of the flattened weight
-        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
+            if hasattr(p, "ds_tensor"):  # built in parts, see sharded_construction
+                p.data, p.ds_tensor.data = p.data.to(self.dtype), p.ds_tensor.data.to(self.dtype)
+        self.shapes = {name: whole_shape(p) for name, p in named.items()}
         self._optimizer = _build_optimizer(param_groups(module, optim))
         self._norm = 0.0
         if zero_stage == 0:
@@ -256,6 +263,32 @@ class Engine:
         self._state.refresh_module()
 
 
+@contextlib.contextmanager
+def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
+    """Models built inside have, at ZeRO-3, only this rank's part of each weight from the start.
+
+    Never more than one submodule is whole at once. The weights are those of a model that is built whole: every rank
+    draws the same, see `videodit.models.initialise`.
+    """
+    if zero_stage != 3 or world.size == 1:
+        yield
+        return
+    config = {
+        "train_batch_size": world.size,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},  # it would replace F.linear for good
+    }
+
+    def gather(weights: list[nn.Parameter]) -> Any:
+        return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
+
+    # Drawn in fp32 whatever the run's dtype is, as a whole model's weights are; the engine casts what it is given.
+    # Its argument dtype=torch.float32 would mean bf16 on a CPU (0.19.8).
+    init = deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False)
+    with contextlib.redirect_stdout(io.StringIO()), init, gathering(gather):
+        yield
+
+
 def check_combination(zero_stage: int, dtype: str, optim: OptimConfig) -> None:
     """Refuses what DeepSpeed cannot do, before anything is built.
 
@@ -285,9 +318,6 @@ def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], local_rank: int) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # its sanity check wants it, torchrun or not
-    if not torch.cuda.is_available():
-        # Probing and building its shared-memory collective takes ninja and seconds; gloo does the work.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
     destroy_with(deepspeed.comm.destroy_process_group)  # else its cached groups outlive the run
     deepspeed.utils.logger.setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

@@ -79,6 +79,11 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     return config.lr * lr_factor(config, step, max_steps)
 
 
+def whole_shape(p: nn.Parameter) -> tuple[int, ...]:
+    """Of a parameter, also where ZeRO-3 has already left a part of it on this rank."""
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
 def param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters as optimizer groups: Muon's matrices, decayed weights, the rest.
 
@@ -102,9 +107,10 @@ def param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim < 2 or id(p) in embeddings:
+        axes = len(whole_shape(p))
+        if axes < 2 or id(p) in embeddings:
             plain.append(p)
-        elif config.name == "muon" and p.ndim == 2 and not name.startswith(excluded):
+        elif config.name == "muon" and axes == 2 and not name.startswith(excluded):
             matrices.append(p)
         else:
             decayed.append(p)
