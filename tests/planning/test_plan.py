@@ -75,6 +75,7 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (["--gpus", "0"], "gpus 0 is an empty plan: the nearest that works is 1"),
         (["--gpus", "64"], "global_batch_size 32 leaves 32 of 64 GPUs without a clip: use 64, or --gpus 32"),
+        (["--gpus", "6", "--sequence_parallel", "4"], "sequence_parallel 4 does not divide 6 GPUs: .* --gpus 8"),
         (["--gpu", "h300"], "--gpu 'h300' is not known: use cpu or one of b200, h200"),
         (["--mfu", "40"], "mfu 40.0 is no share"),
         (["--buckets", "18x64x64"], "18x64x64.*the nearest that fits is 17x64x64"),
@@ -133,6 +134,15 @@ def test_time_follows_from_flops_ranks_and_mfu(tmp_path: Path) -> None:
     assert one.seconds == pytest.approx(1000 * bucket.step_s) and one.seconds == pytest.approx(8 * eight.seconds)
     uneven = make_plan(small(tmp_path, gpus=24, mfu=0.5))  # 32 clips: some ranks have 2, and the others wait
     assert uneven.seconds == pytest.approx(one.seconds / 16)
+
+
+def test_ranks_that_share_clips_share_their_activations_and_time(tmp_path: Path) -> None:
+    alone, shared = (make_plan(small(tmp_path, gpus=8, sequence_parallel=n, micro_batch_size=4)) for n in (1, 4))
+    assert shared.chosen.memory.activations == pytest.approx(alone.chosen.memory.activations / 4)
+    assert shared.chosen.memory.optimizer == alone.chosen.memory.optimizer  # ZeRO shards over all ranks
+    assert shared.seconds == pytest.approx(alone.seconds)
+    wide = make_plan(small(tmp_path, gpus=64, sequence_parallel=2))  # 32 clips for 32 pairs
+    assert wide.seconds == pytest.approx(alone.seconds / 8)
 
 
 def test_latents_decide_channels_and_buckets(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def rank_memory(
 
     Args:
         parameters: trainable ones.
-        activations: bytes, see `StepFootprint`.
+        activations: bytes, see `footprint.activation_bytes`.
         zero_stage: 0 to 3.
         ranks: that share the run.
         dtype: of the weights.

@@ -94,6 +94,11 @@ def config_class(files: Sequence[str]) -> type[DiTPlanConfig] | type[VAEPlanConf
     return VAEPlanConfig if "latent_channels" in keys else DiTPlanConfig
 
 
+def sharing_of(config: RunConfig) -> int:
+    """Ranks that share each clip's tokens."""
+    return config.sequence_parallel if isinstance(config, DiTRunConfig) else 1
+
+
 def room_of(machine: Machine) -> float:
     """Bytes of a machine's memory that a plan may fill."""
     return USABLE * machine.memory_bytes
@@ -180,10 +185,16 @@ def make_plan(config: PlanConfig) -> Plan:
         followed = follow_latents(config)
         assert isinstance(followed, DiTPlanConfig)
         config = followed
-    if config.global_batch_size < config.gpus:
+    sharing, batch = sharing_of(config), config.global_batch_size
+    if config.gpus % sharing:
         raise UserError(
-            f"global_batch_size {config.global_batch_size} leaves {config.gpus - config.global_batch_size} of "
-            f"{config.gpus} GPUs without a clip: use {config.gpus}, or --gpus {config.global_batch_size}"
+            f"sequence_parallel {sharing} does not divide {config.gpus} GPUs: "
+            f"the nearest that works is --gpus {max(round(config.gpus / sharing), 1) * sharing}"
+        )
+    if batch * sharing < config.gpus:
+        raise UserError(
+            f"global_batch_size {batch} leaves {config.gpus - batch * sharing} of {config.gpus} GPUs without a clip: "
+            f"use {config.gpus // sharing}, or --gpus {batch * sharing}"
         )
     dtype = plan_dtype(config)
     planner = Planner(config, config.workload(), config.gpus, dtype)
@@ -215,12 +226,18 @@ class Planner:
     def __init__(self, config: RunConfig, workload: Workload, ranks: int, dtype: torch.dtype) -> None:
         self.config, self.workload, self.ranks, self.dtype = config, workload, ranks, dtype
         self.parameters = workload.parameters()
+        self.sharing = sharing_of(config)
         self._activations: dict[str, int] = {}
+
+    @property
+    def share(self) -> int:
+        """Clips of a global batch that the fullest rank sees, alone or with those that share its tokens."""
+        return -(-self.config.global_batch_size // (self.ranks // self.sharing))
 
     @property
     def micro(self) -> int:
         """Clips of a micro batch: no more than a rank gets."""
-        return min(self.config.micro_batch_size, -(-self.config.global_batch_size // self.ranks))
+        return min(self.config.micro_batch_size, self.share)
 
     @property
     def stages(self) -> list[int]:
@@ -237,7 +254,7 @@ class Planner:
         one = self._activations[policy]
         memory = rank_memory(
             self.parameters,
-            float(one * micro),
+            one * micro / self.sharing,
             zero_stage=stage,
             ranks=self.ranks,
             dtype=self.dtype,
@@ -259,9 +276,9 @@ class Planner:
             if policy != "none":
                 executed = self.workload.flops(bucket, policy)
             # The fullest rank is the one that the others wait for.
-            seconds = executed * -(-config.global_batch_size // self.ranks) / speed
-            flops *= config.global_batch_size
-            plan.buckets.append(BucketPlan(bucket, self.workload.tokens(bucket), flops, seconds))
+            seconds = executed * self.share / self.sharing / speed
+            step_flops = flops * config.global_batch_size
+            plan.buckets.append(BucketPlan(bucket, self.workload.tokens(bucket), step_flops, seconds))
         return plan
 
     def nearest(self, room: float) -> Choice | None:
