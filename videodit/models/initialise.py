@@ -7,14 +7,14 @@ Models write their initial values inside `with whole(weight, …):`. By default 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch.nn import Parameter
+from torch import Tensor
 
-Gather = Callable[[list[Parameter]], AbstractContextManager[None]]
+Gather = Callable[[list[Tensor]], AbstractContextManager[None]]
 
 _gather: Gather | None = None
 
 
-def whole(*weights: Parameter) -> AbstractContextManager[None]:
+def whole(*weights: Tensor) -> AbstractContextManager[None]:
     """While inside, these weights are whole and may be written; every rank writes the same."""
     return nullcontext() if _gather is None else _gather(list(weights))
 

@@ -26,8 +26,13 @@ from videodit.training.vae_trainer import VAEObjective, VAERunConfig
 class Workload(Protocol):
     """A model in training."""
 
-    buckets: list[Bucket]
-    policies: Sequence[str]
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """Clip shapes."""
+
+    @property
+    def policies(self) -> Sequence[str]:
+        """Of checkpointing, from the most memory to the least."""
 
     def parameters(self) -> ParameterCount:
         """Trainable ones."""
@@ -53,13 +58,13 @@ class DiTWorkload:
         UserError: if VAE or patch does not divide a bucket.
     """
 
-    policies = POLICIES
+    policies: Sequence[str] = POLICIES
 
     def __init__(self, config: DiTRunConfig, buckets: Sequence[str] = (), text_tokens: int = 0) -> None:
         self.config = config
         self.text_tokens = text_tokens or (config.text_max_length if config.text_encoder else config.text.max_words)
         self._shapes = dict(_latent_shapes(config, buckets))
-        self.buckets = list(self._shapes)
+        self.buckets: Sequence[Bucket] = list(self._shapes)
 
     def parameters(self) -> ParameterCount:
         with torch.device("meta"):
@@ -109,16 +114,15 @@ class VAEWorkload:
         UserError: if the VAE does not divide a bucket.
     """
 
-    policies = ("none",)
+    policies: Sequence[str] = ("none",)
 
     def __init__(self, config: VAERunConfig, buckets: Sequence[str] = ()) -> None:
         self.config = config
-        self.buckets = []
-        for name in buckets or config.data.buckets:
-            try:
-                self.buckets.append(parse_bucket(name, multiple=config.model.spatial_compression))
-            except ValueError as error:
-                raise UserError(str(error)) from None
+        try:
+            multiple = config.model.spatial_compression
+            self.buckets: Sequence[Bucket] = [parse_bucket(n, multiple) for n in buckets or config.data.buckets]
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def parameters(self) -> ParameterCount:
         with torch.device("meta"):

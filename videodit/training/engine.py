@@ -279,7 +279,7 @@ def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
         "zero_optimization": {"stage": 3, "memory_efficient_linear": False},  # it would replace F.linear for good
     }
 
-    def gather(weights: list[nn.Parameter]) -> Any:
+    def gather(weights: list[torch.Tensor]) -> Any:
         return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
 
     # Drawn in fp32 whatever the run's dtype is, as a whole model's weights are; the engine casts what it is given.
