@@ -186,23 +186,26 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def run(trials: list[Trial], repeats: int) -> list[dict[str, Any]]:
-    """Measures all of them in turn; the first repetition warms up and does not count."""
+def run(trials: list[Trial], repeats: int, what: list[str], compiled: bool) -> list[dict[str, Any]]:
+    """Measures all of them in turn; the first repetition warms up and does not count. FLOPs and memory are eager."""
     rows = []
     for trial in trials:
         forward, train = trial.flops()
         rows.append({"model": trial.contender.name, "flops_forward": forward, "flops_train": train})
         rows[-1]["peak_gib"] = trial.peak_bytes() / 2**30
         rows[-1]["parameters"] = sum(p.numel() for p in trial.contender.model.parameters())
-    for what in ("forward", "train", "sample"):
+    if compiled:
+        for trial in trials:
+            compile_blocks(trial.contender.model)
+    for name in what:
         for _ in range(repeats + 1):
             for trial in trials:
-                trial.time(what)
+                trial.time(name)
     for row, trial in zip(rows, trials):
-        for what, seconds in trial.seconds.items():
-            row[f"{what}_s"] = statistics.median(seconds[1:])
-        for what in ("forward", "train"):
-            row[f"{what}_gflops_per_s"] = row[f"flops_{what}"] / row[f"{what}_s"] / 1e9
+        for name in what:
+            row[f"{name}_s"] = statistics.median(trial.seconds[name][1:])
+            if name != "sample":
+                row[f"{name}_gflops_per_s"] = row[f"flops_{name}"] / row[f"{name}_s"] / 1e9
     return rows
 
 
@@ -211,6 +214,8 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     result = Table("", *(row["model"] for row in rows), "ratio", title=title, title_justify="left")
     mine, peer = rows
     for name, label in FIGURES.items():
+        if name not in mine:
+            continue
         ratio = mine[name] / peer[name] if name.endswith("per_s") else peer[name] / mine[name]
         result.add_row(label, *(f"{row[name] / UNITS.get(name, 1):.3f}" for row in rows), f"{ratio:.2f}x")
     return result
@@ -222,6 +227,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--measure", nargs="+", default=["forward", "train", "sample"], metavar="WHAT")
     parser.add_argument("--peers", nargs="+", default=["latte", "wan"], choices=["latte", "wan"])
     for name, default in (("width", 384), ("depth", 12), ("heads", 6), ("frames", 8), ("side", 16), ("text", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -237,10 +243,7 @@ def main() -> None:
             pair = [ours("videodit", shape, "st"), latte(shape)]
         else:
             pair = [ours("videodit", shape, "f"), wan(shape)]
-        if args.compile:
-            for contender in pair:
-                compile_blocks(contender.model)
-        rows = run([Trial(contender, shape, device, dtype) for contender in pair], args.repeats)
+        rows = run([Trial(contender, shape, device, dtype) for contender in pair], args.repeats, args.measure, args.compile)
         Console().print(table(f"{peer}, {args.dtype}{', compiled' if args.compile else ''}, {shape}", rows))
         facts = {"peer": peer, "dtype": args.dtype, "compiled": args.compile, "shape": vars(shape)}
         results.append({**facts, "rows": rows})
