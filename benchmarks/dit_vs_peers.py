@@ -243,7 +243,8 @@ def main() -> None:
             pair = [ours("videodit", shape, "st"), latte(shape)]
         else:
             pair = [ours("videodit", shape, "f"), wan(shape)]
-        rows = run([Trial(contender, shape, device, dtype) for contender in pair], args.repeats, args.measure, args.compile)
+        trials = [Trial(contender, shape, device, dtype) for contender in pair]
+        rows = run(trials, args.repeats, args.measure, args.compile)
         Console().print(table(f"{peer}, {args.dtype}{', compiled' if args.compile else ''}, {shape}", rows))
         facts = {"peer": peer, "dtype": args.dtype, "compiled": args.compile, "shape": vars(shape)}
         results.append({**facts, "rows": rows})

@@ -28,6 +28,14 @@ def test_outputs_and_gradients_are_the_same_bits(policy: str, changes: dict) -> 
     assert len(plain) == len(again) and all(torch.equal(a, b) for a, b in zip(again, plain))
 
 
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_gradients_are_right_with_deepspeeds_linear_layers(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At ZeRO-3 DeepSpeed replaces F.linear by one that adds the bias in place."""
+    zero3 = pytest.importorskip("deepspeed.runtime.zero.linear")
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3.zero3_linear_wrap)
+    test_outputs_and_gradients_are_the_same_bits(policy, {})
+
+
 @pytest.mark.parametrize(("policy", "runs"), [("none", 1), ("attention", 2), ("full", 2)])
 def test_a_block_runs_again_in_the_backward_pass_only(policy: str, runs: int) -> None:
     model = tiny_dit().train()

@@ -45,7 +45,9 @@ def alone(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     [
         (4, ["--sequence_parallel=2", "--zero_stage=2"]),  # 2 shares of the clips, each on 2 ranks
         pytest.param(2, ["--sequence_parallel=2", "--zero_stage=1"], marks=pytest.mark.slow),
-        pytest.param(4, ["--sequence_parallel=2", "--zero_stage=3", "--checkpointing=full"], marks=pytest.mark.slow),
+        pytest.param(
+            4, ["--sequence_parallel=2", "--zero_stage=3", "--checkpointing=attention"], marks=pytest.mark.slow
+        ),
         pytest.param(4, ["--sequence_parallel=4", "--zero_stage=0"], marks=pytest.mark.slow),
     ],
 )

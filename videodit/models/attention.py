@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from videodit.models.layers import RMSNorm
+from videodit.models.layers import RotaryRMSNorm
 from videodit.models.rope import apply_rope
 from videodit.models.token_layout import WHOLE, TokenLayout
 
@@ -85,18 +85,22 @@ class QKNorm(nn.Module):
         self.mode = mode
         if mode != "none":
             dim = head_dim if mode == "head" else num_heads * head_dim
-            self.query = RMSNorm(dim)
-            self.key = RMSNorm(dim)
+            self.query = RotaryRMSNorm(dim)
+            self.key = RotaryRMSNorm(dim)
 
-    def norm_query(self, x: Tensor) -> Tensor:
-        """(…, h, e) -> the same shape."""
-        return x if self.mode == "none" else self._normalize(self.query, x)
+    def norm_query(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """(…, h, e) -> the same shape; with a table (b, t, s, h, e) are rotated too."""
+        return self._normalize(getattr(self, "query", None), x, rope)
 
-    def norm_key(self, x: Tensor) -> Tensor:
-        """(…, h, e) -> the same shape."""
-        return x if self.mode == "none" else self._normalize(self.key, x)
+    def norm_key(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """As `norm_query`."""
+        return self._normalize(getattr(self, "key", None), x, rope)
 
-    def _normalize(self, norm: RMSNorm, x: Tensor) -> Tensor:
+    def _normalize(self, norm: RotaryRMSNorm | None, x: Tensor, rope: Tensor | None) -> Tensor:
+        if norm is None:
+            return x if rope is None else apply_rope(x, rope)
+        if rope is not None:
+            return norm(x, rope)
         return norm(x) if self.mode == "head" else norm(x.flatten(-2)).view(x.shape)
 
 
@@ -124,8 +128,7 @@ class SelfAttention(nn.Module):
         query, key, value = (
             layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.query, self.key, self.value)
         )
-        query = apply_rope(self.norm.norm_query(query), rope)  # b t s h e
-        key = apply_rope(self.norm.norm_key(key), rope)
+        query, key = self.norm.norm_query(query, rope), self.norm.norm_key(key, rope)  # b t s h e
         if kind == "f":
             query, key, value = (layout.spread_heads(x) for x in (query, key, value))
             out = attend(kind, query, key, value).unflatten(-1, query.shape[-2:])

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 POLICIES = ("none", "attention", "full")
 """From the most memory to the least, and from the least work to the most."""
+# Not mm: linear layers with a bias are addmm, except DeepSpeed's at ZeRO-3, which adds the bias to the product in
+# place: kept, it would have the bias twice. There products are computed again.
 _KEPT = {
-    torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

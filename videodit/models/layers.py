@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from videodit.kernels.norm_modulate import norm_modulate
+from videodit.kernels.norm_rope import norm_rope
+
 
 def sinusoidal_embedding(value: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """(…,) -> (…, dim): cosines, then sines, of value * max_period^(-i / (dim / 2)); float32.
@@ -39,6 +42,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class RotaryRMSNorm(RMSNorm):
+    """RMS norm of queries or keys (b, t, s, h, e), followed by their rotary embedding, see `norm_rope`."""
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """As `RMSNorm` without a table; its weight spans one head, or all of them."""
+        if table is None:
+            return super().forward(x)
+        return norm_rope(x, self.weight, table, self.eps)
+
+
 @dataclass
 class Modulation:
     """What adaLN does to one branch of a block; each (b, t, 1, d), broadcast over the tokens of a frame."""
@@ -49,12 +62,8 @@ class Modulation:
 
 
 def modulate(x: Tensor, modulation: Modulation, eps: float = 1e-6) -> Tensor:
-    """Layer norm without weights, then (1 + scale) * x + shift: (b, t, s, d) -> the same.
-
-    Source: Peebles & Xie (2022), DiT, arXiv:2212.09748, Sec. 3.2.
-    """
-    x = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(modulation.shift, x, 1.0 + modulation.scale)
+    """Layer norm without weights, then (1 + scale) * x + shift: (b, t, s, d) -> the same, see `norm_modulate`."""
+    return norm_modulate(x, modulation.shift, modulation.scale, eps)
 
 
 class FinalBias(nn.Module):

@@ -99,14 +99,26 @@ def count_flops(model: nn.Module, run: Callable[[nn.Module], None]) -> int:
     return int(counter.get_total_flops())
 
 
-def activation_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], None], dtype: torch.dtype) -> int:
-    """Most that is alive at once in a forward and backward pass on a GPU, beside weights and their gradients.
+def activation_bytes(
+    build: Callable[[], nn.Module], run: Callable[[nn.Module], None], dtype: torch.dtype, *, on_cpu: bool = False
+) -> int:
+    """Most that is alive at once in a forward and backward pass, beside weights and their gradients.
 
     Args:
         build: makes the model.
         run: the pass, with tensors on the device and of the dtype of the model's weights.
         dtype: of weights and activations.
+        on_cpu: where some operations keep other tensors than on a GPU.
     """
+    if on_cpu:
+        default = torch.get_default_dtype()
+        with FakeTensorMode():
+            torch.set_default_dtype(dtype)  # a fake model cannot be cast
+            try:
+                model = build()
+            finally:
+                torch.set_default_dtype(default)
+            return live_bytes(model, run)
     with torch.device("meta"):
         model = build().to(dtype)
     return live_bytes(model, run)

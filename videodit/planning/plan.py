@@ -197,7 +197,7 @@ def make_plan(config: PlanConfig) -> Plan:
             f"use {config.gpus // sharing}, or --gpus {batch * sharing}"
         )
     dtype = plan_dtype(config)
-    planner = Planner(config, config.workload(), config.gpus, dtype)
+    planner = Planner(config, config.workload(), config.gpus, dtype, on_cpu=config.gpu == "cpu")
     machine = find_machine(config.gpu, dtype)
     plan = planner.plan(machine)
     if plan.chosen.memory.total > plan.room:
@@ -221,10 +221,14 @@ class Planner:
         workload: what is trained.
         ranks: of the run.
         dtype: of weights and activations.
+        on_cpu: whether the ranks compute on CPUs.
     """
 
-    def __init__(self, config: RunConfig, workload: Workload, ranks: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: RunConfig, workload: Workload, ranks: int, dtype: torch.dtype, *, on_cpu: bool = False
+    ) -> None:
         self.config, self.workload, self.ranks, self.dtype = config, workload, ranks, dtype
+        self._on_cpu = on_cpu
         self.parameters = workload.parameters()
         self.sharing = sharing_of(config)
         self._activations: dict[str, int] = {}
@@ -249,7 +253,8 @@ class Planner:
         """The memory of the most demanding bucket; activations grow with the clips of a micro batch."""
         if policy not in self._activations:
             self._activations[policy] = max(
-                self.workload.activation_bytes(bucket, policy, self.dtype) for bucket in self.workload.buckets
+                self.workload.activation_bytes(bucket, policy, self.dtype, on_cpu=self._on_cpu)
+                for bucket in self.workload.buckets
             )
         one = self._activations[policy]
         memory = rank_memory(
@@ -310,7 +315,9 @@ def _refusal(plan: Plan, planner: Planner) -> str:
     )
 
 
-def choose_checkpointing(config: DiTRunConfig, memory_bytes: float, ranks: int, dtype: torch.dtype) -> str:
+def choose_checkpointing(
+    config: DiTRunConfig, memory_bytes: float, ranks: int, dtype: torch.dtype, *, on_cpu: bool = False
+) -> str:
     """The first of `checkpointing.POLICIES` with which the run fits a device; the last one if none does.
 
     Args:
@@ -318,7 +325,8 @@ def choose_checkpointing(config: DiTRunConfig, memory_bytes: float, ranks: int, 
         memory_bytes: of the device.
         ranks: of the run.
         dtype: of weights and activations.
+        on_cpu: whether the ranks compute on CPUs.
     """
-    planner = Planner(config, DiTWorkload(config), ranks, dtype)
+    planner = Planner(config, DiTWorkload(config), ranks, dtype, on_cpu=on_cpu)
     needs = ((p, planner.choice(config.zero_stage, p, planner.micro).memory.total) for p in POLICIES)
     return next((policy for policy, total in needs if total <= USABLE * memory_bytes), POLICIES[-1])

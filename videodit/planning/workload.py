@@ -43,7 +43,7 @@ class Workload(Protocol):
     def flops(self, bucket: Bucket, policy: str) -> int:
         """Of a forward and backward pass of one clip, with what the policy computes again."""
 
-    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype) -> int:
+    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype, *, on_cpu: bool) -> int:
         """Most that such a pass holds at once."""
 
 
@@ -81,8 +81,8 @@ class DiTWorkload:
     def flops(self, bucket: Bucket, policy: str) -> int:
         return step_flops(lambda: self._build(policy), self._pass(bucket))
 
-    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype) -> int:
-        return activation_bytes(lambda: self._build(policy), self._pass(bucket), dtype)
+    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype, *, on_cpu: bool) -> int:
+        return activation_bytes(lambda: self._build(policy), self._pass(bucket), dtype, on_cpu=on_cpu)
 
     def _build(self, policy: str) -> nn.Module:
         model = VideoDiT(self.config.model)
@@ -135,8 +135,8 @@ class VAEWorkload:
     def flops(self, bucket: Bucket, policy: str) -> int:
         return step_flops(self._build, self._pass(bucket))
 
-    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype) -> int:
-        return activation_bytes(self._build, self._pass(bucket), dtype)
+    def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype, *, on_cpu: bool) -> int:
+        return activation_bytes(self._build, self._pass(bucket), dtype, on_cpu=on_cpu)
 
     def _build(self) -> nn.Module:
         return VAEObjective(VideoVAE(self.config.model), self.config.loss)

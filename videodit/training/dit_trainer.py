@@ -241,7 +241,8 @@ def _checkpointing(config: DiTRunConfig, world: World) -> str:
     if config.checkpointing != "auto":
         return config.checkpointing
     dtype = torch_dtype(run_dtype(config, world.device))
-    return choose_checkpointing(config, device_memory(world.device), world.size, dtype)
+    memory, on_cpu = device_memory(world.device), world.device.type == "cpu"
+    return choose_checkpointing(config, memory, world.size, dtype, on_cpu=on_cpu)
 
 
 def _read_prompts(config: DiTRunConfig, world: World) -> TextEncoder | None:
