@@ -80,6 +80,7 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--mfu", "40"], "mfu 40.0 is no share"),
         (["--buckets", "18x64x64"], "18x64x64.*the nearest that fits is 17x64x64"),
         (["--buckets", "17x64x72"], "9 latents of width are not divided by the 2 of model.patch_size.*nearest"),
+        (["--compile", "--checkpointing", "attention"], "checkpointing attention does not go with compile: use full"),
         (["--checkpointing", "half"], "checkpointing 'half' is not one of none, attention, full, auto"),
     ],
 )
@@ -125,6 +126,8 @@ def test_auto_takes_the_first_policy_that_fits(tmp_path: Path) -> None:
     chosen = [choose_checkpointing(config, room, 1, torch.bfloat16) for room in rooms]
     assert chosen == ["none", "attention", "full", "full"]
     assert make_plan(config).chosen.checkpointing == "none"
+    compiled = small(tmp_path, checkpointing="auto", micro_batch_size=32, compile=True)
+    assert choose_checkpointing(compiled, rooms[1], 1, torch.bfloat16) == "full"
 
 
 def test_time_follows_from_flops_ranks_and_mfu(tmp_path: Path) -> None:

@@ -328,5 +328,6 @@ def choose_checkpointing(
         on_cpu: whether the ranks compute on CPUs.
     """
     planner = Planner(config, DiTWorkload(config), ranks, dtype, on_cpu=on_cpu)
-    needs = ((p, planner.choice(config.zero_stage, p, planner.micro).memory.total) for p in POLICIES)
+    policies = [p for p in POLICIES if p != "attention" or not config.compile]  # these two do not go together
+    needs = ((p, planner.choice(config.zero_stage, p, planner.micro).memory.total) for p in policies)
     return next((policy for policy, total in needs if total <= USABLE * memory_bytes), POLICIES[-1])

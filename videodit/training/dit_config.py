@@ -79,6 +79,8 @@ class DiTRunConfig(RunConfig):
             raise ValueError(f"sequence_parallel {self.sequence_parallel} is below 1: use 1 for none")
         if self.checkpointing not in (*POLICIES, "auto"):
             raise ValueError(f"checkpointing {self.checkpointing!r} is not one of {', '.join(POLICIES)}, auto")
+        if self.compile and self.checkpointing == "attention":
+            raise ValueError("checkpointing attention does not go with compile: use full or none, or compile false")
         patch = self.model.patch_size[1:]
         if any(size % edge for size, edge in zip(self.crop.size, patch)):
             raise ValueError(

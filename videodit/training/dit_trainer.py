@@ -1,7 +1,9 @@
 """`videodit train dit`: the text-to-video DiT on latents, with its own text encoder or a frozen one's embeddings."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from videodit.flow.noise_level import NoiseLevelConfig, frame_levels, frames_to_
 from videodit.flow.path import interpolate, target
 from videodit.generation.pipeline import TextToVideo
 from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.dit_block import DiTBlock
 from videodit.models.level_error import LevelError
 from videodit.models.text import ByteTextEncoder, TextEncoder, TextFeatures
 from videodit.models.text_prompts import EncodedPrompts
@@ -39,6 +42,19 @@ def build_model(config: DiTRunConfig) -> TextToVideoModel:
     encoder = None if config.text_encoder else ByteTextEncoder(config.text)
     level_error = LevelError() if config.weighting == "learned" else None
     return TextToVideoModel(VideoDiT(config.model), encoder, level_error)
+
+
+def compile_blocks(dit: VideoDiT, *, exchanging: bool = False, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles each block where it stands, as one graph; blocks of a kind share it.
+
+    Args:
+        dit: its blocks are compiled when they first run.
+        exchanging: whether ranks share a clip's tokens: full attention then exchanges them in the middle of a block,
+            which may be two graphs.
+        backend: of torch.compile.
+    """
+    for block in cast("Iterable[DiTBlock]", dit.blocks):
+        block.compile(fullgraph=not (exchanging and block.kind == "f"), backend=backend)
 
 
 def load_init(model: TextToVideoModel, folder: str) -> None:
@@ -84,8 +100,7 @@ def train_dit(config: DiTRunConfig) -> Path:
         text_encoder = model.text_encoder or _read_prompts(config, world)
         model.dit.checkpointing = _checkpointing(config, world)
         if config.compile:
-            for block in model.dit.blocks:
-                block.compile()
+            compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)
         steps = loader.iterate(run.step + 1)
         while run.running:
