@@ -1,6 +1,8 @@
 """Frozen text encoders of the `transformers` library (T5, UMT5, CLIP's text tower), with the interface of `text.py`."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,10 @@ class TransformersTextEncoder:
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
             model: Any
-            model, loaded = getattr(transformers, _ENCODER_CLASSES[model_type]).from_pretrained(
-                source, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-            )
+            with _no_progress_bar(transformers.utils.logging):
+                model, loaded = getattr(transformers, _ENCODER_CLASSES[model_type]).from_pretrained(
+                    source, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"text encoder {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         missing = sorted(loaded["missing_keys"])
@@ -102,6 +105,18 @@ class TransformersTextEncoder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps({"source": self.source, "max_length": self.max_length}, indent=2)
         (Path(folder) / REFERENCE_NAME).write_text(text + "\n")
+
+
+@contextmanager
+def _no_progress_bar(logging: Any) -> Iterator[None]:
+    """A bar for weights that lie on this disk would stand between a verb's own lines."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def tokenizer_folder(source: str | Path) -> Path | None:
