@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def test_the_first_step_is_taken_from_the_folder_s_weights(latents: Path, tmp_pa
     assert not torch.equal(fresh.dit.patch_out.weight, before.dit.patch_out.weight)
     load_init(fresh, str(model))
     assert torch.equal(fresh.dit.patch_out.weight, before.dit.patch_out.weight)
+
+
+def test_two_ranks_at_zero_3_start_from_the_folder_too(latents: Path, tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "model")
+    command = ["train", "dit", "--data.shards", latents, "--init", model, "--run_dir", tmp_path / "run"]
+    command += ["--max_steps=1", "--zero_stage=3", "--global_batch_size=4", "--micro_batch_size=2", "--optim.lr=1e-12"]
+    done = subprocess.run(tiny.command([*command, *tiny.RUN_OPTIONS], ranks=2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
+    before, after = (TextToVideo.from_pretrained(folder).model for folder in (model, tmp_path / "again"))
+    for (name, old), new in zip(before.named_parameters(), after.parameters()):
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-6, msg=name)
 
 
 def test_a_folder_that_does_not_fit_is_one_line(latents: Path, tmp_path: Path) -> None:

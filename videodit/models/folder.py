@@ -74,19 +74,27 @@ def load_model(model_class: Callable[[Any], ModelT], config_class: type, folder:
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.json'} does not describe a model: {detail[:300]}") from None
-    path = folder / WEIGHTS_NAME
+    try:
+        model.load_state_dict(read_weights(folder), assign=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{folder / WEIGHTS_NAME} does not fit {folder / 'config.json'}: {detail[:300]}") from None
+    return model.eval()
+
+
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model folder by name.
+
+    Raises:
+        UserError: if the file is missing or truncated.
+    """
+    path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"{folder} has no weights: {WEIGHTS_NAME} is missing; copy it there or export the run again")
     try:
-        weights = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or damaged ({error}): copy it or export the run again") from None
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit {folder / 'config.json'}: {detail[:300]}") from None
-    return model.eval()
 
 
 def write_readme(folder: str | Path, verb: str, facts: dict[str, Any]) -> None:

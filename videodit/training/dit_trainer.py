@@ -20,6 +20,8 @@ from videodit.flow.path import interpolate, target
 from videodit.generation.pipeline import TextToVideo
 from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.models.dit_block import DiTBlock
+from videodit.models.folder import read_weights
+from videodit.models.initialise import whole
 from videodit.models.level_error import LevelError
 from videodit.models.text import ByteTextEncoder, TextEncoder, TextFeatures
 from videodit.models.text_prompts import EncodedPrompts
@@ -57,16 +59,25 @@ def compile_blocks(dit: VideoDiT, *, exchanging: bool = False, backend: str | Ca
         block.compile(fullgraph=not (exchanging and block.kind == "f"), backend=backend)
 
 
+@torch.no_grad()
 def load_init(model: TextToVideoModel, folder: str) -> None:
     """Fills the DiT, and a text encoder that is trained with it, with a model folder's weights.
 
     Raises:
-        UserError: if the folder is not whole.
+        UserError: if the folder is not whole, or its weights do not fit its config.
     """
-    model.dit.load_state_dict(VideoDiT.from_pretrained(Path(folder) / "dit").state_dict())
-    if model.text_encoder is not None:
-        encoder = ByteTextEncoder.from_pretrained(Path(folder) / "text_encoder")
-        model.text_encoder.load_state_dict(encoder.state_dict())
+    for name in ("dit", "text_encoder"):
+        part = getattr(model, name)
+        if part is None:
+            continue
+        weights = read_weights(Path(folder) / name)
+        own = dict(part.named_parameters())
+        if weights.keys() != own.keys():
+            odd = sorted(weights.keys() ^ own.keys())[0]
+            raise UserError(f"{Path(folder) / name} does not fit its config.json: {odd}; export the run again")
+        for key, parameter in own.items():
+            with whole(parameter):
+                parameter.copy_(weights[key])
 
 
 def train_dit(config: DiTRunConfig) -> Path:
@@ -95,8 +106,8 @@ def train_dit(config: DiTRunConfig) -> Path:
         )
         with sharded_construction(config.zero_stage, world):
             model = build_model(config)
-        if config.init:
-            load_init(model, config.init)
+            if config.init:
+                load_init(model, config.init)
         text_encoder = model.text_encoder or _read_prompts(config, world)
         model.dit.checkpointing = _checkpointing(config, world)
         if config.compile:
