@@ -51,7 +51,7 @@ def equals_one_process(policy: str = "none", size: tuple[int, int, int] = (5, 6,
     group = dist.group.WORLD
     pt, ph, pw = model.config.patch_size
     layout = split_layout(group, size[0] // pt, size[1] // ph * (size[2] // pw))
-    assert layout is not None
+    assert isinstance(layout, SplitTokens)
     out = model(latents, sigma, text, mask, layout=layout)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
     loss = (out - latents).square().mean() / dist.get_world_size()

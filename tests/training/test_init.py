@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -34,12 +35,22 @@ def latents(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_latents(folder / "latents", shards, tiny.make_vae(folder / "vae"))
 
 
+def replace_parameterization(model: Path, folder: Path, prediction: str) -> Path:
+    shutil.copytree(model, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["parameterization"]["prediction"] = prediction
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def test_the_first_step_is_taken_from_the_folder_s_weights(latents: Path, tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model")
     other = dataclasses.replace(tiny.DIT, hidden_size=64)  # the folder's shape is what counts
     still = OptimConfig(name="adamw", lr=1e-12, weight_decay=0.0)  # a step that moves nothing
     config = dit_config(tmp_path / "run", latents, init=str(model), model=other, max_steps=1, optim=still)
     assert follow_latents(config).model == tiny.DIT
+    clean = replace_parameterization(model, tmp_path / "clean", "x0")
+    assert follow_latents(dataclasses.replace(config, init=str(clean))).flow.prediction == "x0"
     train_dit(config)
     assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
     before, after = TextToVideo.from_pretrained(model).model, TextToVideo.from_pretrained(tmp_path / "again").model

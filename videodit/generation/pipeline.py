@@ -54,6 +54,25 @@ class SamplingDefaults:
             raise ValueError(f"sampling.num_steps {self.num_steps} is below 1: use for example 20")
 
 
+def _read_index(folder: Path) -> tuple[Parameterization, SamplingDefaults]:
+    """What model_index.json says; raises UserError if there is none or it is damaged."""
+    path = folder / INDEX_NAME
+    if not folder.is_dir():
+        raise UserError(f"no such model folder: {folder}; make one with videodit export RUN --out {folder}")
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: it has no {INDEX_NAME}; make one with videodit export")
+    try:
+        index = json.loads(path.read_text())
+        return Parameterization(**index["parameterization"]), SamplingDefaults(**index["sampling"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): export the run again") from None
+
+
+def read_parameterization(folder: str | Path) -> Parameterization:
+    """What the DiT of a model folder predicts; raises UserError if that is no model folder."""
+    return _read_index(Path(folder))[0]
+
+
 class RowNoise:
     """Standard normal noise, one seed a row, from CPU generators in (t, c, h, w) order: the same on every device.
 
@@ -135,17 +154,7 @@ class TextToVideo:
             UserError: if the folder is not a whole model.
         """
         folder = Path(folder)
-        path = folder / INDEX_NAME
-        if not folder.is_dir():
-            raise UserError(f"no such model folder: {folder}; make one with videodit export RUN --out {folder}")
-        if not path.is_file():
-            raise UserError(f"{folder} is not a model folder: it has no {INDEX_NAME}; make one with videodit export")
-        try:
-            index = json.loads(path.read_text())
-            parameterization = Parameterization(**index["parameterization"])
-            defaults = SamplingDefaults(**index["sampling"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): export the run again") from None
+        parameterization, defaults = _read_index(folder)
         text_encoder = load_text_encoder(folder / "text_encoder", device, dtype)
         dit = VideoDiT.from_pretrained(folder / "dit").to(device, dtype)
         vae = load_vae(folder / "vae").to(device)

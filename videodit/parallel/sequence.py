@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from videodit.models.token_layout import TokenLayout
+from videodit.models.token_layout import WHOLE, TokenLayout
 
 FRAMES, POSITIONS = 1, 2
 """Axes of the tokens that can be split."""
@@ -90,9 +90,9 @@ class SplitTokens:
         return (slice(None),) * axis + (slice(size),)
 
 
-def split_layout(group: dist.ProcessGroup | None, num_frames: int, num_positions: int) -> TokenLayout | None:
-    """The layout for a clip of t frames of s tokens, or None where there is nobody to share it with."""
-    return None if group is None or group.size() == 1 else SplitTokens(group, num_frames, num_positions)
+def split_layout(group: dist.ProcessGroup | None, num_frames: int, num_positions: int) -> TokenLayout:
+    """The layout for a clip of t frames of s tokens; all of them here where there is nobody to share them with."""
+    return WHOLE if group is None or group.size() == 1 else SplitTokens(group, num_frames, num_positions)
 
 
 def pad_axis(x: Tensor, axis: int, size: int) -> Tensor:

@@ -13,7 +13,7 @@ from videodit.errors import UserError
 from videodit.flow.loss import Weighting
 from videodit.flow.noise_level import NoiseLevelConfig
 from videodit.flow.path import Parameterization
-from videodit.generation.pipeline import SamplingDefaults
+from videodit.generation.pipeline import SamplingDefaults, read_parameterization
 from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import DiTConfig
 from videodit.models.folder import WEIGHTS_NAME, load_config
@@ -33,7 +33,7 @@ class DiTRunConfig(RunConfig):
     model: DiTConfig = field(default_factory=DiTConfig)
     """shape of the DiT; in_channels and text_dim follow the latents and the text encoder"""
     init: str | None = None
-    """model folder that training starts from, as export or import writes it; model.* and text.* follow it"""
+    """model folder that training starts from, as export or import writes it; model.*, text.* and flow.* follow it"""
     text: ByteTextConfig = field(default_factory=ByteTextConfig)
     """byte-level text encoder, trained with the DiT; not used where the latents have text embeddings"""
     text_encoder: str | None = None
@@ -173,4 +173,4 @@ def _follow_init(config: DiTRunConfig, frozen: dict[str, Any]) -> DiTRunConfig:
                 "encode the clips with it, --text_encoder FOLDER"
             )
         text = load_config(ByteTextConfig, init / "text_encoder")
-    return dataclasses.replace(config, model=model, text=text)
+    return dataclasses.replace(config, model=model, text=text, flow=read_parameterization(init))

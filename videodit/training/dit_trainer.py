@@ -259,7 +259,7 @@ def _mesh(config: DiTRunConfig, world: World) -> Mesh:
 
 
 def _layout(model: DiTConfig, mesh: Mesh, shape: torch.Size) -> TokenLayout:
-    return split_layout(mesh.sequence, *token_shape(model, shape)) or WHOLE
+    return split_layout(mesh.sequence, *token_shape(model, shape))
 
 
 def _checkpointing(config: DiTRunConfig, world: World) -> str:
