@@ -14,6 +14,7 @@ from videodit.data.video_io import write_mp4
 from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.errors import UserError, user_error
 from videodit.generation.pipeline import TextToVideo
+from videodit.kernels.choice import choose_kernels
 
 OPTIONS = ("num_frames", "height", "width", "num_steps", "guidance_scale", "sampler")  # the model's own where None
 
@@ -54,6 +55,8 @@ class GenerateConfig:
     """auto, cpu or cuda"""
     dtype: str = "auto"
     """auto (bf16 where the hardware has it, else fp32), fp32 or bf16"""
+    kernels: str = "torch"
+    """on a GPU: torch, or triton for fused kernels of norms, RoPE and temporal attention"""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -78,6 +81,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
     prompts = _prompts(config)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    choose_kernels(config.kernels, device)
     pipe = TextToVideo.from_pretrained(config.model, device, torch_dtype(dtype))
     out = Path(config.out)
     try:

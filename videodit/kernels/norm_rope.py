@@ -2,7 +2,8 @@
 
 `norm_rope_reference` says what it computes, operation by operation, and autograd differentiates it. `norm_rope` is the
 same on a CPU with a gradient written by hand: one token buffer is kept for it instead of two, and most steps work in
-place. Under torch.compile, which fuses the reference's steps itself, and on other devices it is the reference.
+place; and on a GPU in Triton, where that is chosen. Otherwise, and under torch.compile, which fuses the reference's
+steps itself, it is the reference.
 
 Legend: b batch, t latent frames, s tokens of a frame, h heads, e channels of a head, n channels that are normed
 together: e, or h * e where the norm is over all heads.
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from videodit.kernels.choice import triton_runs
 
 
 def norm_rope_reference(x: Tensor, weight: Tensor, table: Tensor, eps: float = 1e-6) -> Tensor:
@@ -28,13 +31,22 @@ def norm_rope_reference(x: Tensor, weight: Tensor, table: Tensor, eps: float = 1
     """
     exact = x.to(_exact(x)).reshape(*x.shape[:3], -1, weight.numel())
     normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps) * weight
-    cos, sin = table.to(exact.dtype)[:, None, :, :, None, ::2]
-    even, odd = normed.view(x.shape).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    return rotate_reference(normed.view(x.shape), table).to(x.dtype)
+
+
+def rotate_reference(x: Tensor, table: Tensor) -> Tensor:
+    """Each pair (x[2i], x[2i+1]) of (b, t, s, h, e) rotated by its token's angle, in x's dtype."""
+    cos, sin = table.to(x.dtype)[:, None, :, :, None, ::2]
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 def norm_rope(x: Tensor, weight: Tensor, table: Tensor, eps: float = 1e-6) -> Tensor:
     """As `norm_rope_reference`; the faster way where there is one."""
+    if triton_runs(x):
+        from videodit.kernels.gpu import norm_rope as gpu
+
+        return gpu.norm_rope(x.contiguous(), weight, table.contiguous(), eps)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return norm_rope_reference(x, weight, table, eps)
     out: Tensor = _NormRope.apply(x, weight, table, eps)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from videodit.kernels.temporal_attention import packed, temporal_attention
 from videodit.models.layers import RotaryRMSNorm
 from videodit.models.rope import apply_rope
 from videodit.models.token_layout import WHOLE, TokenLayout
@@ -96,6 +97,17 @@ class QKNorm(nn.Module):
         """As `norm_query`."""
         return self._normalize(getattr(self, "key", None), x, rope)
 
+    def attend_frames(self, query: Tensor, key: Tensor, value: Tensor, rope: Tensor) -> Tensor:
+        """Temporal attention with norm and rotation in one kernel: (b, t, s, h, e) -> the same, see `packed`."""
+        if self.mode == "head":
+            weights = (self.query.weight, self.key.weight)
+            return temporal_attention(query, key, value, *weights, rope, self.query.eps)
+        if self.mode == "none":
+            return temporal_attention(query, key, value, None, None, rope)
+        # A program of the kernel sees one head, this norm spans all.
+        query, key = self.norm_query(query, rope), self.norm_key(key, rope)
+        return temporal_attention(query, key, value, None, None, None)
+
     def _normalize(self, norm: RotaryRMSNorm | None, x: Tensor, rope: Tensor | None) -> Tensor:
         if norm is None:
             return x if rope is None else apply_rope(x, rope)
@@ -128,6 +140,8 @@ class SelfAttention(nn.Module):
         query, key, value = (
             layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.query, self.key, self.value)
         )
+        if kind == "t" and packed(query):
+            return self.proj(self.norm.attend_frames(query, key, value, rope).flatten(-2))
         query, key = self.norm.norm_query(query, rope), self.norm.norm_key(key, rope)  # b t s h e
         if kind == "f":
             query, key, value = (layout.spread_heads(x) for x in (query, key, value))

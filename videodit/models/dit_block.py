@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from videodit.models.attention import CrossAttention, SelfAttention
-from videodit.models.layers import MLP, Modulation, modulate
+from videodit.models.layers import MLP, Modulation, add_and_norm, modulate
 from videodit.models.token_layout import WHOLE, TokenLayout
 
 
@@ -66,7 +66,10 @@ class DiTBlock(nn.Module):
         """
         six = (shared + self.modulation_bias).unbind(-2)  # each b t 1 d
         attention, mlp = Modulation(*six[:3]), Modulation(*six[3:])
-        x = torch.addcmul(x, attention.gate, self.attention(modulate(x, attention), self.kind, rope, layout))
-        if self.cross_attention is not None and self.cross_norm is not None and keys_values is not None:
-            x = x + self.cross_attention(self.cross_norm(x), keys_values, text_mask)
-        return torch.addcmul(x, mlp.gate, self.mlp(modulate(x, mlp)))
+        branch, gate = self.attention(modulate(x, attention), self.kind, rope, layout), attention.gate
+        if self.cross_attention is None or self.cross_norm is None or keys_values is None:
+            x, normed = add_and_norm(x, branch, gate, mlp)
+        else:
+            x, normed = add_and_norm(x, branch, gate, self.cross_norm)
+            x, normed = add_and_norm(x, self.cross_attention(normed, keys_values, text_mask), None, mlp)
+        return torch.addcmul(x, mlp.gate, self.mlp(normed))

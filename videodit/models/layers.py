@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from videodit.kernels.norm_modulate import norm_modulate
+from videodit.kernels.choice import triton_runs
+from videodit.kernels.norm_modulate import norm_modulate, residual_norm_modulate
 from videodit.kernels.norm_rope import norm_rope
 
 
@@ -64,6 +65,30 @@ class Modulation:
 def modulate(x: Tensor, modulation: Modulation, eps: float = 1e-6) -> Tensor:
     """Layer norm without weights, then (1 + scale) * x + shift: (b, t, s, d) -> the same, see `norm_modulate`."""
     return norm_modulate(x, modulation.shift, modulation.scale, eps)
+
+
+def add_and_norm(
+    x: Tensor, branch: Tensor, gate: Tensor | None, norm: nn.LayerNorm | Modulation
+) -> tuple[Tensor, Tensor]:
+    """Adds a branch of a block to the tokens, and norms the sum for the next branch, in one pass where there is a way.
+
+    Args:
+        x: (b, t, s, d) tokens.
+        branch: of x's shape.
+        gate: (b, t or 1, 1, d) factor of the branch, or None for one.
+        norm: with weights of its own, or modulated as `modulate` does.
+    Returns:
+        x + gate * branch, and that normed; each of x's shape.
+    """
+    if isinstance(norm, Modulation) and gate is not None:
+        return residual_norm_modulate(x, branch, gate, norm.shift, norm.scale)
+    if triton_runs(x):
+        gate = x.new_ones(x.shape[-1]) if gate is None else gate
+        if isinstance(norm, Modulation):
+            return residual_norm_modulate(x, branch, gate, norm.shift, norm.scale)
+        return residual_norm_modulate(x, branch, gate, norm.bias, norm.weight - 1.0, norm.eps)
+    x = x + branch if gate is None else torch.addcmul(x, gate, branch)
+    return x, modulate(x, norm) if isinstance(norm, Modulation) else norm(x)
 
 
 class FinalBias(nn.Module):

@@ -14,6 +14,7 @@ from videodit.flow.loss import Weighting
 from videodit.flow.noise_level import NoiseLevelConfig
 from videodit.flow.path import Parameterization
 from videodit.generation.pipeline import SamplingDefaults, read_parameterization
+from videodit.kernels.choice import KERNELS
 from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import DiTConfig
 from videodit.models.folder import WEIGHTS_NAME, load_config
@@ -62,6 +63,8 @@ class DiTRunConfig(RunConfig):
     """ranks that share each clip's tokens; the others share the clips"""
     compile: bool = False
     """torch.compile each block"""
+    kernels: str = "torch"
+    """on a GPU: torch, or triton for fused kernels of norms, RoPE and temporal attention (benchmarks/kernels.py)"""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """how samples are drawn, in training and from the export; sizes follow the latents"""
     prompts: tuple[str, ...] = ()
@@ -79,6 +82,8 @@ class DiTRunConfig(RunConfig):
             raise ValueError(f"sequence_parallel {self.sequence_parallel} is below 1: use 1 for none")
         if self.checkpointing not in (*POLICIES, "auto"):
             raise ValueError(f"checkpointing {self.checkpointing!r} is not one of {', '.join(POLICIES)}, auto")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels {self.kernels!r} is not one of {', '.join(KERNELS)}")
         if self.compile and self.checkpointing == "attention":
             raise ValueError("checkpointing attention does not go with compile: use full or none, or compile false")
         patch = self.model.patch_size[1:]

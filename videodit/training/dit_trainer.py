@@ -18,6 +18,7 @@ from videodit.flow.loss import Weighting, flow_loss, level_weight, likelihood_lo
 from videodit.flow.noise_level import NoiseLevelConfig, frame_levels, frames_to_denoise, sigma_from_uniform
 from videodit.flow.path import interpolate, target
 from videodit.generation.pipeline import TextToVideo
+from videodit.kernels.choice import choose_kernels
 from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.models.dit_block import DiTBlock
 from videodit.models.folder import read_weights
@@ -110,6 +111,7 @@ def train_dit(config: DiTRunConfig) -> Path:
                 load_init(model, config.init)
         text_encoder = model.text_encoder or _read_prompts(config, world)
         model.dit.checkpointing = _checkpointing(config, world)
+        choose_kernels(config.kernels, world.device)
         if config.compile:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)

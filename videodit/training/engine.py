@@ -25,8 +25,10 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+from videodit.device import has_bf16  # noqa: E402
 from videodit.models.initialise import gathering  # noqa: E402
 from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
+from videodit.training.batched_muon import BatchedMuon  # noqa: E402
 from videodit.training.optim import OptimConfig, lr_factor, param_groups, whole_shape  # noqa: E402
 from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReader  # noqa: E402
 
@@ -110,6 +112,8 @@ class Engine:
         names = {id(p): name for name, p in named.items()}
         self._state = ShardedState(self._deepspeed.optimizer, self._optimizer, zero_stage, world.rank, names)
         self._muon = optim.name == "muon"
+        if self._muon and world.device.type == "cpu":
+            BatchedMuon(self._deepspeed.optimizer, torch.bfloat16 if has_bf16(world.device) else torch.float32)
         self._last_momentum: dict[str, list[torch.Tensor]] = {}
 
     def _deepspeed_config(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from videodit.config import to_dict
 from videodit.data.batches import Batch
-from videodit.device import DType, choose_device, choose_dtype
+from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
 from videodit.parallel.mesh import World, all_reduce_sum, any_rank, init_process, shutdown
 from videodit.progress import Progress
@@ -249,6 +249,8 @@ def open_world(config: RunConfig) -> Iterator[World]:
     # Every rank draws the same initial weights, so that they do not depend on the number of ranks.
     torch.manual_seed(config.seed)
     world = init_process(device.type)
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         yield world
     finally:

@@ -1,0 +1,158 @@
+"""Triton's kernels, in its interpreter on a CPU: values, gradients, what they read and write, the whole DiT with them."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the imports below
+
+from videodit.kernels import choice
+from videodit.kernels.gpu import norm_modulate as gpu_norm_modulate
+from videodit.kernels.gpu import norm_rope as gpu_norm_rope
+from videodit.kernels.gpu import temporal_attention as gpu_temporal
+from videodit.kernels.norm_modulate import norm_modulate_reference, residual_norm_modulate_reference
+from videodit.kernels.norm_rope import norm_rope_reference
+from videodit.kernels.temporal_attention import temporal_attention_reference
+from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.rope import rope_table
+
+TOLERANCE = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[None]:
+    choice.choose_kernels("triton")
+    yield
+    choice.choose_kernels("torch")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def compare(ours: Any, reference: Any, given: list[Tensor], dtype: torch.dtype, tolerance: float) -> None:
+    """Outputs and all gradients against the reference in float64."""
+    given = [tensor.to(dtype).requires_grad_() for tensor in given]
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    outs, expected = ours(*given), reference(*exact)
+    outs, expected = ((x,) if isinstance(x, Tensor) else x for x in (outs, expected))
+    grads = [random(*out.shape, seed=7 + index, dtype=dtype) for index, out in enumerate(outs)]
+    for out, exact_out in zip(outs, expected):
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), exact_out, rtol=tolerance, atol=tolerance)
+    found = torch.autograd.grad(outs, given, grads)
+    wanted = torch.autograd.grad(expected, exact, [grad.double() for grad in grads])
+    for one, other in zip(found, wanted):
+        assert one.dtype == dtype
+        torch.testing.assert_close(
+            one.double(), other, rtol=tolerance, atol=tolerance * max(1.0, float(other.abs().max()))
+        )
+
+
+@pytest.mark.parametrize("all_heads", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 3, 6), (1, 2, 2, 4, 16)])
+def test_norm_rope(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, all_heads: bool) -> None:
+    b, t, s, h, e = shape
+    table = rope_table(t, s, 1, e)
+    given = [random(*shape), random(h * e if all_heads else e)]
+    compare(
+        lambda x, weight: gpu_norm_rope.norm_rope(x, weight, table, 1e-6),
+        lambda x, weight: norm_rope_reference(x, weight, table),
+        given,
+        dtype,
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("frames", [False, True])
+def test_norm_modulate(dtype: torch.dtype, tolerance: float, frames: bool) -> None:
+    modulations = [random(2, 3 if frames else 1, 1, 20, seed=index) for index in (1, 2)]
+    compare(
+        lambda *given: gpu_norm_modulate.norm_modulate(*given, 1e-6),
+        norm_modulate_reference,
+        [random(2, 3, 11, 20), *modulations],
+        dtype,
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("gate", [(2, 3, 1, 20), (2, 1, 1, 20), (20,)])
+@pytest.mark.parametrize("norm", [(2, 3, 1, 20), (20,)])
+def test_residual_norm_modulate(
+    dtype: torch.dtype, tolerance: float, gate: tuple[int, ...], norm: tuple[int, ...]
+) -> None:
+    x, branch = random(2, 3, 11, 20), random(2, 3, 11, 20, seed=1)
+    compare(
+        lambda *given: gpu_norm_modulate.residual_norm_modulate(*given, 1e-6),
+        residual_norm_modulate_reference,
+        [x, branch, random(*gate, seed=2), random(*norm, seed=3), random(*norm, seed=4)],
+        dtype,
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("parts", ["norm and rotation", "rotation", "neither"])
+@pytest.mark.parametrize("shape", [(2, 5, 9, 2, 6), (1, 16, 5, 1, 36), (1, 33, 2, 2, 4), (2, 1, 3, 1, 8)])
+def test_temporal_attention(shape: tuple[int, ...], parts: str, dtype: torch.dtype, tolerance: float) -> None:
+    b, t, s, h, e = shape
+    table = None if parts == "neither" else rope_table(t, s, 1, e)
+    given = [random(*shape, seed=index) for index in range(3)]
+    if parts == "norm and rotation":
+        given += [random(e, seed=index) for index in (3, 4)]
+
+    def run(function: Any, *given: Tensor) -> Tensor:
+        weights = given[3:] or (None, None)
+        return function(*given[:3], *weights, table, 1e-6)
+
+    compare(
+        lambda *given: run(gpu_temporal.temporal_attention, *given),
+        lambda *given: run(temporal_attention_reference, *given),
+        given,
+        dtype,
+        tolerance,
+    )
+
+
+def test_shapes_and_gradients_are_registered_as_torch_wants_them() -> None:
+    x, table = random(1, 2, 3, 2, 4).requires_grad_(), rope_table(2, 3, 1, 4)
+    weight = random(4).requires_grad_()
+    tokens, modulation = random(1, 2, 3, 8).requires_grad_(), random(1, 2, 1, 8).requires_grad_()
+    torch.library.opcheck(gpu_norm_rope.norm_rope, (x, weight, table, 1e-6))
+    torch.library.opcheck(gpu_norm_modulate.norm_modulate, (tokens, modulation, modulation, 1e-6))
+    residual = (tokens, tokens, modulation, modulation, modulation, 1e-6)
+    torch.library.opcheck(gpu_norm_modulate.residual_norm_modulate, residual)
+    torch.library.opcheck(gpu_temporal.temporal_attention, (x, x, x, weight, weight, table, 1e-6))
+    torch.library.opcheck(gpu_temporal.temporal_attention, (x, x, x, None, None, None, 1e-6))
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "all", "none"])
+def test_the_whole_model_is_the_same_with_them(triton_kernels: None, qk_norm: str) -> None:
+    config = DiTConfig(
+        in_channels=4, hidden_size=24, depth=2, num_heads=2, text_dim=12, qk_norm=qk_norm, cross_attention="s"
+    )
+    model = VideoDiT(config)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):  # the gates open, norms with weights of their own
+            parameter.add_(0.2 * random(*parameter.shape, seed=index))
+    latents, sigma, text = random(2, 4, 3, 4, 6), torch.rand(2, 3), random(2, 5, 12)
+    mask = torch.arange(5) < torch.tensor([[3], [5]])
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        out = model(latents, sigma, text, mask)
+        (out * random(*out.shape, seed=9)).sum().backward()
+        return [out.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    found = run()
+    choice.choose_kernels("torch")
+    for one, other in zip(found, run()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
