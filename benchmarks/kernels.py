@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,10 @@ def error_of(function: Callable[..., Any], case: Case) -> float:
     return max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in pairs)
 
 
+def forward_backward(function: Callable[..., Any], given: list[Tensor], grads: list[Tensor]) -> None:
+    torch.autograd.grad(as_tuple(function(*given)), given, grads)
+
+
 def measure(case: Case, bandwidth: float) -> dict[str, float]:
     compiled = torch.compile(case.reference)
     figures = {"error": error_of(case.ours, case), "compiled_error": error_of(compiled, case)}
@@ -134,12 +139,8 @@ def measure(case: Case, bandwidth: float) -> dict[str, float]:
         grads = [torch.randn_like(out) for out in as_tuple(case.ours(*case.given))]
     for name, function in (("triton", case.ours), ("compiled", compiled), ("eager", case.reference)):
         with torch.no_grad():
-            figures[f"{name}_forward_ms"] = milliseconds(lambda: function(*case.given))
-
-        def both() -> None:
-            torch.autograd.grad(as_tuple(function(*case.given)), case.given, grads)
-
-        figures[f"{name}_train_ms"] = milliseconds(both)
+            figures[f"{name}_forward_ms"] = milliseconds(partial(function, *case.given))
+        figures[f"{name}_train_ms"] = milliseconds(partial(forward_backward, function, case.given, grads))
     figures["ideal_forward_ms"] = case.forward_bytes / bandwidth * 1e3
     figures["ideal_train_ms"] = (case.forward_bytes + case.backward_bytes) / bandwidth * 1e3
     return figures
@@ -153,7 +154,7 @@ def step_ms(width: int, heads: int, depth: int, t: int, side: int, batch: int, k
     model = VideoDiT(config).cuda().to(torch.bfloat16)
     if compiled:
         compile_blocks(model)
-    make = dict(device="cuda", dtype=torch.bfloat16)
+    make: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     latents, text = torch.randn(batch, 16, t, 2 * side, 2 * side, **make), torch.randn(batch, 64, 512, **make)
     sigma, mask = torch.rand(batch, **make), torch.ones(batch, 64, dtype=torch.bool, device="cuda")
 

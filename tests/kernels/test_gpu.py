@@ -1,4 +1,4 @@
-"""Triton's kernels, in its interpreter on a CPU: values, gradients, what they read and write, the whole DiT with them."""
+"""Triton's kernels, in its interpreter on a CPU: values, gradients, bytes moved, the whole DiT with them."""
 
 import os
 from collections.abc import Iterator

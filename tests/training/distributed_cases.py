@@ -19,6 +19,7 @@ from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.parallel.mesh import World, barrier, gather_objects, init_process, leave, shutdown
 from videodit.planning.footprint import LiveBytes, ParameterCount, count_parameters
 from videodit.planning.memory import BUCKET_BYTES, rank_memory
+from videodit.training.batched_muon import BatchedMuon
 from videodit.training.checkpoint import load_latest, save
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, sharded_construction
@@ -63,6 +64,34 @@ def muon_gradient_norm(world: World, stage: int, dtype: str) -> None:
         # The gradient's rank is 4 behind the layer norm, and 3 before the last layer.
         rank = {"up.weight": 4, "down.weight": 3}[name]
         assert 0.5 < singular[:rank].min() and singular.max() < 1.4, (name, singular)
+
+
+def batched_muon(world: World) -> None:
+    """Orthogonalised together, in float32 as DeepSpeed does here, matrices and momenta become what DeepSpeed's do."""
+    states = []
+    for batched in (True, False):
+        engine = toy.make_engine(world, 1, "bf16", "muon")
+        optimizer = engine._deepspeed.optimizer
+        assert "_prepare_muon_updates" in vars(optimizer)  # the engine batches them by itself
+        del optimizer._prepare_muon_updates
+        if batched:
+            BatchedMuon(optimizer, torch.float32)
+        toy.train(engine, world, 1, 4, micro=2)
+        states.append(toy.full_state(engine))
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], rtol=1e-4, atol=1e-5), (name, value, states[1][name])
+
+
+def batched_muon_not_finite(world: World) -> None:
+    """A gradient that is not finite is skipped: neither weights nor momenta change."""
+    engine = toy.make_engine(world, 1, "bf16", "muon")
+    toy.train(engine, world, 1, 2)
+    before = toy.full_state(engine)
+    clip, token, _, _ = toy.batch(3)
+    engine.backward(engine(clip.to(engine.dtype), token).float().sum() * float("inf"))
+    assert engine.step(3).grad_norm == float("inf")
+    toy.assert_same(before, toy.full_state(engine))
 
 
 def resume(world: World, stage: int, dtype: str, name: str) -> None:
@@ -247,8 +276,8 @@ for _stage in (0, 1, 2, 3):
 for _stage in (0, 1, 2, 3):
     for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon"), ("bf16", "muon")):
         if _stage > 0 or (_dtype, _name) == ("fp32", "adamw"):
-            _quick = [(0, "fp32", "adamw"), (1, "bf16", "adamw"), (1, "fp32", "muon"), (2, "fp32", "adamw")]
-            _quick += [(2, "bf16", "muon"), (3, "bf16", "adamw"), (3, "fp32", "muon")]
+            _quick = [(0, "fp32", "adamw"), (1, "bf16", "muon"), (1, "fp32", "muon"), (2, "fp32", "adamw")]
+            _quick += [(2, "bf16", "adamw"), (3, "bf16", "adamw"), (3, "fp32", "muon")]
             add(resume, _stage, _dtype, _name, slow=(_stage, _dtype, _name) not in _quick)
 for _stage, _dtype in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")):
     add(average_in_module, _stage, _dtype, slow=_stage == 2)
@@ -259,6 +288,8 @@ for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
 for _pair in ((1, 3), (3, 2), (2, 1)):
     add(change_stage, *_pair, "muon", slow=_pair == (2, 1))
 add(errors_reach_all_ranks)
+add(batched_muon)
+add(batched_muon_not_finite)
 for _stage, _dtype, _name in ((0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "fp32", "adamw")):
     add(memory_as_planned, _stage, _dtype, _name)
 for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")):

@@ -6,6 +6,7 @@ so that adding a use does not change the others.
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -68,9 +69,15 @@ def sample_noise(seed: int, epoch: int, keys: Sequence[str], shape: tuple[int, i
     """
     c, t, h, w = shape
     noise = torch.empty(len(keys), t, c, h, w)
-    generator = torch.Generator()
-    for row, key in enumerate(keys):
-        noise[row].normal_(generator=generator.manual_seed(stable_hash(seed, epoch, key, stream)))
+
+    def draw(rows: range) -> None:
+        generator = torch.Generator()
+        for row in rows:
+            noise[row].normal_(generator=generator.manual_seed(stable_hash(seed, epoch, keys[row], stream)))
+
+    threads = max(1, min(torch.get_num_threads(), len(keys)))
+    with ThreadPoolExecutor(threads) as pool:  # torch draws with one thread, and lets others run meanwhile
+        list(pool.map(draw, [range(first, len(keys), threads) for first in range(threads)]))
     return rearrange(noise, "b t c h w -> b c t h w").contiguous()
 
 
