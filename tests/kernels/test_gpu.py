@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -156,3 +157,88 @@ def test_the_whole_model_is_the_same_with_them(triton_kernels: None, qk_norm: st
     choice.choose_kernels("torch")
     for one, other in zip(found, run()):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+class Traffic:
+    """Bytes that kernels load and store in the interpreter, masked elements left out, by the buffers they lie in."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.loads: list[np.ndarray] = []
+        self.stores: list[np.ndarray] = []
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def counted_load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+            self.loads.append(ptrs.data[mask.data.astype(bool)].ravel())
+            return load(builder, ptrs, mask, *rest)
+
+        def counted_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.stores.append(ptrs.data[mask.data.astype(bool)].ravel())
+            return store(builder, ptrs, value, mask, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+
+    def elements(self) -> tuple[int, int]:
+        """Loaded and stored elements since the last call."""
+        counts = tuple(sum(len(part) for part in parts) for parts in (self.loads, self.stores))
+        self.loads.clear()
+        self.stores.clear()
+        return counts
+
+
+def test_elements_moved_are_those_of_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token buffer once, and beside it only rows of weights, angles, modulations and partial sums."""
+    traffic = Traffic(monkeypatch)
+    b, t, s, h, e = 2, 4, 16, 2, 8
+    n, d, tokens = b * t * s * h * e, h * e, b * t * s
+    table, weight = rope_table(t, s, 1, e), random(e)
+    x, y, z, g = (random(b, t, s, h, e, seed=index) for index in range(4))
+
+    gpu_norm_rope.norm_rope(x, weight, table, 1e-6)
+    assert traffic.elements() == (n + tokens * (e + e), n)  # the weight, and cos and sin of half as many angles
+    gpu_norm_rope.norm_rope_backward(g, x, weight, table, 1e-6)
+    programs = tokens // gpu_norm_rope.ROWS
+    assert traffic.elements() == (2 * n + tokens * e + programs * e, n + programs * d)
+
+    weights = (weight, weight, table, 1e-6)
+    programs = b * s * h // (gpu_temporal.ROWS // t)
+    rows = gpu_temporal.ROWS
+    gpu_temporal.temporal_attention(x, y, z, *weights)
+    assert traffic.elements() == (3 * n + programs * (2 * e + rows * e), n)
+    gpu_temporal.temporal_attention_backward(g, x, y, z, *weights)
+    assert traffic.elements() == (4 * n + programs * (2 * e + rows * e), 3 * n + programs * 2 * e)
+
+    x, y, g, dsum = (random(b, t, s, d, seed=index) for index in range(4))
+    modulation = random(b, t, 1, d)
+    gpu_norm_modulate.norm_modulate(x, modulation, modulation, 1e-6)
+    assert traffic.elements() == (n + 2 * n, n)  # shift and scale are read for each token: from a cache
+    gpu_norm_modulate.residual_norm_modulate(x, y, modulation, modulation, modulation, 1e-6)
+    assert traffic.elements() == (2 * n + 3 * n, 2 * n)
+    programs = b * t * (s // gpu_norm_modulate.ROWS)
+    gpu_norm_modulate.residual_norm_modulate_backward(dsum, g, x, y, modulation, modulation, modulation, 1e-6)
+    assert traffic.elements() == (4 * n + n + programs * d, 2 * n + programs * 3 * d)
+
+
+def test_every_program_is_on_the_grid_axis_that_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA allows 65,535 programs on a grid's second and third axis, and some two thousand million on the first."""
+    grids: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for module in (gpu_norm_rope, gpu_norm_modulate, gpu_temporal):
+        monkeypatch.setattr(module, "_forward", Recorded())
+        monkeypatch.setattr(module, "_backward", Recorded())
+    x = torch.empty(70_000, 1, 4, 1, 2)
+    table = rope_table(1, 4, 1, 2)
+    gpu_temporal.temporal_attention(x, x, x, None, None, table, 1e-6)
+    gpu_temporal.temporal_attention_backward(x, x, x, x, None, None, table, 1e-6)
+    gpu_norm_rope.norm_rope(x, torch.ones(2), table, 1e-6)
+    tokens = x.view(70_000, 1, 4, 2)
+    gpu_norm_modulate.norm_modulate(tokens, torch.zeros(2), torch.zeros(2), 1e-6)
+    assert len(grids) == 4 and all(len(grid) == 1 for grid in grids)
+    assert max(grid[0] for grid in grids) > 65_535
