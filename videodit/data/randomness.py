@@ -6,7 +6,6 @@ so that adding a use does not change the others.
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -69,15 +68,9 @@ def sample_noise(seed: int, epoch: int, keys: Sequence[str], shape: tuple[int, i
     """
     c, t, h, w = shape
     noise = torch.empty(len(keys), t, c, h, w)
-
-    def draw(rows: range) -> None:
-        generator = torch.Generator()
-        for row in rows:
-            noise[row].normal_(generator=generator.manual_seed(stable_hash(seed, epoch, keys[row], stream)))
-
-    threads = max(1, min(torch.get_num_threads(), len(keys)))
-    with ThreadPoolExecutor(threads) as pool:  # torch draws with one thread, and lets others run meanwhile
-        list(pool.map(draw, [range(first, len(keys), threads) for first in range(threads)]))
+    generator = torch.Generator()
+    for row, key in enumerate(keys):
+        noise[row].normal_(generator=generator.manual_seed(stable_hash(seed, epoch, key, stream)))
     return rearrange(noise, "b t c h w -> b c t h w").contiguous()
 
 

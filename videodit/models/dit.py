@@ -20,7 +20,7 @@ from videodit.models.folder import load_model, save_model
 from videodit.models.initialise import whole
 from videodit.models.layers import ACTIVATIONS, MLP, FinalBias, Modulation, modulate, sinusoidal_embedding
 from videodit.models.local import FrameConv, LocalLayers
-from videodit.models.patchify import patchify, unpatchify
+from videodit.models.patchify import PatchIn, PatchOut, patchify, patchify_last, unpatchify, unpatchify_last
 from videodit.models.rope import absolute_embedding, rope_table
 from videodit.models.token_layout import WHOLE, TokenLayout
 
@@ -151,13 +151,15 @@ class VideoDiT(nn.Module):
         super().__init__()
         self.config = config
         d = config.hidden_size
-        patch_channels = (config.local_width or config.in_channels) * math.prod(config.patch_size)
         self.local: LocalLayers | None = None
         if config.local_width:
             self.local = LocalLayers(config.in_channels, config.local_width, config.local_depth, d, config.activation)
             # Between local layers, the patches' matrices are hidden ones.
             self.muon_exclude = tuple(name for name in self.muon_exclude if name not in ("patch_in", "patch_out"))
-        self.patch_in = nn.Linear(patch_channels, d)
+        patch_channels = config.in_channels * math.prod(config.patch_size)
+        self.patch_in = (
+            PatchIn(config.local_width, config.patch_size, d) if config.local_width else nn.Linear(patch_channels, d)
+        )
         self.sigma_embedding = nn.Sequential(nn.Linear(config.frequency_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.modulation = nn.Linear(d, 6 * d)
         self.text_projection = MLP(config.text_dim, d, d, activation=config.activation)
@@ -174,7 +176,9 @@ class VideoDiT(nn.Module):
             for kind in config.block_kinds
         )
         self.final_modulation = nn.Linear(d, 2 * d) if config.final_modulation == "linear" else FinalBias(d)
-        self.patch_out = nn.Linear(d, patch_channels)
+        self.patch_out = (
+            PatchOut(d, config.local_width, config.patch_size) if config.local_width else nn.Linear(d, patch_channels)
+        )
         self.checkpointing = "none"
         """which activations of the blocks training keeps, one of `checkpointing.POLICIES`"""
         self._rope: dict[tuple[int, int, int], Tensor] = {}
@@ -277,11 +281,13 @@ class VideoDiT(nn.Module):
             condition = condition + text.pooled[:, None]
         embedding, condition = condition, nn.functional.silu(condition)
         per_frame = condition
-        features = latents
-        if self.local is not None:
+        if self.local is None:
+            patches = patchify(latents, self.config.patch_size)
+        else:
             per_frame = condition if sigma.dim() == 1 else condition.repeat_interleave(pt, dim=1)
-            features = self.local.read(latents, per_frame)
-        x = self.patch_in(layout.take(patchify(features, self.config.patch_size)))  # b t s d
+            features = self.local.read(latents, per_frame)  # b t h w f
+            patches = patchify_last(features, self.config.patch_size)
+        x = self.patch_in(layout.take(patches))  # b t s d
         if self.config.absolute_position:
             tokens = None if origin is None else torch.stack([origin[:, 0] // ph, origin[:, 1] // pw], dim=1)
             x = x + layout.take(absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size, tokens)).to(x)
@@ -294,8 +300,10 @@ class VideoDiT(nn.Module):
         final = self.final_modulation(embedding if self.config.final_modulation == "bias" else condition)
         shift, scale = layout.frames(final)[:, :, None].chunk(2, dim=-1)  # each b t 1 d
         x = layout.join(self.patch_out(modulate(x, Modulation(shift, scale, gate=scale))))
-        out = unpatchify(x, self.config.patch_size, h // ph, w // pw)
-        return out if self.local is None else self.local.write(features + out, latents, per_frame)
+        if self.local is None:
+            return unpatchify(x, self.config.patch_size, h // ph, w // pw)
+        features = features + unpatchify_last(x, self.config.patch_size, h // ph, w // pw)
+        return self.local.write(features, latents, per_frame)
 
     def _rope_table(self, t: int, h: int, w: int, device: torch.device) -> Tensor:
         table = self._rope.get((t, h, w))

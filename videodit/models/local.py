@@ -92,21 +92,20 @@ class LocalLayers(nn.Module):
         self.latent_gate = nn.Linear(width, channels)
 
     def read(self, latents: Tensor, condition: Tensor) -> Tensor:
-        """Latents (b, c, t, h, w) and condition (b, t or 1, d) -> features (b, f, t, h, w)."""
-        x = self.conv_in(latents.permute(0, 2, 3, 4, 1))
-        return self._run(self.before, x, condition).permute(0, 4, 1, 2, 3)
+        """Latents (b, c, t, h, w) and condition (b, t or 1, d) -> features (b, t, h, w, f)."""
+        return self._run(self.before, self.conv_in(latents.permute(0, 2, 3, 4, 1)), condition)
 
     def write(self, features: Tensor, latents: Tensor, condition: Tensor) -> Tensor:
         """Prediction of the noisy latents' clean ones or velocity.
 
         Args:
-            features: (b, f, t, h, w).
+            features: (b, t, h, w, f).
             latents: (b, c, t, h, w), as `read` had them.
             condition: (b, t or 1, d).
         Returns:
             (b, c, t, h, w).
         """
-        x = self._run(self.after, features.permute(0, 2, 3, 4, 1), condition)
+        x = self._run(self.after, features, condition)
         shift, scale = self.final_modulation(condition)[:, :, None, None].chunk(2, dim=-1)
         hidden = modulate(x, Modulation(shift, scale, gate=scale))
         out = torch.addcmul(self.conv_out(hidden), self.latent_gate(hidden), latents.permute(0, 2, 3, 4, 1))
