@@ -315,7 +315,7 @@ def test_a_local_block_reaches_its_neighbours_in_space_and_time() -> None:
 
 def test_noisy_latents_pass_the_local_layers_through_their_gate() -> None:
     layers = LocalLayers(4, 8, 1, 24, "gelu")  # the convolution that writes is zero here
-    latents, features = torch.randn(2, 4, 3, 5, 5), torch.randn(2, 8, 3, 5, 5)
+    latents, features = torch.randn(2, 4, 3, 5, 5), torch.randn(2, 3, 5, 5, 8)
     gate = torch.tensor([0.0, 0.5, 1.0, -1.0])
     with torch.no_grad():
         layers.conv_out.weight.zero_(), layers.conv_out.bias.zero_()
