@@ -51,7 +51,7 @@ def test_unknown_names() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_freed_memory_comes_back_without_page_faults() -> None:
-    """4 MiB, written and freed a hundred times: a thousand pages of 4 KiB once, not a hundred times."""
+    """32 MiB, written and freed a hundred times: their pages once or a few times, not a hundred times."""
     script = """if True:
         import resource, sys, threading, torch
         from videodit.device import keep_freed_memory
@@ -59,8 +59,7 @@ def test_freed_memory_comes_back_without_page_faults() -> None:
             keep_freed_memory()
         def use():
             for _ in range(100):
-                # A second block on top keeps the first from growing glibc's own threshold.
-                blocks = [torch.ones(1 << 20), torch.ones(1 << 20)]
+                blocks = [torch.ones(1 << 20) for _ in range(8)]
                 del blocks
         use()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -73,4 +72,4 @@ def test_freed_memory_comes_back_without_page_faults() -> None:
         name: int(subprocess.run([sys.executable, "-c", script, name], capture_output=True, check=True).stdout)
         for name in ("keep", "give back")
     }
-    assert faults["keep"] < 5_000
+    assert faults["keep"] < 0.2 * faults["give back"], faults

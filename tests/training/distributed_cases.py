@@ -68,6 +68,8 @@ def muon_gradient_norm(world: World, stage: int, dtype: str) -> None:
 
 def batched_muon(world: World) -> None:
     """Orthogonalised together, in float32 as DeepSpeed does here, matrices and momenta become what DeepSpeed's do."""
+    from deepspeed.runtime.zero.muon import original_muon
+
     states = []
     for batched in (True, False):
         engine = toy.make_engine(world, 1, "bf16", "muon")
@@ -75,7 +77,7 @@ def batched_muon(world: World) -> None:
         assert "_prepare_muon_updates" in vars(optimizer)  # the engine batches them by itself
         del optimizer._prepare_muon_updates
         if batched:
-            BatchedMuon(optimizer, torch.float32)
+            BatchedMuon(optimizer, torch.float32, original_muon)
         toy.train(engine, world, 1, 4, micro=2)
         states.append(toy.full_state(engine))
     assert states[0].keys() == states[1].keys()

@@ -33,7 +33,7 @@ def test_each_is_deepspeeds(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 8), (8, 24), (24, 8), (8, 8), (24, 8), (5, 7)]
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
-    muon = BatchedMuon(object(), dtype)
+    muon = BatchedMuon(object(), dtype, None)
     found = muon._orthogonalize([gradient.clone() for gradient in gradients])
     with torch.compiler.set_stance("force_eager"):
         expected = [muon_update(g.clone(), torch.zeros_like(g), beta=0.0, ns_method="gram") for g in gradients]

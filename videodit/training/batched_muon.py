@@ -45,10 +45,11 @@ class BatchedMuon:
     Args:
         optimizer: DeepSpeed's; others than BF16_Optimizer stay as they are.
         dtype: of the iteration.
+        module: where DeepSpeed takes its `muon_update` from at each step (deepspeed.runtime.zero.muon.original_muon).
     """
 
-    def __init__(self, optimizer: Any, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, optimizer: Any, dtype: torch.dtype, module: Any) -> None:
+        self._dtype, self._module = dtype, module
         self._prepare: Callable[[], None] | None = getattr(optimizer, "_prepare_muon_updates", None)
         if self._prepare is not None:
             optimizer._prepare_muon_updates = self._run
@@ -66,7 +67,7 @@ class BatchedMuon:
             updates.append(grad.lerp(momenta[-1], beta))
             return grad
 
-        with _muon_update(collect):
+        with self._muon_update(collect):
             self._prepare()
         if not gradients:
             return
@@ -80,7 +81,7 @@ class BatchedMuon:
             momentum.copy_(new_momentum)
             return update
 
-        with _muon_update(give):
+        with self._muon_update(give):
             self._prepare()
 
     def _orthogonalize(self, updates: list[Tensor]) -> list[Tensor]:
@@ -97,15 +98,11 @@ class BatchedMuon:
                 out[index] = matrix if rows <= columns else matrix.mT * (rows / columns) ** 0.5
         return out
 
-
-@contextlib.contextmanager
-def _muon_update(function: Callable[..., Tensor]) -> Iterator[None]:
-    """DeepSpeed takes its function for one matrix from its module at each step."""
-    from deepspeed.runtime.zero.muon import original_muon
-
-    own = original_muon.muon_update
-    original_muon.muon_update = function
-    try:
-        yield
-    finally:
-        original_muon.muon_update = own
+    @contextlib.contextmanager
+    def _muon_update(self, function: Callable[..., Tensor]) -> Iterator[None]:
+        own = self._module.muon_update
+        self._module.muon_update = function
+        try:
+            yield
+        finally:
+            self._module.muon_update = own

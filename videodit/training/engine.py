@@ -23,6 +23,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.runtime.zero.muon import original_muon
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
 from videodit.device import has_bf16  # noqa: E402
@@ -113,7 +114,8 @@ class Engine:
         self._state = ShardedState(self._deepspeed.optimizer, self._optimizer, zero_stage, world.rank, names)
         self._muon = optim.name == "muon"
         if self._muon and world.device.type == "cpu":
-            BatchedMuon(self._deepspeed.optimizer, torch.bfloat16 if has_bf16(world.device) else torch.float32)
+            precision = torch.bfloat16 if has_bf16(world.device) else torch.float32
+            BatchedMuon(self._deepspeed.optimizer, precision, original_muon)
         self._last_momentum: dict[str, list[torch.Tensor]] = {}
 
     def _deepspeed_config(self) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _backward(
     dgate = tl.zeros([D_PAD], tl.float32)
     for row in range(ROWS):
         token = start + first + row
-        valid = inside & (first + row < unit)
+        valid = inside & ((first + row) * D + channel < unit * D)
         places = token * D + channel
         x = tl.load(sum_ptr + places, mask=valid, other=0.0).to(tl.float32)
         g = tl.load(dout_ptr + places, mask=valid, other=0.0).to(tl.float32)

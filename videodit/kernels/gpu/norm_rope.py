@@ -112,8 +112,8 @@ def _backward(
     dweight = tl.zeros([HEADS_PAD, PAIRS_PAD, 2], tl.float32)
     for row in range(ROWS):
         token = program * ROWS + row
-        inside = channel & (token < tokens)
         start = token * (2 * HEADS * PAIRS)
+        inside = channel & (start + places < tokens * (2 * HEADS * PAIRS))
         cos, sin = _angles(table_ptr, token, frame_tokens, PAIRS, PAIRS_PAD)
         x = tl.load(x_ptr + start + places, mask=inside, other=0.0).to(tl.float32)
         even, odd = tl.split(tl.load(grad_ptr + start + places, mask=inside, other=0.0).to(tl.float32))

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from videodit.kernels.choice import interpreted
 from videodit.kernels.temporal_attention import LONGEST
 
 ROWS = 64
@@ -108,10 +109,17 @@ def _normalize(even, odd, NORM: tl.constexpr, PAIRS: tl.constexpr, eps):
 
 
 @triton.jit
-def _product(a_even, a_odd, b_even, b_odd):
+def _dot(a, b, UPCAST: tl.constexpr):
+    """a b in float32. UPCAST is for Triton's interpreter, which does not multiply bfloat16; the product is the same."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _product(a_even, a_odd, b_even, b_odd, UPCAST: tl.constexpr):
     """a b^T over all channels, in float32."""
-    even = tl.dot(a_even, tl.trans(b_even), input_precision="ieee")
-    return even + tl.dot(a_odd, tl.trans(b_odd), input_precision="ieee")
+    return _dot(a_even, tl.trans(b_even), UPCAST) + _dot(a_odd, tl.trans(b_odd), UPCAST)
 
 
 @triton.jit
@@ -136,6 +144,7 @@ def _forward(
     eps,
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
+    UPCAST: tl.constexpr,
     T: tl.constexpr,
     T_PAD: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -159,11 +168,11 @@ def _forward(
         cos, sin = _angles(table_ptr, token, inside, T * S, PAIRS, PAD)
         q_even, q_odd = q_even * cos - q_odd * sin, q_even * sin + q_odd * cos
         k_even, k_odd = k_even * cos - k_odd * sin, k_even * sin + k_odd * cos
-    scores = _product(q_even.to(dtype), q_odd.to(dtype), k_even.to(dtype), k_odd.to(dtype)) * softmax_scale
+    scores = _product(q_even.to(dtype), q_odd.to(dtype), k_even.to(dtype), k_odd.to(dtype), UPCAST) * softmax_scale
     weights = _softmax(scores, inside, position).to(dtype)
     v_even, v_odd = _load(value_ptr, token, inside, clip, head, T * S, HEADS, PAIRS, PAD)
-    out_even = tl.dot(weights, v_even, input_precision="ieee")
-    out_odd = tl.dot(weights, v_odd, input_precision="ieee")
+    out_even = _dot(weights, v_even, UPCAST)
+    out_odd = _dot(weights, v_odd, UPCAST)
     _store(out_ptr, out_even, out_odd, token, inside, clip, head, T * S, HEADS, PAIRS, PAD)
 
 
@@ -201,6 +210,7 @@ def _backward(
     eps,
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
+    UPCAST: tl.constexpr,
     T: tl.constexpr,
     T_PAD: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -227,23 +237,23 @@ def _backward(
         rq_even, rq_odd = rq_even * cos - rq_odd * sin, rq_even * sin + rq_odd * cos
         rk_even, rk_odd = rk_even * cos - rk_odd * sin, rk_even * sin + rk_odd * cos
     rq_even, rq_odd, rk_even, rk_odd = rq_even.to(dtype), rq_odd.to(dtype), rk_even.to(dtype), rk_odd.to(dtype)
-    weights = _softmax(_product(rq_even, rq_odd, rk_even, rk_odd) * softmax_scale, inside, position)
+    weights = _softmax(_product(rq_even, rq_odd, rk_even, rk_odd, UPCAST) * softmax_scale, inside, position)
 
     g_even, g_odd = _load(grad_ptr, token, inside, clip, head, T * S, HEADS, PAIRS, PAD)
     turned = tl.trans(weights).to(dtype)
-    dv_even = tl.dot(turned, g_even, input_precision="ieee")
-    dv_odd = tl.dot(turned, g_odd, input_precision="ieee")
+    dv_even = _dot(turned, g_even, UPCAST)
+    dv_odd = _dot(turned, g_odd, UPCAST)
     _store(dvalue_ptr, dv_even, dv_odd, token, inside, clip, head, T * S, HEADS, PAIRS, PAD)
 
     v_even, v_odd = _load(value_ptr, token, inside, clip, head, T * S, HEADS, PAIRS, PAD)
-    dweights = _product(g_even, g_odd, v_even, v_odd)
+    dweights = _product(g_even, g_odd, v_even, v_odd, UPCAST)
     dscores = weights * (dweights - tl.sum(weights * dweights, axis=1, keep_dims=True)) * softmax_scale
     ds = dscores.to(dtype)
-    dq_even = tl.dot(ds, rk_even, input_precision="ieee")
-    dq_odd = tl.dot(ds, rk_odd, input_precision="ieee")
+    dq_even = _dot(ds, rk_even, UPCAST)
+    dq_odd = _dot(ds, rk_odd, UPCAST)
     turned = tl.trans(dscores).to(dtype)
-    dk_even = tl.dot(turned, rq_even, input_precision="ieee")
-    dk_odd = tl.dot(turned, rq_odd, input_precision="ieee")
+    dk_even = _dot(turned, rq_even, UPCAST)
+    dk_odd = _dot(turned, rq_odd, UPCAST)
     dq_even, dq_odd = _unrotated(dq_even, dq_odd, cos, sin, ROTATE)
     dk_even, dk_odd = _unrotated(dk_even, dk_odd, cos, sin, ROTATE)
     if NORM:
@@ -264,7 +274,15 @@ def _sizes(query: Tensor, norm: bool, rotate: bool) -> tuple[int, dict[str, Any]
     b, t, s, h, e = query.shape
     t_pad = triton.next_power_of_2(t)
     positions = max(1, ROWS // t_pad)
-    constants = {"NORM": norm, "ROTATE": rotate, "T": t, "T_PAD": t_pad, "POSITIONS": positions, "S": s}
+    constants = {
+        "NORM": norm,
+        "ROTATE": rotate,
+        "UPCAST": interpreted(),
+        "T": t,
+        "T_PAD": t_pad,
+        "POSITIONS": positions,
+        "S": s,
+    }
     # A matrix product wants at least 16 channels.
     constants |= {"HEADS": h, "PAIRS": e // 2, "PAD": max(16, triton.next_power_of_2(e // 2))}
     return b * triton.cdiv(s, positions) * h, {**constants, "num_warps": 4}
