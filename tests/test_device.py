@@ -51,9 +51,9 @@ def test_unknown_names() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_freed_memory_comes_back_without_page_faults() -> None:
-    """32 MiB, written and freed a hundred times: their pages once or a few times, not a hundred times."""
+    """32 MiB, written and freed a hundred times more: their pages are there already."""
     script = """if True:
-        import resource, sys, threading, torch
+        import resource, sys, torch
         from videodit.device import keep_freed_memory
         if sys.argv[1] == "keep":
             keep_freed_memory()
@@ -63,13 +63,11 @@ def test_freed_memory_comes_back_without_page_faults() -> None:
                 del blocks
         use()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        thread = threading.Thread(target=use)  # autograd's backward pass has a thread of its own
-        thread.start()
-        thread.join()
+        use()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
     faults = {
         name: int(subprocess.run([sys.executable, "-c", script, name], capture_output=True, check=True).stdout)
         for name in ("keep", "give back")
     }
-    assert faults["keep"] < 0.2 * faults["give back"], faults
+    assert faults["keep"] < 0.01 * faults["give back"], faults  # 0 and 816,000 where this was written
