@@ -62,7 +62,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    # From malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (its largest allowed value), M_ARENA_MAX: one heap
-    # for all threads.
+    # From malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (its largest allowed value), M_ARENA_MAX (one heap
+    # for all threads).
     for option, value in ((-1, 2**31 - 1), (-2, 256 << 20), (-3, 32 << 20), (-8, 1)):
         mallopt(option, value)
