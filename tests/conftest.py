@@ -1,11 +1,15 @@
 """What all tests share: real clips, a seed that does not depend on the tests before, a place for scraps."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton decides when it is first imported, by torch or by us, whether its kernels can run in its interpreter.
+os.environ["TRITON_INTERPRET"] = "1"
 
 _DEFAULT_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 

@@ -1,6 +1,5 @@
 """Triton's kernels, in its interpreter on a CPU: values, gradients, bytes moved, the whole DiT with them."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the imports below
 
 from videodit.kernels import choice
 from videodit.kernels.gpu import norm_modulate as gpu_norm_modulate

@@ -29,7 +29,7 @@ def train(latents: Path, run: Path, ranks: int, *options: str) -> list[dict[str,
         "--optim.lr",
         "0.01",
     ]
-    command += ["--sample_every", "0", *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS, *options]
+    command += ["--dtype", "fp32", "--sample_every", "0", *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS, *options]
     done = subprocess.run(tiny.command(command, ranks), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
