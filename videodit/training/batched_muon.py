@@ -1,7 +1,7 @@
 """Muon's orthogonalisation of all matrices of one shape at once, in place of DeepSpeed's, one after the other.
 
 A small model has many small matrices, and then most of the time goes into starting operations: 26 matrices of 128x128
-or so take DeepSpeed 21 ms on 2 AVX512-bf16 cores, batched and in bf16 6 ms (docs/decisions.md). DeepSpeed keeps what it
+or so take DeepSpeed 21 ms on 2 AVX512-bf16 cores, batched and in bf16 5 ms (docs/decisions.md). DeepSpeed keeps what it
 is for: who owns which part of which matrix, the exchange of split ones, the momentum's place in the optimizer's state.
 
 Source: Jordan et al. (2024), Muon, https://kellerjordan.github.io/posts/muon/ (iteration and coefficients); Bernstein
