@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py --latents runs/demo/latents --out runs/scaling
 
-Same latents, clips, noise, text encoder, objective (velocity, rectified flow), optimizer and steps; each family's
-learning rate is the best of --rates at its smallest size, found in a fifth of the steps. FLOPs are counted by
-torch.utils.flop_counter, forward and backward; the U-Net's width is the multiple of 16 with the nearest count. The
-last clips are held out, and read at fixed noise levels with fixed noise. Writes scaling.json and scaling.svg, and
-prints the exponent b of loss ~ FLOPs^-b over the final points of each family.
+Same latents, clips, noise, text encoder, objective (velocity, rectified flow), optimizer and steps; each model's
+learning rate is the best of --rates in a fifth of the steps. FLOPs are counted by torch.utils.flop_counter, forward
+and backward; the U-Net's width is the multiple of 4 with the nearest count. The last clips are held out, and read at
+fixed noise levels with fixed noise. Writes scaling.json and scaling.svg after each model, and prints the exponent b of
+loss ~ FLOPs^-b over the final points of each family.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from unet3d import HEAD, UNet3D
+from unet3d import GROUPS, UNet3D
 
 from videodit.data.latents import read_latent_sample
 from videodit.data.shards import ShardSet
@@ -64,7 +64,7 @@ def dit(width: int, channels: int) -> nn.Module:
             in_channels=channels,
             hidden_size=width,
             depth=4,
-            num_heads=width // HEAD,
+            num_heads=width // 32,
             text_dim=TEXT.dim,
             activation="gelu",
             absolute_position=True,
@@ -89,7 +89,7 @@ def flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int:
 
 def nearest_unet(wanted: int, shape: tuple[int, ...]) -> int:
     """Width whose step costs the most similar number of FLOPs."""
-    widths = range(HEAD // 2, 32 * HEAD, HEAD // 2)  # its attention is at twice the width
+    widths = range(GROUPS, 256 * GROUPS, GROUPS)
     costs = {}
     for width in widths:
         costs[width] = flops(partial(unet, width, shape[0]), shape)
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 192])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = choose_device(options.device)
@@ -200,27 +200,24 @@ def main() -> None:
         sizes["U-Net"].append((unet, nearest_unet(wanted, clips.shape)))
     rows: list[dict[str, Any]] = []
     for family, models in sizes.items():
-        rate = options.rates[0]
-        if len(options.rates) > 1:
-            found = {}
-            for candidate in options.rates:
-                torch.manual_seed(0)
-                build, width = models[0]
-                trial = Denoiser(build(width, channels)).to(device)
-                found[candidate] = train(trial, clips, max(1, options.steps // 5), options.batch, candidate, 1)[1][-1]
-            rate = min(found, key=lambda candidate: found[candidate])
         for build, width in models:
-            torch.manual_seed(0)
-            model = Denoiser(build(width, channels)).to(device)
             started = time.perf_counter()
-            at, losses = train(model, clips, options.steps, options.batch, rate)
+
+            def run(steps: int, rate: float, points: int) -> tuple[nn.Module, list[int], list[float]]:
+                torch.manual_seed(0)
+                model = Denoiser(build(width, channels)).to(device)  # noqa: B023
+                return model.model, *train(model, clips, steps, options.batch, rate, points)
+
+            trials = {rate: run(max(1, options.steps // 5), rate, 1)[2][-1] for rate in options.rates}
+            rate = min(trials, key=lambda rate: trials[rate])
+            model, at, losses = run(options.steps, rate, 6)
             cost = flops(partial(build, width, channels), clips.shape) * options.batch
-            rows.append({"family": family, "width": width, "rate": rate, "step_flops": cost})
-            rows[-1]["parameters"] = sum(p.numel() for p in model.model.parameters())
+            rows.append({"family": family, "width": width, "rate": rate, "trials": trials, "step_flops": cost})
+            rows[-1]["parameters"] = sum(p.numel() for p in model.parameters())
             rows[-1]["seconds"] = time.perf_counter() - started
             rows[-1]["train_flops"] = cost * options.steps
             rows[-1] |= {"steps": at, "losses": losses, "held_out_loss": losses[-1]}
-    report(rows, options)
+            report(rows, options)
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from videodit.models.attention import CrossAttention, attend, text_attention_mask
 from videodit.models.layers import sinusoidal_embedding
 
-GROUPS, HEAD = 8, 32
+GROUPS, HEADS = 4, 4
 
 
 class ConvBlock(nn.Module):
@@ -44,12 +44,11 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, width: int, text_dim: int) -> None:
         super().__init__()
-        self.heads = width // HEAD
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
         self.proj = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.text = nn.Linear(text_dim, width)
-        self.cross = CrossAttention(width, self.heads, "head")
+        self.cross = CrossAttention(width, HEADS, "head")
         for layer in (*self.proj, self.cross.proj):
             nn.init.zeros_(layer.weight)
 
@@ -58,7 +57,7 @@ class AttentionBlock(nn.Module):
         b, f, t, h, w = x.shape
         tokens = x.permute(0, 2, 3, 4, 1).reshape(b, t, h * w, f)
         for kind, norm, qkv, proj in zip("st", self.norms, self.qkv, self.proj):
-            parts = qkv(norm(tokens)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+            parts = qkv(norm(tokens)).unflatten(-1, (3, HEADS, -1)).unbind(-3)
             tokens = tokens + proj(attend(kind, *(part.contiguous() for part in parts)))
         keys_values = self.cross.keys_values(self.text(text))
         tokens = tokens + self.cross(self.norms[2](tokens), keys_values, text_attention_mask(mask))
@@ -70,7 +69,7 @@ class UNet3D(nn.Module):
 
     Args:
         channels: c.
-        width: f of the first level, a multiple of 16; the second has twice as much.
+        width: f of the first level, a multiple of 4; the second has twice as much.
         text_dim: of the text encoder.
     """
 

@@ -301,7 +301,8 @@ def test_two_ranks_train_as_one(shards: Path, latents: Path, tmp_path: Path, kin
     options = {"vae": tiny.VAE_OPTIONS, "dit": tiny.DIT_OPTIONS}[kind]
     options = [*options, "--max_steps=4", "--global_batch_size=5", "--micro_batch_size=2", "--optim.warmup_steps=0"]
     for ranks, stage in ((1, 1), (2, zero_stage)):
-        run = ["train", kind, "--run_dir", tmp_path / str(ranks), f"--zero_stage={stage}", *tiny.RUN_OPTIONS]
+        run = ["train", kind, "--run_dir", tmp_path / str(ranks), f"--zero_stage={stage}", "--dtype=fp32"]
+        run += tiny.RUN_OPTIONS
         done = subprocess.run(tiny.command([*run, *data, *options], ranks), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):

@@ -49,6 +49,8 @@ class DiTRunConfig(RunConfig):
     """at which levels it is trained in the last late_share of the steps, where it learns to draw"""
     late_share: float = 0.0
     """share of max_steps, the last ones, that draws its levels from late_noise"""
+    sample_posterior: bool = True
+    """train on samples of the VAE's posterior; false: on its mean, for which less noise is drawn"""
     crop: LatentCropConfig = field(default_factory=LatentCropConfig)
     """windows of the latents that the first steps train on, for a part of the work"""
     weighting: Weighting = "uniform"

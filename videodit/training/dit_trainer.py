@@ -205,8 +205,9 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
     seed, epoch, keys = config.seed, batch.epoch, batch.keys
     b, c, t, h, w = batch.mean.shape
     shape = (c, t, h, w)
-    posterior_noise = sample_noise(seed, epoch, keys, shape, "posterior")
-    x0 = batch.mean + torch.exp(0.5 * batch.logvar) * posterior_noise
+    x0 = batch.mean
+    if config.sample_posterior:
+        x0 = x0 + torch.exp(0.5 * batch.logvar) * sample_noise(seed, epoch, keys, shape, "posterior")
     noise = sample_noise(seed, epoch, keys, shape, "noise")
     sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), levels)
     slope, focus = (sample_uniform(seed, epoch, keys, name) for name in ("frame slope", "focus frame"))

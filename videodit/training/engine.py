@@ -49,7 +49,8 @@ class StepResult:
         grad_norm: global norm of the gradient of the weighted mean loss, before clipping; inf if it was not finite, and
             then no weight changed.
         lr: AdamW's learning rate of this step.
-        update_norm: with Muon, global norm of what DeepSpeed applies (orthogonalised matrices beside raw gradients).
+        update_norm: with Muon, but for bf16 at stage 1, global norm of what DeepSpeed applies (orthogonalised matrices
+            beside raw gradients).
     """
 
     grad_norm: float
@@ -112,8 +113,13 @@ class Engine:
         self._deepspeed = _initialize(module, self._optimizer, self._deepspeed_config(), world.local_rank)
         names = {id(p): name for name, p in named.items()}
         self._state = ShardedState(self._deepspeed.optimizer, self._optimizer, zero_stage, world.rank, names)
-        self._muon = optim.name == "muon"
-        if self._muon and world.device.type == "cpu":
+        replicated = hasattr(self._deepspeed.optimizer, "bf16_groups")  # BF16_Optimizer: whole gradients on every rank
+        if replicated and world.size == 1:
+            self._deepspeed.enable_backward_allreduce = False  # it copies every gradient there and back, even alone
+        muon = optim.name == "muon"
+        # BF16_Optimizer takes the norm before it orthogonalises, the others after it.
+        self._norm_of_update = muon and not replicated
+        if muon and world.device.type == "cpu":
             precision = torch.bfloat16 if has_bf16(world.device) else torch.float32
             BatchedMuon(self._deepspeed.optimizer, precision, original_muon)
         self._last_momentum: dict[str, list[torch.Tensor]] = {}
@@ -173,7 +179,7 @@ class Engine:
         norm = self._norm if self.zero_stage == 0 else float(self._deepspeed.get_global_grad_norm())
         norm = norm if 0 <= norm < float("inf") else float("inf")
         lr = self._config.lr * factor
-        if not self._muon:
+        if not self._norm_of_update:
             return StepResult(norm, lr)
         gradient_norm = self._norm_from_momentum()
         return StepResult(gradient_norm if norm < float("inf") else norm, lr, update_norm=norm)
@@ -181,7 +187,7 @@ class Engine:
     @contextlib.contextmanager
     def _eager_muon(self) -> Iterator[None]:
         """DeepSpeed wraps Muon in torch.compile; on a CPU that costs a minute of C++ builds and gains nothing."""
-        if not self._muon or self._world.device.type != "cpu":
+        if self._config.name != "muon" or self._world.device.type != "cpu":
             yield
             return
         with torch.compiler.set_stance("force_eager"):
@@ -239,7 +245,7 @@ class Engine:
         """
         self._state.load(read, optimizer_step)
         self._state.refresh_module()
-        self._last_momentum = self._momentum() if self._muon else {}
+        self._last_momentum = self._momentum() if self._norm_of_update else {}
 
     @contextlib.contextmanager
     def using(self, weights: Sequence[torch.Tensor]) -> Iterator[nn.Module]:
