@@ -6,6 +6,7 @@ import pytest
 
 from videodit.config import load_yaml
 from videodit.data.buckets import parse_bucket
+from videodit.data.ingest import IngestConfig
 from videodit.models.vae import VAEConfig
 from videodit.training.dit_config import DiTRunConfig
 from videodit.training.vae_trainer import VAERunConfig
@@ -17,7 +18,12 @@ VAES = sorted(path.stem.removeprefix("vae_") for path in CONFIGS.glob("vae_*.yam
 
 def test_the_sizes_of_dit_and_a_pair_for_each_vae() -> None:
     assert {"small", "base", "large", "xl", "2b", "5b"} | set(VAES) == set(NAMES)
-    assert len(NAMES) + len(VAES) == len(list(CONFIGS.iterdir()))
+    others = {"ingest_base.yaml"}
+    assert len(NAMES) + len(VAES) + len(others) == len(list(CONFIGS.iterdir()))
+
+
+def test_the_filters_of_ingest_load() -> None:
+    assert load_yaml(IngestConfig, CONFIGS / "ingest_base.yaml").filters.duplicate_bits == 12
 
 
 @pytest.mark.parametrize("name", NAMES)

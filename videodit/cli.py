@@ -44,7 +44,10 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
     config, given = parse_command(IngestConfig, argv, prog, summary, example, arguments)
     with show_progress("ingest videos") as progress:
         result = run(given["src"], given["out"], config, progress)
-    print(f"{result.accepted} videos to {result.clips} clips in {given['out']}; {result.rejected} rejected")
+    for setting, (clips, example) in result.filtered.items():
+        print(f"{setting} leaves out {clips}, such as {example}")
+    verb = "would give" if config.dry_run else "gave"
+    print(f"{result.accepted} videos {verb} {result.clips} clips in {given['out']}; {result.rejected} rejected")
 
 
 def train_vae(argv: Sequence[str], prog: str, summary: str) -> None:

@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
+from videodit.data.filters import FilterConfig
 from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.shards import ShardSet, sha256_hex
 from videodit.data.video_io import encode_mp4, read_frames, write_mp4
@@ -125,6 +128,74 @@ def test_a_new_video_is_taken_in(tmp_path: Path) -> None:
         write_mp4(tmp_path / "videos" / f"{i}.mp4", scene(i, 17), 8)
         assert ingest(tmp_path / "videos", out, ONE).clips == i + 1
     assert len(ShardSet.open(out)) == 2
+
+
+def filtered(out: Path) -> dict[str, str]:
+    """Reasons of clips that filters left out, by key, from rejects.jsonl; the index says the same."""
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    reasons = {reject["key"]: reject["reason"] for reject in rejects if "key" in reject}
+    assert reasons == {e.key: e.dropped for e in ShardSet.open(out, dropped=True).entries if e.dropped}
+    return reasons
+
+
+def test_filters_are_changed_without_decoding_again(ingested: Path, videos: Path, tmp_path: Path) -> None:
+    """The tars stay the same files; index and rejects become those of a run that had these filters from the start."""
+    out = tmp_path / "out"
+    strict = replace(ONE, filters=FilterConfig(min_duration_s=5.0, duplicate_bits=12))
+    result = ingest(videos, out, strict)
+    assert (result.accepted, result.rejected, result.clips) == (5, 2, 3)
+    assert {name: stage.clips for name, stage in result.filtered.items()} == {"min_duration_s": 4}
+    assert set(filtered(out)) == {e.key for e in ShardSet.open(ingested).entries if e.meta["num_frames"] == 17}
+    assert len(ShardSet.open(out)) == 3 and len(ShardSet.open(out, dropped=True)) == 7
+    tars = {path.name: path.stat() for path in out.glob("*.tar")}
+
+    again = ingest(videos, out, ONE)
+    assert (again.clips, again.filtered, again.up_to_date) == (7, {}, False)
+    assert contents(out) == contents(ingested)
+    assert {path.name: path.stat() for path in out.glob("*.tar")} == tars
+    ingest(videos, out, strict)
+    assert ingest(videos, out, strict).up_to_date
+    ingest(videos, tmp_path / "fresh", strict)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_duplicates_of_other_sizes_and_encodings(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name, seed, side, crf in (("a", 0, 96, 18), ("b", 1, 96, 18), ("c", 0, 64, 32)):
+        colors = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)
+        picture = cv2.resize(colors, (96, 96), interpolation=cv2.INTER_CUBIC)
+        moved = [np.roll(picture, t, axis=1) for t in range(17)]
+        frames = [cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA) for frame in moved]
+        write_mp4(folder / f"{name}.mp4", np.stack(frames), 8, crf=crf)
+    result = ingest(folder, tmp_path / "out", replace(ONE, filters=FilterConfig(duplicate_bits=12)))
+    assert (result.clips, list(filtered(tmp_path / "out"))) == (2, ["c-0000"])
+    assert filtered(tmp_path / "out")["c-0000"].startswith("duplicate of a-0000, ")
+
+
+def test_dry_run_says_the_same_and_writes_nothing(videos: Path, tmp_path: Path) -> None:
+    strict = replace(ONE, filters=FilterConfig(min_duration_s=5.0))
+    for out in (tmp_path / "none" / "shards", tmp_path / "shards"):  # the second is ingested already
+        if out.parent == tmp_path:
+            ingest(videos, out, ONE)
+        before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+        kept = contents(out) if out.exists() else {}
+        result = ingest(videos, out, replace(strict, dry_run=True))
+        assert (result.accepted, result.rejected, result.clips) == (5, 2, 3)
+        assert result.filtered["min_duration_s"].clips == 4
+        assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+        assert (contents(out) if out.exists() else {}) == kept
+
+
+def test_filters_that_leave_nothing_are_an_error_that_can_be_mended(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"every clip, filters.min_motion most of them \(clip_0-.*: loosen it"):
+        ingest(videos, out, replace(ONE, filters=FilterConfig(min_motion=99)))
+    with pytest.raises(UserError, match="nothing passed ingest"):
+        ShardSet.open(out)
+    tars = {path.name: path.stat() for path in out.glob("*.tar")}
+    assert ingest(videos, out, ONE).clips == 7
+    assert {path.name: path.stat() for path in out.glob("*.tar")} == tars
 
 
 def test_sizes(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from videodit.data import latents
-from videodit.data.shards import ShardSet, ShardWriter
+from videodit.data.shard_writer import ShardWriter
+from videodit.data.shards import ShardSet
 from videodit.errors import UserError
 
 FINGERPRINT = {"vae": "ab" * 32, "clips": "cd" * 32, "buckets": ("17x64x64",), "transform": {"crop": "centre"}}

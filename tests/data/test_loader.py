@@ -16,7 +16,8 @@ from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import write_latent_sample
 from videodit.data.loader import ClipLoader, LatentLoader, clips_in_order
-from videodit.data.shards import ShardSet, ShardWriter
+from videodit.data.shard_writer import ShardWriter
+from videodit.data.shards import ShardSet
 from videodit.data.transforms import fit_clip, to_pixels
 from videodit.data.video_io import encode_mp4, read_frames
 from videodit.errors import UserError

@@ -33,7 +33,9 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def compare(ours: Any, reference: Any, given: list[Tensor], dtype: torch.dtype, tolerance: float) -> None:
+def assert_equals_reference(
+    ours: Any, reference: Any, given: list[Tensor], dtype: torch.dtype, tolerance: float
+) -> None:
     """Outputs and all gradients against the reference in float64."""
     given = [tensor.to(dtype).requires_grad_() for tensor in given]
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
@@ -59,7 +61,7 @@ def test_norm_rope(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float,
     b, t, s, h, e = shape
     table = rope_table(t, s, 1, e)
     given = [random(*shape), random(h * e if all_heads else e)]
-    compare(
+    assert_equals_reference(
         lambda x, weight: gpu_norm_rope.norm_rope(x, weight, table, 1e-6),
         lambda x, weight: norm_rope_reference(x, weight, table),
         given,
@@ -72,7 +74,7 @@ def test_norm_rope(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float,
 @pytest.mark.parametrize("frames", [False, True])
 def test_norm_modulate(dtype: torch.dtype, tolerance: float, frames: bool) -> None:
     modulations = [random(2, 3 if frames else 1, 1, 20, seed=index) for index in (1, 2)]
-    compare(
+    assert_equals_reference(
         lambda *given: gpu_norm_modulate.norm_modulate(*given, 1e-6),
         norm_modulate_reference,
         [random(2, 3, 11, 20), *modulations],
@@ -88,7 +90,7 @@ def test_residual_norm_modulate(
     dtype: torch.dtype, tolerance: float, gate: tuple[int, ...], norm: tuple[int, ...]
 ) -> None:
     x, branch = random(2, 3, 11, 20), random(2, 3, 11, 20, seed=1)
-    compare(
+    assert_equals_reference(
         lambda *given: gpu_norm_modulate.residual_norm_modulate(*given, 1e-6),
         residual_norm_modulate_reference,
         [x, branch, random(*gate, seed=2), random(*norm, seed=3), random(*norm, seed=4)],
@@ -111,7 +113,7 @@ def test_temporal_attention(shape: tuple[int, ...], parts: str, dtype: torch.dty
         weights = given[3:] or (None, None)
         return function(*given[:3], *weights, table, 1e-6)
 
-    compare(
+    assert_equals_reference(
         lambda *given: run(gpu_temporal.temporal_attention, *given),
         lambda *given: run(temporal_attention_reference, *given),
         given,

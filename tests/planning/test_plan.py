@@ -26,7 +26,9 @@ from videodit.planning.plan import (
     room_of,
 )
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    p for p in (Path(__file__).resolve().parents[2] / "configs").glob("*_*.yaml") if p.stem != "ingest_base"
+)
 SMALL = {"model.hidden_size": 32, "model.depth": 2, "model.num_heads": 2, "text.dim": 32, "text.num_heads": 2}
 SMALL |= {"gpu": "h100", "sampling.height": 64, "sampling.width": 64}
 

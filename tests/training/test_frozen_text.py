@@ -21,7 +21,8 @@ from videodit.data.latents import EMPTY_TEXT, read_empty_text, read_latent_sampl
 from videodit.data.loader import LatentBatch, LatentLoader
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import sample_spec
-from videodit.data.shards import ShardSet, ShardWriter, json_bytes
+from videodit.data.shard_writer import ShardWriter
+from videodit.data.shards import ShardSet, json_bytes
 from videodit.data.video_io import encode_mp4, read_frames
 from videodit.errors import UserError
 from videodit.generation.encode import EncodeConfig, encode_clips

@@ -9,7 +9,8 @@ from tests.training.test_trainers import metrics
 from videodit import cli
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import captions, sample_spec
-from videodit.data.shards import ShardWriter, json_bytes
+from videodit.data.shard_writer import ShardWriter
+from videodit.data.shards import json_bytes
 from videodit.data.video_io import encode_mp4, probe
 
 

@@ -1,4 +1,4 @@
-"""One source video into clips: decoded once, cut at scene changes, resized, encoded, all in constant memory."""
+"""One source video into clips: decoded once, cut at scene changes, resized, scored, encoded, in constant memory."""
 
 from collections import deque
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from videodit.data.scene_cuts import CutDetector
+from videodit.data.scores import ClipScorer, ClipScores
 from videodit.data.shards import sha256_hex
 from videodit.data.video_io import Mp4Encoder, VideoError, VideoInfo, open_video
 from videodit.errors import user_error
@@ -55,6 +56,7 @@ class Clip:
     offset: int
     size: int
     sha256: str
+    scores: ClipScores
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class _Cutter:
         self._cuts: set[int] = set()
         self._next = 0  # number of the first frame held
         self._encoder: Mp4Encoder | None = None
+        self._scorer = ClipScorer(info.fps)
         self._offset = 0
         self._result = CutResult()
 
@@ -151,7 +154,9 @@ class _Cutter:
             self._end_clip()
         if self._encoder is None:
             self._encoder = Mp4Encoder(frame.shape[0], frame.shape[1], self._fps, crf=self._rules.crf)
+            self._scorer = ClipScorer(self._fps)
         self._encoder.write(frame)
+        self._scorer.push(frame)
         self._next += 1
 
     def _end_clip(self) -> None:
@@ -166,6 +171,9 @@ class _Cutter:
             return
         data = encoder.finish()
         self._write(data)
-        clip = Clip(start, count, encoder.height, encoder.width, self._fps, self._offset, len(data), sha256_hex(data))
+        clip = Clip(
+            start, count, encoder.height, encoder.width, self._fps, self._offset, len(data), sha256_hex(data),
+            self._scorer.finish(),
+        )  # fmt: skip
         self._offset += len(data)
         self._result.clips.append(clip)

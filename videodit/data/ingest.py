@@ -1,17 +1,15 @@
-"""Raw videos to shards: decode check, scene cuts, clips, tars with an index; what did not make it is listed."""
+"""Raw videos to shards: decode check, scene cuts, scores, filters, tars, index; what did not make it is listed."""
 
 import dataclasses
-import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,13 +17,17 @@ from typing import Any, TextIO
 import av
 
 from videodit.data.clip_cutter import CutResult, CutRules, cut_source
+from videodit.data.filters import FilterConfig, Stage, mark
+from videodit.data.ingest_record import RECORD, earlier_run, fingerprint, locked, write_json
 from videodit.data.isolation import Beat, Failure, run_isolated
-from videodit.data.shards import INDEX, PART, ShardWriter, json_bytes, sha256_hex
+from videodit.data.shard_writer import ShardWriter, rewrite_index
+from videodit.data.shards import PART, Entry, ShardSet, json_bytes, sha256_hex
 from videodit.data.sources import Source, list_sources
 from videodit.errors import UserError, user_error
 
 REJECTS = "rejects.jsonl"
-RECORD = "ingest.json"
+SCORES_VERSION = 1
+"""Goes up when scores are computed otherwise, so that old shards are scored anew."""
 _WORK = ".work"
 _CHUNK_BYTES = 4 << 20  # small files go to a worker by the chunk
 _CHUNK_FILES = 32
@@ -55,6 +57,10 @@ class IngestConfig:
     """A file that yields no frame for so many seconds is given up."""
     max_memory_gb: float = 8.0
     """Address space of a decoding process; a file that needs more is rejected; 0 for no limit."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Which clips training sees; changed later, nothing is decoded again"""
+    dry_run: bool = False
+    """Say what would be left out and why, and write nothing"""
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -76,10 +82,8 @@ class IngestConfig:
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that the shards depend on."""
-        fields = dataclasses.asdict(self)
-        return {
-            name: value for name, value in fields.items() if name not in ("workers", "stall_limit_s", "max_memory_gb")
-        }
+        others = ("workers", "stall_limit_s", "max_memory_gb", "filters", "dry_run")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ class IngestResult:
     rejected: int
     """Sources without any."""
     clips: int
-    """Clips in the shards."""
+    """Clips that training sees."""
+    filtered: dict[str, Stage]
+    """What each setting of the filters left out, by its name."""
     seconds: float
     """Wall time."""
     up_to_date: bool = False
@@ -106,10 +112,12 @@ def ingest(
 ) -> IngestResult:
     """Makes shards of raw videos.
 
-    The same sources and config give the same bytes, however many workers and interruptions there were.
+    The same sources and config give the same bytes, however many workers and interruptions there were. Shards hold
+    every clip; those that the filters leave out are marked in the index, so that the same command with other filters
+    only writes the index again.
 
-    Writes OUT/shard-*.tar, index.jsonl, rejects.jsonl (a line for each source and scene left out, with the reason) and
-    ingest.json (config, counts).
+    Writes OUT/shard-*.tar, index.jsonl, rejects.jsonl (a line for each source, scene and clip left out, with the
+    reason) and ingest.json (config, counts).
 
     Args:
         src: a folder of videos, a .csv or .jsonl table or one video; see `sources.list_sources`.
@@ -128,31 +136,78 @@ def ingest(
     if src.resolve() == out.resolve():
         raise UserError(f"--out {out} is the source itself: choose another folder")
     sources = list_sources(src, exclude=[out])
-    record = {"config": config.result_fields(), "sources_sha256": _fingerprint(sources), "av": av.__version__}
-    with _locked(out):
-        earlier = _check_out(out, record)
-        if earlier:
-            return _result(earlier, started, up_to_date=True)
-        try:
-            _write_json(out / RECORD, record | {"complete": False})
-            counts = _run(sources, out, config, progress or (lambda done, total: None))
-            if not counts["clips"]:
+    work = partial(_run, sources, config=config, progress=progress or (lambda done, total: None))
+    record = {
+        "config": config.result_fields(),
+        "sources_sha256": fingerprint(sources),
+        "av": av.__version__,
+        "scores": SCORES_VERSION,
+    }
+    filters = dataclasses.asdict(config.filters)
+    try:
+        if config.dry_run:
+            counts, filtered = _rehearse(out, record, config.filters, work)
+            return _result(counts, filtered, started)
+        with locked(out):
+            earlier = earlier_run(out, record)
+            if earlier and earlier.get("filters") == filters:
+                _, filtered = mark(ShardSet.open(out, dropped=True).entries, config.filters)
+                return _result(earlier, filtered, started, up_to_date=True)
+            if earlier:
+                counts, filtered = _filter_again(out, earlier, config.filters)
+            else:
+                write_json(out / RECORD, record | {"complete": False})
+                counts, filtered = work(out)
+            if not counts["clips"] and not filtered:
                 raise UserError(
                     f"none of the {len(sources)} videos of {src} gave a clip: see {out / REJECTS} for the reasons"
                 )
-            _write_json(out / RECORD, record | counts | {"complete": True})
-        except OSError as error:
-            raise user_error(error, error.filename or out) from error
-    return _result(counts, started)
+            write_json(out / RECORD, record | counts | {"filters": filters, "complete": True})
+            if not counts["clips"]:
+                most = max(filtered, key=lambda setting: filtered[setting].clips)
+                raise UserError(
+                    f"filters leave out every clip, filters.{most} most of them ({filtered[most].example}): loosen it "
+                    "and run the same command again"
+                )
+    except OSError as error:
+        raise user_error(error, error.filename or out) from error
+    return _result(counts, filtered, started)
 
 
-def _result(counts: dict[str, Any], started: float, up_to_date: bool = False) -> IngestResult:
-    return IngestResult(counts["accepted"], counts["rejected"], counts["clips"], time.monotonic() - started, up_to_date)
+Outcome = tuple[dict[str, int], dict[str, Stage]]  # sources accepted and rejected, clips; and what filters left out
 
 
-def _run(
-    sources: list[Source], out: Path, config: IngestConfig, progress: Callable[[int, int], None]
-) -> dict[str, int]:
+def _result(
+    counts: dict[str, Any], filtered: dict[str, Stage], started: float, up_to_date: bool = False
+) -> IngestResult:
+    seconds = time.monotonic() - started
+    return IngestResult(counts["accepted"], counts["rejected"], counts["clips"], filtered, seconds, up_to_date)
+
+
+def _rehearse(out: Path, record: dict[str, Any], filters: FilterConfig, work: Callable[[Path], Outcome]) -> Outcome:
+    """What ingest would do: told from the scores where they are there already, else done and thrown away."""
+    earlier = earlier_run(out, record) if out.is_dir() else None
+    if earlier:
+        entries, filtered = mark(ShardSet.open(out, dropped=True).entries, filters)
+        return earlier | {"clips": _used(entries)}, filtered
+    beside = next(folder for folder in out.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".videodit-dry-run-", dir=beside) as folder:
+        return work(Path(folder))
+
+
+def _filter_again(out: Path, earlier: dict[str, Any], filters: FilterConfig) -> Outcome:
+    entries, filtered = mark(ShardSet.open(out, dropped=True).entries, filters)
+    with open(out / REJECTS, encoding="utf-8") as file:
+        before = [line for line in file if "key" not in json.loads(line)]  # what no filter decided
+    with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
+        rejects.writelines(before)
+        _write_filtered(rejects, entries)
+    rewrite_index(out, entries)
+    os.replace(out / (REJECTS + PART), out / REJECTS)
+    return {"accepted": earlier["accepted"], "rejected": earlier["rejected"], "clips": _used(entries)}, filtered
+
+
+def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Callable[[int, int], None]) -> Outcome:
     work = out / _WORK
     shutil.rmtree(work, ignore_errors=True)  # of an interrupted run
     work.mkdir()
@@ -164,7 +219,7 @@ def _run(
         stall_limit_s=config.stall_limit_s,
         max_memory_gb=config.max_memory_gb,
     )
-    counts = {"accepted": 0, "rejected": 0, "clips": 0}
+    counts = {"accepted": 0, "rejected": 0}
     writer = ShardWriter(out, config.clips_per_shard)
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
         for done, (source, base) in enumerate(zip(sources, _key_bases(sources), strict=True), 1):
@@ -176,12 +231,17 @@ def _run(
             _write_rejects(rejects, source, result)
             spool.unlink(missing_ok=True)
             counts["accepted" if result.clips else "rejected"] += 1
-            counts["clips"] += len(result.clips)
             progress(done, len(sources))
+        writer.entries, filtered = mark(writer.entries, config.filters)
+        _write_filtered(rejects, writer.entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
     writer.close()
     shutil.rmtree(work)
-    return counts
+    return counts | {"clips": _used(writer.entries)}, filtered
+
+
+def _used(entries: Sequence[Entry]) -> int:
+    return sum(not entry.dropped for entry in entries)
 
 
 def _cores() -> int:
@@ -204,7 +264,7 @@ def _chunks(sources: list[Source], work: Path) -> list[list[tuple[str, str]]]:
             chunks.append([])
             size = 0
         chunks[-1].append((source.path, str(_spool(work, number))))
-        size += _size(source)
+        size += os.stat(source.path).st_size if os.path.exists(source.path) else 0
     return chunks
 
 
@@ -229,6 +289,7 @@ def _write_clips(writer: ShardWriter, source: Source, base: str, result: CutResu
                 "start_s": round(clip.start_frame / clip.fps, 6),
                 "end_s": round((clip.start_frame + clip.num_frames) / clip.fps, 6),
                 "sha256": clip.sha256,
+                **clip.scores.record(),
             }
             if source.extra:
                 record["extra"] = source.extra
@@ -247,6 +308,13 @@ def _write_rejects(file: TextIO, source: Source, result: CutResult) -> None:
         file.write(json_bytes(line).decode() + "\n")
 
 
+def _write_filtered(file: TextIO, entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        if entry.dropped:
+            place = {name: entry.meta.get(name) for name in ("source", "start_s", "end_s")}
+            file.write(json_bytes({"key": entry.key, **place, "reason": entry.dropped}).decode() + "\n")
+
+
 def _key_bases(sources: list[Source]) -> list[str]:
     """A key for each source: its name in plain characters, with a hash where two would be alike or one too long."""
     bases = [re.sub(r"[^A-Za-z0-9_-]+", "_", str(Path(source.name).with_suffix(""))) for source in sources]
@@ -256,68 +324,3 @@ def _key_bases(sources: list[Source]) -> list[str]:
         whole or f"{base[:60]}-{sha256_hex(source.name.encode())[:8]}"
         for whole, base, source in zip(plain, bases, sources, strict=True)
     ]
-
-
-def _fingerprint(sources: list[Source]) -> str:
-    """Changes when a file, a caption or anything else that goes into the shards does."""
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(
-            json_bytes([source.name, source.captions, source.extra, source.problem, _size(source), _mtime_ns(source)])
-            + b"\n"
-        )
-    return digest.hexdigest()
-
-
-def _size(source: Source) -> int:
-    return os.stat(source.path).st_size if os.path.exists(source.path) else 0
-
-
-def _mtime_ns(source: Source) -> int:
-    return os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Makes the folder and holds it against other processes that ingest into it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise user_error(error, out) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is ingesting into {out}: wait for it or choose another --out") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _check_out(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The earlier run's record if it did just this; None if there is work to do."""
-    try:
-        earlier = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if any(out.glob("*.tar")):
-            raise UserError(f"{out} holds tars that ingest did not write: choose another --out") from None
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / RECORD} cannot be read ({error}): remove {out} or choose another --out") from error
-    if not earlier.get("complete") or not (out / INDEX).is_file():
-        return None
-    changed = [
-        f"{k} {earlier['config'].get(k)}, now {v}" for k, v in record["config"].items() if earlier["config"].get(k) != v
-    ]
-    if changed:
-        raise UserError(
-            f"{out} holds shards made with other settings ({'; '.join(changed)}): choose another --out or remove it"
-        )
-    return earlier if earlier.get("sources_sha256") == record["sources_sha256"] else None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    part = path.with_name(path.name + PART)
-    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from videodit.data.shards import Entry, ShardSet, ShardWriter, json_bytes
+from videodit.data.shard_writer import ShardWriter
+from videodit.data.shards import Entry, ShardSet, json_bytes
 from videodit.errors import UserError, user_error
 
 MANIFEST = "latents.json"

@@ -2,24 +2,22 @@
 
 A sample is a key and its members: KEY.mp4, KEY.json, KEY.npy, KEY.safetensors. Beside the tars lies index.jsonl, one
 line a sample in the order of writing: {"key", "shard", "members": {extension: [offset, size]}, "meta": {the json
-member's plain values}}. A reader needs one pread a member. Folders without an index (any plain webdataset) are scanned
-instead. The same samples give the same bytes: USTAR, mtime 0, no owner.
+member's plain values}}, and "dropped": why, for a sample that is there but not to be used. A reader needs one pread a
+member. Folders without an index (any plain webdataset) are scanned instead.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from videodit.data import video_io
-from videodit.errors import UserError, user_error
+from videodit.errors import UserError
 
 INDEX = "index.jsonl"
 PART = ".part"  # what is being written; it loses the suffix when all of it is there
@@ -39,6 +37,8 @@ class Entry:
     """Extension -> (offset, size) in bytes within the tar."""
     meta: dict[str, Any]
     """The plain values of its json but the caption: num_frames, height, width, fps, source, ..."""
+    dropped: str = ""
+    """Why it is not to be used; empty if it is."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -49,127 +49,6 @@ def json_bytes(value: Any) -> bytes:
 def sha256_hex(data: bytes) -> str:
     """The sha256 of bytes, as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-class ShardWriter:
-    """Writes samples into PREFIX-000000.tar, PREFIX-000001.tar, ... and, last, index.jsonl.
-
-    It owns those names in its folder: an earlier index goes when it starts and earlier tars when it closes. Until
-    `close`, everything has the suffix .part, so that no reader takes an interrupted run for a complete one. As a
-    context manager it closes, unless an exception passes through.
-
-    Args:
-        out_dir: the folder; made if missing.
-        clips_per_shard: samples in a tar; the last has what is left.
-        prefix: how the tars' names begin.
-    Raises:
-        UserError: if the folder cannot be written.
-    """
-
-    def __init__(self, out_dir: str | Path, clips_per_shard: int = 1000, prefix: str = "shard") -> None:
-        if clips_per_shard < 1:
-            raise ValueError(f"clips_per_shard is {clips_per_shard}: at least 1 is needed")
-        self.out_dir = Path(out_dir)
-        self.clips_per_shard = clips_per_shard
-        self.prefix = prefix
-        self.entries: list[Entry] = []
-        self._keys: set[str] = set()
-        self._shards: list[str] = []
-        self._file: io.BufferedWriter | None = None
-        self._in_shard = 0
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            (self.out_dir / INDEX).unlink(missing_ok=True)
-            for path in self.out_dir.glob(f"{prefix}-*.tar{PART}"):
-                path.unlink()
-            (self.out_dir / (INDEX + PART)).write_bytes(b"")  # an interrupted run shows, even before its first tar
-        except OSError as error:
-            raise user_error(error, self.out_dir) from error
-
-    def write(self, key: str, members: Mapping[str, bytes]) -> Entry:
-        """Adds one sample.
-
-        Args:
-            key: its name: no dot, not used before.
-            members: extension -> bytes. Plain values of the "json" member go into the index.
-        Returns:
-            Where it lies.
-        Raises:
-            ValueError: if the key has a dot or a slash, is too long or was used, or there are no members.
-            UserError: if the disk is full.
-        """
-        if not key or "." in key or "/" in key or len(key.encode()) > 80:
-            raise ValueError(
-                f"key {key!r} must have 1 to 80 bytes and no dot or slash: webdataset ends a key at the first dot"
-            )
-        if key in self._keys:
-            raise ValueError(f"key {key!r} was already written")
-        if not members:
-            raise ValueError(f"key {key!r} has no members")
-        meta = _meta(json.loads(members["json"])) if "json" in members else {}
-        try:
-            if self._file is None or self._in_shard == self.clips_per_shard:
-                self._next_shard()
-            places = {extension: self._add(f"{key}.{extension}", members[extension]) for extension in sorted(members)}
-        except OSError as error:
-            raise user_error(error, self.out_dir / self._shards[-1]) from error
-        self._keys.add(key)
-        self._in_shard += 1
-        entry = Entry(key, self._shards[-1], places, meta)
-        self.entries.append(entry)
-        return entry
-
-    def close(self) -> None:
-        """Completes the set: the last tar, the names, the index."""
-        try:
-            self._end_shard()
-            part = self.out_dir / (INDEX + PART)
-            with open(part, "wb") as file:
-                for entry in self.entries:
-                    line = {"key": entry.key, "shard": entry.shard, "members": entry.members, "meta": entry.meta}
-                    file.write(json_bytes(line) + b"\n")
-                _sync(file)
-            for stale in self.out_dir.glob(f"{self.prefix}-*.tar"):
-                if stale.name not in self._shards:
-                    stale.unlink()
-            for name in self._shards:
-                os.replace(self.out_dir / (name + PART), self.out_dir / name)
-            os.replace(part, self.out_dir / INDEX)
-        except OSError as error:
-            raise user_error(error, self.out_dir) from error
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        elif self._file is not None:
-            with contextlib.suppress(OSError):  # the disk is still full; what passes through says so
-                self._file.close()
-
-    def _next_shard(self) -> None:
-        self._end_shard()
-        self._shards.append(f"{self.prefix}-{len(self._shards):06d}.tar")
-        self._file = open(self.out_dir / (self._shards[-1] + PART), "wb")
-        self._in_shard = 0
-
-    def _end_shard(self) -> None:
-        if self._file is not None:
-            self._file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
-            _sync(self._file)
-            self._file.close()
-            self._file = None
-
-    def _add(self, name: str, data: bytes) -> tuple[int, int]:
-        assert self._file is not None
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime, info.mode = len(data), 0, 0o644
-        self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._file.tell()
-        self._file.write(data)
-        self._file.write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-        return offset, len(data)
 
 
 class ShardSet:
@@ -183,11 +62,12 @@ class ShardSet:
         self.entries = entries
 
     @classmethod
-    def open(cls, root: str | Path) -> "ShardSet":
+    def open(cls, root: str | Path, *, dropped: bool = False) -> "ShardSet":
         """Opens a folder of shards and checks that every tar is there in full.
 
         Args:
             root: a folder with index.jsonl, or with plain webdataset tars, which are then scanned.
+            dropped: whether samples that are not to be used come too.
         Raises:
             UserError: if there is nothing, a tar is missing or cut short, or the set was not completed.
         """
@@ -200,12 +80,13 @@ class ShardSet:
             raise UserError(f"{root} is incomplete, its writing was interrupted: run the command that writes it again")
         else:
             entries = list(_scan(root))
-        if not entries:
+        used = [entry for entry in entries if dropped or not entry.dropped]
+        if not used:
             raise UserError(
                 f"{root} has no samples: nothing passed ingest (see rejects.jsonl), or it is no folder of shards"
             )
         _check_sizes(root, entries)
-        return cls(root, entries)
+        return cls(root, used)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -253,18 +134,14 @@ class ShardSet:
         return [found or ""] if not isinstance(found, list) else [str(caption) for caption in found]
 
 
-def _meta(record: Any) -> dict[str, Any]:
+def plain_values(record: Any) -> dict[str, Any]:
+    """What of a sample's json goes into the index."""
     if not isinstance(record, dict):
         return {}
     plain = {
         key: value for key, value in record.items() if isinstance(value, bool | int | float | str) and key != "caption"
     }
     return {key: value for key, value in plain.items() if not (isinstance(value, str) and len(value) > _META_LENGTH)}
-
-
-def _sync(file: io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _read_index(path: Path) -> list[Entry]:
@@ -274,7 +151,9 @@ def _read_index(path: Path) -> list[Entry]:
             try:
                 record = json.loads(line)
                 members = {extension: (int(place[0]), int(place[1])) for extension, place in record["members"].items()}
-                entries.append(Entry(record["key"], record["shard"], members, record["meta"]))
+                entries.append(
+                    Entry(record["key"], record["shard"], members, record["meta"], record.get("dropped", ""))
+                )
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise UserError(
                     f"{path}, line {number} is damaged: remove the index to scan the tars, or write the shards again"
@@ -299,7 +178,7 @@ def _scan(root: Path) -> Iterator[Entry]:
         _check_sizes(root, entries)
         one = ShardSet(root, entries)
         for i, entry in enumerate(entries):
-            meta = _meta(one.read_json(i))
+            meta = plain_values(one.read_json(i))
             if "mp4" in entry.members and not {"num_frames", "height", "width", "fps"} <= meta.keys():
                 try:
                     info_ = video_io.probe(one.read(i, "mp4"))

@@ -20,7 +20,8 @@ from videodit.data.latents import (
     write_manifest,
 )
 from videodit.data.loader import clips_in_order
-from videodit.data.shards import ShardSet, ShardWriter
+from videodit.data.shard_writer import ShardWriter
+from videodit.data.shards import ShardSet
 from videodit.device import choose_device
 from videodit.errors import UserError, user_error
 from videodit.models.text import TextEncoder

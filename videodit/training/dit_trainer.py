@@ -12,7 +12,7 @@ from videodit.config import to_yaml
 from videodit.data.loader import LatentBatch, LatentLoader
 from videodit.data.randomness import sample_noise, sample_uniform
 from videodit.data.video_io import write_mp4
-from videodit.device import torch_dtype
+from videodit.device import choose_device, torch_dtype
 from videodit.errors import UserError
 from videodit.flow.loss import Weighting, flow_loss, level_weight, likelihood_loss
 from videodit.flow.noise_level import NoiseLevelConfig, frame_levels, frames_to_denoise, sigma_from_uniform
@@ -92,6 +92,7 @@ def train_dit(config: DiTRunConfig) -> Path:
         UserError: for latents, a VAE or a folder that cannot be used.
     """
     config = follow_latents(config)
+    choose_kernels(config.kernels, choose_device(config.device))
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
         mesh = _mesh(config, world)
         loader = LatentLoader(
@@ -111,7 +112,6 @@ def train_dit(config: DiTRunConfig) -> Path:
                 load_init(model, config.init)
         text_encoder = model.text_encoder or _read_prompts(config, world)
         model.dit.checkpointing = _checkpointing(config, world)
-        choose_kernels(config.kernels, world.device)
         if config.compile:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)

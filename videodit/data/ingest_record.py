@@ -1,0 +1,90 @@
+"""What ingest keeps of itself in its output folder: who holds it, what it was made of, what became of it."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from videodit.data.shards import INDEX, PART, json_bytes
+from videodit.data.sources import Source
+from videodit.errors import UserError, user_error
+
+RECORD = "ingest.json"
+
+
+def fingerprint(sources: list[Source]) -> str:
+    """Changes when a file, a caption or anything else that goes into the shards does."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(
+            json_bytes([source.name, source.captions, source.extra, source.problem, _size(source), _mtime_ns(source)])
+            + b"\n"
+        )
+    return digest.hexdigest()
+
+
+def _size(source: Source) -> int:
+    return os.stat(source.path).st_size if os.path.exists(source.path) else 0
+
+
+def _mtime_ns(source: Source) -> int:
+    return os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Makes the folder and holds it against other processes that ingest into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise user_error(error, out) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is ingesting into {out}: wait for it or choose another --out") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def earlier_run(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of an earlier run that cut the same clips and scored them alike; None if there is none.
+
+    Args:
+        out: the folder.
+        record: what this run would be made of; filters may differ.
+    Raises:
+        UserError: if the folder holds something else.
+    """
+    try:
+        earlier = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if any(out.glob("*.tar")):
+            raise UserError(f"{out} holds tars that ingest did not write: choose another --out") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / RECORD} cannot be read ({error}): remove {out} or choose another --out") from error
+    if not earlier.get("complete") or not (out / INDEX).is_file():
+        return None
+    changed = [
+        f"{k} {earlier['config'].get(k)}, now {v}" for k, v in record["config"].items() if earlier["config"].get(k) != v
+    ]
+    if changed:
+        raise UserError(
+            f"{out} holds shards made with other settings ({'; '.join(changed)}): choose another --out or remove it"
+        )
+    same = all(earlier.get(name) == record[name] for name in ("sources_sha256", "scores"))
+    return earlier if same else None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a file that appears only when it is complete."""
+    part = path.with_name(path.name + PART)
+    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,131 @@
+"""What a clip looks like, in five numbers: measured while it is cut, kept beside it, so that a threshold may change
+later without decoding anything again.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+_PAIRS_PER_S = 4  # pairs of neighbouring frames that are looked at
+_SMALL = 96  # short side, in pixels, of the pictures that motion and stillness are measured on
+_SHARP = 256  # short side that sharpness is measured on, so that a threshold means the same at every size
+_SAME = 0.5  # mean difference, of 255 grey levels, below which two frames are one picture
+_HASHED = (0.1, 0.5, 0.9)  # moments of a clip, in parts of its length, that its hash sees
+_HASH_SIDE, _HASH_KEPT = 32, 8
+HASH_BITS = len(_HASHED) * _HASH_KEPT**2
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """What is measured of every clip; the names are those in its json and in the index."""
+
+    brightness: float
+    """Mean luma over the clip, 0 (black) to 1 (white)."""
+    sharpness: float
+    """Variance of the Laplacian of the luma at 256 pixels of short side, mean over frames; blurred clips are near 0."""
+    motion: float
+    """Mean length of the optical flow, in short sides a second."""
+    static: float
+    """Share of neighbouring frames that are one picture: 1 for a still shown as a video."""
+    picture_hash: str
+    """192 bits as hexadecimal digits, of which two encodings of the same pictures differ in a few."""
+
+    def record(self) -> dict[str, Any]:
+        """For the clip's json."""
+        return asdict(self)
+
+
+class ClipScorer:
+    """Scores one clip's frames as they come, in a kilobyte a second.
+
+    Args:
+        fps: frames per second.
+    """
+
+    def __init__(self, fps: float) -> None:
+        self._every = max(1, round(fps / _PAIRS_PER_S))
+        self._fps = fps
+        self._number = 0
+        self._before: np.ndarray | None = None
+        self._brightness: list[float] = []
+        self._sharpness: list[float] = []
+        self._motion: list[float] = []
+        self._same: list[bool] = []
+        self._pictures: list[np.ndarray] = []
+
+    def push(self, frame: np.ndarray) -> None:
+        """Takes the next frame, (h, w, 3) uint8 RGB."""
+        place = self._number % self._every
+        self._number += 1
+        if place > 1 or (place == 1 and self._before is None):
+            return
+        gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        small = _shrink(gray, _SMALL)
+        if self._before is not None and (place == 1 or self._every == 1):
+            change = cv2.absdiff(small, self._before)
+            self._same.append(float(change.mean()) < _SAME)
+            self._motion.append(_flow_length(self._before, small) * self._fps if change.any() else 0.0)
+        self._before = small if place == 0 else None
+        if place == 0:
+            self._brightness.append(float(gray.mean()) / 255)
+            self._sharpness.append(float(cv2.Laplacian(_shrink(gray, _SHARP), cv2.CV_32F).var()))
+            self._pictures.append(cv2.resize(small, (_HASH_SIDE, _HASH_SIDE), interpolation=cv2.INTER_AREA))
+
+    def finish(self) -> ClipScores:
+        """The scores of the frames so far, at least one; a single frame is a picture: no motion, static 1."""
+        return ClipScores(
+            brightness=_rounded(self._brightness),
+            sharpness=_rounded(self._sharpness),
+            motion=_rounded(self._motion),
+            static=_rounded(self._same) if self._same else 1.0,
+            picture_hash="".join(_hash(self._pictures[int(part * len(self._pictures))]) for part in _HASHED),
+        )
+
+
+def score_clip(frames: np.ndarray, fps: float) -> ClipScores:
+    """Scores of a whole clip, (t, h, w, 3) uint8 RGB."""
+    scorer = ClipScorer(fps)
+    for frame in frames:
+        scorer.push(frame)
+    return scorer.finish()
+
+
+def hash_distance(one: str, other: str) -> int:
+    """In how many bits two picture hashes differ."""
+    return (int(one, 16) ^ int(other, 16)).bit_count()
+
+
+def _flow_length(before: np.ndarray, after: np.ndarray) -> float:
+    """Mean length of the optical flow between two pictures, in short sides.
+
+    Source: Farneback (2003), Two-Frame Motion Estimation Based on Polynomial Expansion, in OpenCV, whose faster DIS
+    flow crashes on some small and long pictures, such as 16x90 (5.0.0).
+    """
+    flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 4, 15, 2, 5, 1.1, 0)  # type: ignore[call-overload]
+    return float(np.hypot(flow[..., 0], flow[..., 1]).mean()) / min(after.shape)
+
+
+def _hash(picture: np.ndarray) -> str:
+    """Perceptual hash of a 32x32 picture: signs of its 64 lowest frequencies around their median.
+
+    Source: Zauner (2010), Implementation and Benchmarking of Perceptual Image Hash Functions, Sec. 3.2.1 (DCT based).
+    """
+    low = cv2.dct(picture.astype(np.float32))[1 : _HASH_KEPT + 1, 1 : _HASH_KEPT + 1]
+    bits = np.packbits((low > np.median(low)).ravel())
+    return bits.tobytes().hex()
+
+
+def _shrink(gray: np.ndarray, at_most: int) -> np.ndarray:
+    """The picture with a short side of so many pixels or fewer."""
+    height, width = gray.shape
+    scale = at_most / min(height, width)
+    if scale >= 1:
+        return gray
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+
+
+def _rounded(values: list[float] | list[bool]) -> float:
+    return round(float(np.mean(values)), 4) if values else 0.0
