@@ -50,6 +50,15 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
     print(f"{result.accepted} videos {verb} {result.clips} clips in {given['out']}; {result.rejected} rejected")
 
 
+def inspect(argv: Sequence[str], prog: str, summary: str) -> None:
+    from videodit.evaluation.inspect_shards import InspectConfig, inspect_shards
+
+    arguments = [Argument("shards", "Folder of shards.", positional=True)]
+    example = "videodit inspect runs/a/shards --like configs/vae_demo.yaml"
+    config, given = parse_command(InspectConfig, argv, prog, summary, example, arguments)
+    print(f"page: {inspect_shards(given['shards'], config)}")
+
+
 def train_vae(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.training.vae_trainer import VAERunConfig
     from videodit.training.vae_trainer import train_vae as run
@@ -143,6 +152,7 @@ class Verb:
 VERBS = {
     "demo": Verb("Run the whole way on the built-in world: render to a measured model and report.html.", demo),
     "ingest": Verb("Turn a folder, CSV or JSONL of videos into checked, cut, captioned shards.", ingest),
+    "inspect": Verb("Show what training will see of shards: buckets, crops, scores, what was left out.", inspect),
     "train vae": Verb("Train the video VAE on shards; the same command resumes.", train_vae),
     "train dit": Verb("Train the text-to-video DiT on latent shards; the same command resumes.", train_dit),
     "plan": Verb("Say what a training run needs: parameters, FLOPs, memory and time, before a GPU is touched.", plan),

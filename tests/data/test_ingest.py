@@ -138,6 +138,11 @@ def filtered(out: Path) -> dict[str, str]:
     return reasons
 
 
+def stats(out: Path) -> dict[str, tuple[int, int]]:
+    """Which files the tars are, and when they were written."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob("*.tar")}
+
+
 def test_filters_are_changed_without_decoding_again(ingested: Path, videos: Path, tmp_path: Path) -> None:
     """The tars stay the same files; index and rejects become those of a run that had these filters from the start."""
     out = tmp_path / "out"
@@ -147,12 +152,12 @@ def test_filters_are_changed_without_decoding_again(ingested: Path, videos: Path
     assert {name: stage.clips for name, stage in result.filtered.items()} == {"min_duration_s": 4}
     assert set(filtered(out)) == {e.key for e in ShardSet.open(ingested).entries if e.meta["num_frames"] == 17}
     assert len(ShardSet.open(out)) == 3 and len(ShardSet.open(out, dropped=True)) == 7
-    tars = {path.name: path.stat() for path in out.glob("*.tar")}
+    tars = stats(out)
 
     again = ingest(videos, out, ONE)
     assert (again.clips, again.filtered, again.up_to_date) == (7, {}, False)
     assert contents(out) == contents(ingested)
-    assert {path.name: path.stat() for path in out.glob("*.tar")} == tars
+    assert stats(out) == tars
     ingest(videos, out, strict)
     assert ingest(videos, out, strict).up_to_date
     ingest(videos, tmp_path / "fresh", strict)
@@ -193,9 +198,9 @@ def test_filters_that_leave_nothing_are_an_error_that_can_be_mended(videos: Path
         ingest(videos, out, replace(ONE, filters=FilterConfig(min_motion=99)))
     with pytest.raises(UserError, match="nothing passed ingest"):
         ShardSet.open(out)
-    tars = {path.name: path.stat() for path in out.glob("*.tar")}
+    tars = stats(out)
     assert ingest(videos, out, ONE).clips == 7
-    assert {path.name: path.stat() for path in out.glob("*.tar")} == tars
+    assert stats(out) == tars
 
 
 def test_sizes(tmp_path: Path) -> None:

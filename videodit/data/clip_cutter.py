@@ -1,20 +1,25 @@
 """One source video into clips: decoded once, cut at scene changes, resized, scored, encoded, in constant memory."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from videodit.data.letterbox import Bars, find_bars
 from videodit.data.scene_cuts import CutDetector
 from videodit.data.scores import ClipScorer, ClipScores
 from videodit.data.shards import sha256_hex
-from videodit.data.video_io import Mp4Encoder, VideoError, VideoInfo, open_video
+from videodit.data.video_io import Mp4Encoder, VideoError, VideoInfo, open_video, sample_frames
 from videodit.errors import user_error
 
 _SQUARE = 0.02  # pixels this near to square are shown as square
+_SAMPLED = 12  # frames that bars are looked for in
+NO_BARS = Bars()
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,25 @@ class CutRules:
     scene_cuts: bool
     cut_threshold: float
     crf: int
+    crop_bars: bool = False
 
     def max_frames(self, fps: float) -> int:
         """The longest clip, in frames."""
         return max(self.min_frames, round(self.max_duration_s * fps))
 
-    def size(self, info: VideoInfo) -> tuple[int, int]:
-        """(height, width) of a source's clips: square pixels, short side at most max_short_side, even if scaled."""
+    def size(self, info: VideoInfo, bars: Bars = NO_BARS) -> tuple[int, int]:
+        """(height, width) of a source's frames, bars included: square pixels, even if scaled.
+
+        What is left without the bars has a short side of at most max_short_side.
+        """
         height, width = info.height, info.width * info.pixel_aspect
         if abs(info.pixel_aspect - 1) <= _SQUARE:
             width = info.width
-        scale = self.max_short_side / min(height, width) if self.max_short_side else 1.0
+        content = (
+            height * (1 - (bars.top + bars.bottom) / info.height),
+            width * (1 - (bars.left + bars.right) / info.width),
+        )
+        scale = self.max_short_side / min(content) if self.max_short_side else 1.0
         if scale >= 1 and width == info.width:
             return info.height, info.width
         scale = min(scale, 1.0)
@@ -57,6 +70,7 @@ class Clip:
     size: int
     sha256: str
     scores: ClipScores
+    bars: Bars
 
 
 @dataclass(frozen=True)
@@ -97,12 +111,14 @@ def cut_source(path: str, spool: Path, rules: CutRules, beat: Callable[[], None]
     cv2.setNumThreads(1)  # one process a core
     number = 0
     try:
-        with open(spool, "wb") as file, open_video(path, rules.size) as (info, frames):
-            cutter = _Cutter(rules, info, file.write)
+        bars = find_bars(sample_frames(path, _SAMPLED)) if rules.crop_bars else NO_BARS
+        beat()
+        with open(spool, "wb") as file, open_video(path, partial(rules.size, bars=bars)) as (info, frames):
+            cutter = _Cutter(rules, info, bars, file.write)
             try:
                 for frame in frames:
                     beat()
-                    cutter.push(frame)
+                    cutter.push(_without(frame, bars, info))
                     number += 1
                 return cutter.finish()
             finally:
@@ -113,11 +129,21 @@ def cut_source(path: str, spool: Path, rules: CutRules, beat: Callable[[], None]
         raise user_error(error, spool) from error
 
 
+def _without(frame: np.ndarray, bars: Bars, info: VideoInfo) -> np.ndarray:
+    """The frame without its bars, which are in pixels of the source; even sizes, and no edge of a bar."""
+    if bars == NO_BARS:
+        return frame
+    height, width = frame.shape[:2]
+    top, bottom = (math.ceil(bar * height / info.height) for bar in bars[:2])
+    left, right = (math.ceil(bar * width / info.width) for bar in bars[2:])
+    return frame[top : height - bottom, left : width - right]
+
+
 class _Cutter:
     """Takes frames one by one and writes clips; holds as many frames as the cut detector looks ahead."""
 
-    def __init__(self, rules: CutRules, info: VideoInfo, write: Callable[[bytes], object]) -> None:
-        self._rules = rules
+    def __init__(self, rules: CutRules, info: VideoInfo, bars: Bars, write: Callable[[bytes], object]) -> None:
+        self._rules, self._bars = rules, bars
         self._fps = info.fps
         self._write = write
         self._detector = CutDetector(info.fps, rules.cut_threshold) if rules.scene_cuts else None
@@ -173,7 +199,7 @@ class _Cutter:
         self._write(data)
         clip = Clip(
             start, count, encoder.height, encoder.width, self._fps, self._offset, len(data), sha256_hex(data),
-            self._scorer.finish(),
+            self._scorer.finish(), self._bars,
         )  # fmt: skip
         self._offset += len(data)
         self._result.clips.append(clip)

@@ -1,14 +1,13 @@
 """Raw videos to shards: decode check, scene cuts, scores, filters, tars, index; what did not make it is listed."""
 
 import dataclasses
-import json
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,13 @@ import av
 
 from videodit.data.clip_cutter import CutResult, CutRules, cut_source
 from videodit.data.filters import FilterConfig, Stage, mark
-from videodit.data.ingest_record import RECORD, earlier_run, fingerprint, locked, write_json
+from videodit.data.ingest_record import RECORD, REJECTS, earlier_run, fingerprint, locked, read_rejects, write_json
 from videodit.data.isolation import Beat, Failure, run_isolated
 from videodit.data.shard_writer import ShardWriter, rewrite_index
 from videodit.data.shards import PART, Entry, ShardSet, json_bytes, sha256_hex
 from videodit.data.sources import Source, list_sources
 from videodit.errors import UserError, user_error
 
-REJECTS = "rejects.jsonl"
 SCORES_VERSION = 1
 """Goes up when scores are computed otherwise, so that old shards are scored anew."""
 _WORK = ".work"
@@ -47,6 +45,8 @@ class IngestConfig:
     """Whether to cut at scene changes; without it, a clip may hold a cut."""
     cut_threshold: float = 3.0
     """How many times a frame's change must exceed its neighbours' to be a cut; higher finds fewer."""
+    crop_bars: bool = False
+    """Cut black bars off (letterbox and pillarbox), where all of a source has them"""
     crf: int = 18
     """x264's constant rate factor of the clips: 0 to 51, lower is better and larger."""
     clips_per_shard: int = 1000
@@ -197,10 +197,9 @@ def _rehearse(out: Path, record: dict[str, Any], filters: FilterConfig, work: Ca
 
 def _filter_again(out: Path, earlier: dict[str, Any], filters: FilterConfig) -> Outcome:
     entries, filtered = mark(ShardSet.open(out, dropped=True).entries, filters)
-    with open(out / REJECTS, encoding="utf-8") as file:
-        before = [line for line in file if "key" not in json.loads(line)]  # what no filter decided
+    before = [reject for reject in read_rejects(out) if "key" not in reject]  # what no filter decided
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
-        rejects.writelines(before)
+        _write_lines(rejects, before)
         _write_filtered(rejects, entries)
     rewrite_index(out, entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
@@ -291,6 +290,8 @@ def _write_clips(writer: ShardWriter, source: Source, base: str, result: CutResu
                 "sha256": clip.sha256,
                 **clip.scores.record(),
             }
+            if any(clip.bars):
+                record["bars"] = clip.bars._asdict()
             if source.extra:
                 record["extra"] = source.extra
             file.seek(clip.offset)
@@ -304,15 +305,18 @@ def _write_rejects(file: TextIO, source: Source, result: CutResult) -> None:
         lines.append(
             {"source": source.name, "start_s": round(start_s, 6), "end_s": round(end_s, 6), "reason": scene.reason}
         )
+    _write_lines(file, lines)
+
+
+def _write_lines(file: TextIO, lines: Iterable[dict[str, Any]]) -> None:
     for line in lines:
         file.write(json_bytes(line).decode() + "\n")
 
 
 def _write_filtered(file: TextIO, entries: Sequence[Entry]) -> None:
-    for entry in entries:
-        if entry.dropped:
-            place = {name: entry.meta.get(name) for name in ("source", "start_s", "end_s")}
-            file.write(json_bytes({"key": entry.key, **place, "reason": entry.dropped}).decode() + "\n")
+    named = ("source", "start_s", "end_s")
+    places = ((entry, {name: entry.meta.get(name) for name in named}) for entry in entries if entry.dropped)
+    _write_lines(file, ({"key": entry.key, **place, "reason": entry.dropped} for entry, place in places))
 
 
 def _key_bases(sources: list[Source]) -> list[str]:

@@ -14,6 +14,7 @@ from videodit.data.sources import Source
 from videodit.errors import UserError, user_error
 
 RECORD = "ingest.json"
+REJECTS = "rejects.jsonl"
 
 
 def fingerprint(sources: list[Source]) -> str:
@@ -81,6 +82,21 @@ def earlier_run(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
         )
     same = all(earlier.get(name) == record[name] for name in ("sources_sha256", "scores"))
     return earlier if same else None
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """What ingest wrote about a folder; None for shards from elsewhere."""
+    try:
+        record: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record
+
+
+def read_rejects(out: Path) -> list[dict[str, Any]]:
+    """What did not make it: a source, a scene of one (with start_s) or a clip that filters left out (with key)."""
+    path = out / REJECTS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -140,6 +140,35 @@ def read_frames(source: str | Path | bytes, start: int = 0, stop: int | None = N
     return np.stack(frames)
 
 
+def sample_frames(path: str | Path, count: int) -> list[np.ndarray]:
+    """Frames from moments spread over a video, by seeking to keyframes.
+
+    Args:
+        path: a file.
+        count: how many at most.
+    Returns:
+        (h, w, 3) uint8 RGB each, rotation applied, all of one size; fewer where seeking does not work, at least the
+        first.
+    Raises:
+        VideoError: if it does not open or its first frame does not decode.
+    """
+    with _open(path) as (container, stream):
+        first = next(_decode(container, stream), None)
+        if first is None:
+            raise VideoError("no frames")
+        frames = [first]
+        length, origin = stream.duration or 0, stream.start_time or 0
+        for number in range(1, count) if length > 0 else ():
+            try:
+                container.seek(origin + length * number // count, stream=stream)
+                frame = next(_decode(container, stream), None)
+            except (av.FFmpegError, OSError, VideoError):
+                break
+            if frame is not None and (frame.height, frame.width) == (first.height, first.width):
+                frames.append(frame)
+        return list(map(ToRGB(), frames))
+
+
 class Mp4Encoder:
     """Encodes frames one by one into an H.264 .mp4 in memory: the same frames give the same bytes.
 

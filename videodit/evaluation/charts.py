@@ -180,17 +180,20 @@ def _axes(curve: Curve, px: Scale, py: Scale) -> str:
     for value in log_ticks(10.0**py.low, 10.0**py.high) if curve.log else linear_ticks(py.low, py.high):
         y = py(math.log10(value) if curve.log else value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text("tick", LEFT - 8, y + 4, short_number(value), anchor="end"))
+        parts.append(svg_text("tick", LEFT - 8, y + 4, short_number(value), anchor="end"))
     for value in linear_ticks(px.low, px.high):
         x = px(value)  # the last label stays inside the picture
-        parts.append(_text("tick", x, bottom + 18, short_number(value), anchor="end" if x > right - 12 else "middle"))
+        parts.append(
+            svg_text("tick", x, bottom + 18, short_number(value), anchor="end" if x > right - 12 else "middle")
+        )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(_text("label", (LEFT + right) / 2, HEIGHT - 5, curve.xlabel))
+    parts.append(svg_text("label", (LEFT + right) / 2, HEIGHT - 5, curve.xlabel))
     ylabel = curve.ylabel + (" (log)" if curve.log else "")
-    return "".join(parts) + _text("label", 0, 0, ylabel, f"translate(13 {(TOP + bottom) / 2:.0f}) rotate(-90)")
+    return "".join(parts) + svg_text("label", 0, 0, ylabel, f"translate(13 {(TOP + bottom) / 2:.0f}) rotate(-90)")
 
 
-def _text(css: str, x: float, y: float, text: str, transform: str = "", anchor: str = "middle") -> str:
+def svg_text(css: str, x: float, y: float, text: str, transform: str = "", anchor: str = "middle") -> str:
+    """A `<text>` element of a CSS class, at a place or moved by a transform."""
     place = f'transform="{transform}"' if transform else f'x="{x:.1f}" y="{y:.1f}"'
     return f'<text class="{css}" {place} text-anchor="{anchor}">{escape(text)}</text>'
 

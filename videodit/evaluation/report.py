@@ -5,9 +5,7 @@ The file holds everything it shows (videos as base64, charts as SVG); its conten
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,7 +14,7 @@ from typing import NamedTuple
 
 from videodit.evaluation.charts import Curve, last_values, line_chart, short_number
 from videodit.evaluation.prompt_following import UNCLEAR, Confusion
-from videodit.evaluation.report_style import SCRIPT, STYLE
+from videodit.evaluation.report_page import page, section, video, write_page
 from videodit.evaluation.report_summary import MARKED, tiles, verdict
 from videodit.evaluation.report_tables import NAMES, confusion_table, facts_list, measured_table, stage_table
 
@@ -33,8 +31,6 @@ MACHINE = {
     "platform": "System",
     "git_commit": "Git commit",
 }
-POLICY = "default-src 'none'; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-LOGO = '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 9h12v12H3zM6 6h12v12M9 3h12v12"/></svg>'
 
 
 @dataclass(frozen=True)
@@ -104,11 +100,7 @@ def write_report(path: str | Path, report: RunReport) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render_report(report), encoding="utf-8")
-    os.replace(partial, path)
+    write_page(path, render_report(report))
 
 
 def render_report(report: RunReport) -> str:
@@ -121,33 +113,8 @@ def render_report(report: RunReport) -> str:
         _costs(report),
         _texts(report),
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(report.title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<div class="brand">{LOGO}videodit run report</div>
-<h1>{escape(report.title)}</h1>
-<p class="verdict">{escape(report.verdict or verdict(report.result))}</p>
-{tiles(report.result, sum(report.stages.values()))}
-</header>
-<main>
-{"".join(sections)}</main>
-<footer>This file holds everything it shows and loads nothing.</footer>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
-
-
-def _section(title: str, lead: str, body: str, button: str = "") -> str:
-    return f'<section><div class="head"><h2>{title}</h2>{button}</div><p class="lead">{lead}</p>{body}</section>\n'
+    line = report.verdict or verdict(report.result)
+    return page("videodit run report", report.title, line, tiles(report.result, sum(report.stages.values())), sections)
 
 
 def _clips(report: RunReport) -> str:
@@ -166,7 +133,7 @@ def _clips(report: RunReport) -> str:
             "Marks: does the oracle read from the pixels what the prompt asked? A cross is followed by what it reads."
         )
     button = '<button id="pause" type="button" hidden>Pause clips</button>'
-    return _section("Generated clips", lead, body, button)
+    return section("Generated clips", lead, body, button)
 
 
 def _clip(card: ClipCard) -> str:
@@ -181,13 +148,7 @@ def _clip(card: ClipCard) -> str:
     if card.held_out:
         marks += '<span class="mark tag">held out</span>'
     caption = f"<span>{escape(card.prompt)}</span>" + (f'<span class="marks">{marks}</span>' if marks else "")
-    return f'<figure class="card clip">{_video(card.mp4, card.prompt)}<figcaption>{caption}</figcaption></figure>'
-
-
-def _video(mp4: bytes, label: str) -> str:
-    data = base64.b64encode(mp4).decode("ascii")
-    label = escape(label, quote=True)
-    return f'<video src="data:video/mp4;base64,{data}" aria-label="{label}" autoplay loop muted playsinline></video>'
+    return f'<figure class="card clip">{video(card.mp4, card.prompt)}<figcaption>{caption}</figcaption></figure>'
 
 
 def _measured(report: RunReport) -> str:
@@ -209,20 +170,20 @@ def _measured(report: RunReport) -> str:
         return ""
     lead = "The share of clips in which the oracle reads what was asked. An unclear reading counts as wrong."
     heat = f'<div class="two gap">{heat}</div>' if heat else ""
-    return _section("Measured", lead, table + heat)
+    return section("Measured", lead, table + heat)
 
 
 def _reconstructions(report: RunReport) -> str:
     if not report.reconstructions:
         return ""
     pairs = "".join(
-        f'<figure class="card pair"><div><div>{_video(original, "original clip")}<span>original</span></div>'
-        f"<div>{_video(copy, 'the clip through the VAE')}<span>through the VAE</span></div></div>"
+        f'<figure class="card pair"><div><div>{video(original, "original clip")}<span>original</span></div>'
+        f"<div>{video(copy, 'the clip through the VAE')}<span>through the VAE</span></div></div>"
         f"<figcaption><b>{psnr_db:.1f} dB</b> PSNR</figcaption></figure>"
         for original, copy, psnr_db in report.reconstructions
     )
     lead = "Held-out clips, compressed to latents and decoded again: what the DiT's clips can look like at best."
-    return _section("Reconstructions", lead, f'<div class="pairs">{pairs}</div>')
+    return section("Reconstructions", lead, f'<div class="pairs">{pairs}</div>')
 
 
 def _curves(report: RunReport) -> str:
@@ -232,7 +193,7 @@ def _curves(report: RunReport) -> str:
         f'<div class="card"><h3>{escape(c.title)}</h3>{_legend(c)}{line_chart(c)}</div>' for c in report.curves
     )
     lead = "Thin line: each value. Bold line: running mean." if any(c.smooth for c in report.curves) else ""
-    return _section("Training", lead, f'<div class="two">{cards}</div>')
+    return section("Training", lead, f'<div class="two">{cards}</div>')
 
 
 def _legend(curve: Curve) -> str:
@@ -255,14 +216,14 @@ def _costs(report: RunReport) -> str:
     if report.machine:
         facts = {**report.machine, "gpu": report.machine.get("gpu") or "none"}
         cards += f'<div class="card"><h3>Machine</h3>{facts_list(facts, MACHINE)}</div>'
-    return _section("What it took", "", f'<div class="two">{cards}</div>') if cards else ""
+    return section("What it took", "", f'<div class="two">{cards}</div>') if cards else ""
 
 
 def _texts(report: RunReport) -> str:
     body = ""
     if report.notes:
         items = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-        body += _section("Notes", "", f'<ul class="notes">{items}</ul>')
+        body += section("Notes", "", f'<ul class="notes">{items}</ul>')
     files = dict(report.configs)
     if report.result:
         files["result.json"] = json.dumps(report.result, indent=2)
@@ -271,5 +232,5 @@ def _texts(report: RunReport) -> str:
             f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
             for name, text in files.items()
         )
-        body += _section("Settings and raw figures", "", f'<div class="card configs">{items}</div>')
+        body += section("Settings and raw figures", "", f'<div class="card configs">{items}</div>')
     return body

@@ -57,7 +57,10 @@ button:hover { border-color: var(--accent); }
 }
 .tile small { font-size: 0.58em; font-weight: 500; color: var(--soft); letter-spacing: 0; margin-left: 3px; }
 .tile span { color: var(--soft); font-size: 14px; display: block; }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(166px, 1fr)); gap: 14px; margin: 0 0 30px; }
+.clips {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(166px, 1fr)); gap: 14px; margin: 0 0 30px;
+  align-items: start;
+}
 .clip { padding: 0; margin: 0; overflow: hidden; display: flex; flex-direction: column; }
 .clip video { border-bottom: 1px solid var(--line); }
 video { display: block; width: 100%; image-rendering: pixelated; background: var(--shade); }
@@ -69,6 +72,8 @@ video { display: block; width: 100%; image-rendering: pixelated; background: var
 .mark { font-size: 12.5px; line-height: 1.5; padding: 1px 8px; border-radius: 999px; white-space: nowrap; }
 .ok { color: var(--good); background: var(--good-bg); }
 .no { color: var(--bad); background: var(--bad-bg); }
+.mark.wrap { white-space: normal; border-radius: 9px; }
+.from { font-size: 12.5px; color: var(--soft); overflow-wrap: anywhere; }
 .tag { color: var(--tag); background: var(--tag-bg); font-weight: 600; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(256px, 1fr)); gap: 14px; }
 .pair { margin: 0; padding: 12px; }
@@ -90,6 +95,8 @@ video { display: block; width: 100%; image-rendering: pixelated; background: var
 .chart .line { stroke-width: 2.2; }
 .chart .raw { stroke-width: 1; opacity: 0.3; }
 .chart .dot { fill: var(--c); }
+.chart .bin { fill: var(--accent); } .chart .bin.out { opacity: 0.3; }
+.chart .limit { stroke: var(--bad); stroke-width: 1.6; stroke-dasharray: 5 4; }
 .s0 {
   --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3);
   } .s4 { --c: var(--s4);

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 
+from videodit.evaluation.report_page import tile_row
 from videodit.evaluation.report_tables import NAMES, chance_text, duration, listed, percent
 
 MARKED = ("color", "shape", "motion")  # the attributes with a target, shown on each clip and at the top
@@ -55,8 +55,4 @@ def tiles(result: Mapping, total: float | None = None) -> str:
         words = duration(total).split()
         value = " ".join(f"{number}<small>{unit}</small>" for number, unit in zip(words[::2], words[1::2], strict=True))
         rows.append(("Whole run", value, steps))
-    cards = "".join(
-        f'<div class="card tile"><span>{escape(name)}</span><b>{value}</b><span>{escape(below)}</span></div>'
-        for name, value, below in rows
-    )
-    return f'<div class="tiles">{cards}</div>' if cards else ""
+    return tile_row(rows)
