@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from tests import tiny
+from videodit.data.mp4 import write_mp4
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import sample_spec
-from videodit.data.video_io import write_mp4
 from videodit.parallel.mesh import World
 from videodit.training.run_folder import RunFolder
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from videodit.data.clip_reader import DataConfig
+from videodit.data.mp4 import encode_mp4
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import captions, sample_spec
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import json_bytes
-from videodit.data.video_io import encode_mp4
 from videodit.flow.path import Parameterization
 from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.generation.pipeline import SamplingDefaults, TextToVideo

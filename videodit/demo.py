@@ -16,12 +16,12 @@ from videodit.config import load_yaml, to_yaml
 from videodit.data.clip_reader import DataConfig
 from videodit.data.ingest import ingest
 from videodit.data.loader import clips_in_order
+from videodit.data.mp4 import encode_mp4
 from videodit.data.shapes.oracle import oracle_report
 from videodit.data.shapes.render import object_boxes, write_world
 from videodit.data.shapes.world import SceneSpec, prompt_specs
 from videodit.data.shards import ShardSet
 from videodit.data.transforms import to_pixels
-from videodit.data.video_io import encode_mp4
 from videodit.device import choose_device
 from videodit.errors import REFUSALS, UserError, user_error
 from videodit.evaluation.charts import curve_from_metrics

@@ -15,8 +15,9 @@ import pytest
 
 from videodit.data.filters import FilterConfig
 from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.mp4 import encode_mp4, write_mp4
 from videodit.data.shards import ShardSet, sha256_hex
-from videodit.data.video_io import encode_mp4, read_frames, write_mp4
+from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 
 ONE = IngestConfig(workers=1, clips_per_shard=3)

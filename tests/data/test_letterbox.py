@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tests.data.test_scores import moving, texture
 from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.letterbox import Bars, find_bars
+from videodit.data.mp4 import encode_mp4, write_mp4
 from videodit.data.shards import ShardSet
-from videodit.data.video_io import encode_mp4, read_frames, sample_frames, write_mp4
+from videodit.data.video_io import read_frames, sample_frames
 
 
 def barred(clip: np.ndarray, bars: Bars) -> np.ndarray:

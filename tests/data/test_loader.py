@@ -16,10 +16,11 @@ from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import write_latent_sample
 from videodit.data.loader import ClipLoader, LatentLoader, clips_in_order
+from videodit.data.mp4 import encode_mp4
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
 from videodit.data.transforms import fit_clip, to_pixels
-from videodit.data.video_io import encode_mp4, read_frames
+from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 
 NUM_CLIPS = 11

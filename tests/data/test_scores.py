@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
+from videodit.data.mp4 import encode_mp4
 from videodit.data.scores import HASH_BITS, ClipScorer, hash_distance, score_clip
-from videodit.data.video_io import encode_mp4, read_frames
+from videodit.data.video_io import read_frames
 
 
 def texture(seed: int, height: int, width: int) -> np.ndarray:

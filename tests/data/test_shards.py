@@ -10,9 +10,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from videodit.data.mp4 import encode_mp4
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import INDEX, ShardSet, json_bytes
-from videodit.data.video_io import encode_mp4
 from videodit.errors import UserError
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videodit.data.video_io import KEYFRAME_EVERY, VideoError, encode_mp4, iter_frames, probe, read_frames, write_mp4
+from videodit.data.mp4 import encode_mp4, write_mp4
+from videodit.data.video_io import KEYFRAME_EVERY, VideoError, iter_frames, probe, read_frames
 
 
 def counter(num_frames: int, height: int = 32, width: int = 48) -> np.ndarray:

@@ -12,9 +12,10 @@ from videodit.data.clip_reader import DataConfig
 from videodit.data.filters import FilterConfig
 from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.loader import ClipLoader
+from videodit.data.mp4 import write_mp4
 from videodit.data.shards import ShardSet
 from videodit.data.transforms import to_pixels
-from videodit.data.video_io import read_frames, write_mp4
+from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 from videodit.evaluation import inspect_shards as module
 from videodit.evaluation.histogram import histogram

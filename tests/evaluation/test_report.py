@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from videodit.data.video_io import encode_mp4, read_frames
+from videodit.data.mp4 import encode_mp4
+from videodit.data.video_io import read_frames
 from videodit.evaluation.charts import Curve
 from videodit.evaluation.machine import machine_facts
 from videodit.evaluation.report import ClipCard, Reconstruction, RunReport, render_report, write_report

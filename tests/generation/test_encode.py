@@ -11,10 +11,11 @@ import torch
 from tests.models.tiny import randomize, tiny_vae
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latents import read_latent_sample, read_manifest
+from videodit.data.mp4 import encode_mp4
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
 from videodit.data.transforms import to_model_range
-from videodit.data.video_io import encode_mp4, read_frames
+from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.models.vae import VideoVAE

@@ -19,11 +19,12 @@ from videodit.data.clip_reader import DataConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import EMPTY_TEXT, read_empty_text, read_latent_sample, read_manifest, write_latent_sample
 from videodit.data.loader import LatentBatch, LatentLoader
+from videodit.data.mp4 import encode_mp4
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import sample_spec
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet, json_bytes
-from videodit.data.video_io import encode_mp4, read_frames
+from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.generation.generate import GenerateConfig, generate

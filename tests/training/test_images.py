@@ -7,11 +7,12 @@ import numpy as np
 from tests import tiny
 from tests.training.test_trainers import metrics
 from videodit import cli
+from videodit.data.mp4 import encode_mp4
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import captions, sample_spec
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import json_bytes
-from videodit.data.video_io import encode_mp4, probe
+from videodit.data.video_io import probe
 
 
 def test_one_frame_is_an_image_model(tmp_path: Path) -> None:

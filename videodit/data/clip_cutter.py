@@ -11,10 +11,11 @@ import cv2
 import numpy as np
 
 from videodit.data.letterbox import Bars, find_bars
+from videodit.data.mp4 import Mp4Encoder
 from videodit.data.scene_cuts import CutDetector
 from videodit.data.scores import ClipScorer, ClipScores
 from videodit.data.shards import sha256_hex
-from videodit.data.video_io import Mp4Encoder, VideoError, VideoInfo, open_video, sample_frames
+from videodit.data.video_io import VideoError, VideoInfo, open_video, sample_frames
 from videodit.errors import user_error
 
 _SQUARE = 0.02  # pixels this near to square are shown as square

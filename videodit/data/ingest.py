@@ -2,25 +2,24 @@
 
 import dataclasses
 import os
-import re
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import av
 
 from videodit.data.clip_cutter import CutResult, CutRules, cut_source
 from videodit.data.filters import FilterConfig, Stage, mark
+from videodit.data.ingest_output import key_bases, write_clips, write_filtered, write_lines, write_rejects
 from videodit.data.ingest_record import RECORD, REJECTS, earlier_run, fingerprint, locked, read_rejects, write_json
 from videodit.data.isolation import Beat, Failure, run_isolated
 from videodit.data.shard_writer import ShardWriter, rewrite_index
-from videodit.data.shards import PART, Entry, ShardSet, json_bytes, sha256_hex
+from videodit.data.shards import PART, Entry, ShardSet
 from videodit.data.sources import Source, list_sources
 from videodit.errors import UserError, user_error
 
@@ -199,8 +198,8 @@ def _filter_again(out: Path, earlier: dict[str, Any], filters: FilterConfig) -> 
     entries, filtered = mark(ShardSet.open(out, dropped=True).entries, filters)
     before = [reject for reject in read_rejects(out) if "key" not in reject]  # what no filter decided
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
-        _write_lines(rejects, before)
-        _write_filtered(rejects, entries)
+        write_lines(rejects, before)
+        write_filtered(rejects, entries)
     rewrite_index(out, entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
     return {"accepted": earlier["accepted"], "rejected": earlier["rejected"], "clips": _used(entries)}, filtered
@@ -221,18 +220,18 @@ def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Ca
     counts = {"accepted": 0, "rejected": 0}
     writer = ShardWriter(out, config.clips_per_shard)
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
-        for done, (source, base) in enumerate(zip(sources, _key_bases(sources), strict=True), 1):
+        for done, (source, base) in enumerate(zip(sources, key_bases(sources), strict=True), 1):
             result = CutResult(problem=source.problem) if source.problem else next(results)
             if isinstance(result, Failure):
                 result = CutResult(problem=result.reason)
             spool = _spool(work, done - 1)
-            _write_clips(writer, source, base, result, spool)
-            _write_rejects(rejects, source, result)
+            write_clips(writer, source, base, result, spool)
+            write_rejects(rejects, source, result)
             spool.unlink(missing_ok=True)
             counts["accepted" if result.clips else "rejected"] += 1
             progress(done, len(sources))
         writer.entries, filtered = mark(writer.entries, config.filters)
-        _write_filtered(rejects, writer.entries)
+        write_filtered(rejects, writer.entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
     writer.close()
     shutil.rmtree(work)
@@ -269,62 +268,3 @@ def _chunks(sources: list[Source], work: Path) -> list[list[tuple[str, str]]]:
 
 def _spool(work: Path, number: int) -> Path:
     return work / f"{number:08d}.mp4s"
-
-
-def _write_clips(writer: ShardWriter, source: Source, base: str, result: CutResult, spool: Path) -> None:
-    if not result.clips:
-        return
-    captions: dict[str, Any] = (
-        {"captions": source.captions} if len(source.captions) > 1 else {"caption": source.captions[0]}
-    )
-    with open(spool, "rb") as file:
-        for scene, clip in enumerate(result.clips):
-            record = captions | {
-                "source": source.name,
-                "fps": clip.fps,
-                "num_frames": clip.num_frames,
-                "height": clip.height,
-                "width": clip.width,
-                "start_s": round(clip.start_frame / clip.fps, 6),
-                "end_s": round((clip.start_frame + clip.num_frames) / clip.fps, 6),
-                "sha256": clip.sha256,
-                **clip.scores.record(),
-            }
-            if any(clip.bars):
-                record["bars"] = clip.bars._asdict()
-            if source.extra:
-                record["extra"] = source.extra
-            file.seek(clip.offset)
-            writer.write(f"{base}-{scene:04d}", {"mp4": file.read(clip.size), "json": json_bytes(record)})
-
-
-def _write_rejects(file: TextIO, source: Source, result: CutResult) -> None:
-    lines: list[dict[str, Any]] = [{"source": source.name, "reason": result.problem}] if result.problem else []
-    for scene in result.dropped:
-        start_s, end_s = scene.start_frame / scene.fps, (scene.start_frame + scene.num_frames) / scene.fps
-        lines.append(
-            {"source": source.name, "start_s": round(start_s, 6), "end_s": round(end_s, 6), "reason": scene.reason}
-        )
-    _write_lines(file, lines)
-
-
-def _write_lines(file: TextIO, lines: Iterable[dict[str, Any]]) -> None:
-    for line in lines:
-        file.write(json_bytes(line).decode() + "\n")
-
-
-def _write_filtered(file: TextIO, entries: Sequence[Entry]) -> None:
-    named = ("source", "start_s", "end_s")
-    places = ((entry, {name: entry.meta.get(name) for name in named}) for entry in entries if entry.dropped)
-    _write_lines(file, ({"key": entry.key, **place, "reason": entry.dropped} for entry, place in places))
-
-
-def _key_bases(sources: list[Source]) -> list[str]:
-    """A key for each source: its name in plain characters, with a hash where two would be alike or one too long."""
-    bases = [re.sub(r"[^A-Za-z0-9_-]+", "_", str(Path(source.name).with_suffix(""))) for source in sources]
-    count = Counter(base.lower() for base in bases)
-    plain = [base if count[base.lower()] == 1 and len(base) <= 60 else "" for base in bases]
-    return [
-        whole or f"{base[:60]}-{sha256_hex(source.name.encode())[:8]}"
-        for whole, base, source in zip(plain, bases, sources, strict=True)
-    ]

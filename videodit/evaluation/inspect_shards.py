@@ -16,10 +16,11 @@ from videodit.data.buckets import Bucket
 from videodit.data.clip_reader import ClipReader, DataConfig
 from videodit.data.filters import FilterConfig, mark
 from videodit.data.ingest_record import read_record, read_rejects
+from videodit.data.mp4 import encode_mp4
 from videodit.data.randomness import sample_unit
 from videodit.data.shards import Entry, ShardSet
 from videodit.data.transforms import resize_and_crop
-from videodit.data.video_io import encode_mp4, read_frames
+from videodit.data.video_io import read_frames
 from videodit.errors import UserError, user_error
 from videodit.evaluation.report_page import write_page
 from videodit.evaluation.shards_report import BucketRow, Crop, ShardsReport, render_shards_report

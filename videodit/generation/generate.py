@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from videodit.data.video_io import write_mp4
+from videodit.data.mp4 import write_mp4
 from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.errors import UserError, user_error
 from videodit.generation.pipeline import TextToVideo

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from videodit.config import to_yaml
 from videodit.data.loader import LatentBatch, LatentLoader
+from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise, sample_uniform
-from videodit.data.video_io import write_mp4
 from videodit.device import choose_device, torch_dtype
 from videodit.errors import UserError
 from videodit.flow.loss import Weighting, flow_loss, level_weight, likelihood_loss

@@ -11,10 +11,10 @@ from torch import Tensor
 from videodit.config import to_yaml
 from videodit.data.clip_reader import DataConfig
 from videodit.data.loader import ClipLoader, clips_in_order
+from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise
 from videodit.data.shards import ShardSet
 from videodit.data.transforms import to_pixels
-from videodit.data.video_io import write_mp4
 from videodit.errors import UserError
 from videodit.evaluation.reconstruction import psnr
 from videodit.models.vae import VAEConfig, VideoVAE, gaussian_kl

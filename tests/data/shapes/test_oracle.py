@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from videodit.data.mp4 import encode_mp4
 from videodit.data.shapes.oracle import Reading, oracle_report, read, read_all
 from videodit.data.shapes.render import render, world_spec
 from videodit.data.shapes.world import ObjectSpec, SceneSpec, place_object, prompt_specs
-from videodit.data.video_io import encode_mp4, read_frames
+from videodit.data.video_io import read_frames
 
 
 def truth(obj: ObjectSpec) -> Reading:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from videodit.data.mp4 import write_mp4
 from videodit.data.shapes.world import (
     BACKGROUNDS,
     COLORS,
@@ -30,7 +31,6 @@ from videodit.data.shapes.world import (
     frame_times,
     sample_spec,
 )
-from videodit.data.video_io import write_mp4
 from videodit.errors import UserError
 
 SUPERSAMPLE = 2  # samples a pixel and axis; each is itself anti-aliased by its distance to the edge

@@ -1,0 +1,75 @@
+"""What ingest writes: clips with what is known of them, and a line for each source, scene or clip that is left out."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from videodit.data.clip_cutter import CutResult
+from videodit.data.shard_writer import ShardWriter
+from videodit.data.shards import Entry, json_bytes, sha256_hex
+from videodit.data.sources import Source
+
+
+def write_clips(writer: ShardWriter, source: Source, base: str, result: CutResult, spool: Path) -> None:
+    """A source's clips, whose bytes lie in the spool file, as samples BASE-0000 and so on."""
+    if not result.clips:
+        return
+    captions: dict[str, Any] = (
+        {"captions": source.captions} if len(source.captions) > 1 else {"caption": source.captions[0]}
+    )
+    with open(spool, "rb") as file:
+        for scene, clip in enumerate(result.clips):
+            record = captions | {
+                "source": source.name,
+                "fps": clip.fps,
+                "num_frames": clip.num_frames,
+                "height": clip.height,
+                "width": clip.width,
+                "start_s": round(clip.start_frame / clip.fps, 6),
+                "end_s": round((clip.start_frame + clip.num_frames) / clip.fps, 6),
+                "sha256": clip.sha256,
+                **clip.scores.record(),
+            }
+            if any(clip.bars):
+                record["bars"] = clip.bars._asdict()
+            if source.extra:
+                record["extra"] = source.extra
+            file.seek(clip.offset)
+            writer.write(f"{base}-{scene:04d}", {"mp4": file.read(clip.size), "json": json_bytes(record)})
+
+
+def write_rejects(file: TextIO, source: Source, result: CutResult) -> None:
+    """What of a source gave no clip: all of it, or scenes."""
+    lines: list[dict[str, Any]] = [{"source": source.name, "reason": result.problem}] if result.problem else []
+    for scene in result.dropped:
+        start_s, end_s = scene.start_frame / scene.fps, (scene.start_frame + scene.num_frames) / scene.fps
+        lines.append(
+            {"source": source.name, "start_s": round(start_s, 6), "end_s": round(end_s, 6), "reason": scene.reason}
+        )
+    write_lines(file, lines)
+
+
+def write_lines(file: TextIO, lines: Iterable[dict[str, Any]]) -> None:
+    """JSON, one line each."""
+    for line in lines:
+        file.write(json_bytes(line).decode() + "\n")
+
+
+def write_filtered(file: TextIO, entries: Sequence[Entry]) -> None:
+    """The clips that filters left out."""
+    named = ("source", "start_s", "end_s")
+    places = ((entry, {name: entry.meta.get(name) for name in named}) for entry in entries if entry.dropped)
+    write_lines(file, ({"key": entry.key, **place, "reason": entry.dropped} for entry, place in places))
+
+
+def key_bases(sources: list[Source]) -> list[str]:
+    """A key for each source: its name in plain characters, with a hash where two would be alike or one too long."""
+    bases = [re.sub(r"[^A-Za-z0-9_-]+", "_", str(Path(source.name).with_suffix(""))) for source in sources]
+    count = Counter(base.lower() for base in bases)
+    plain = [base if count[base.lower()] == 1 and len(base) <= 60 else "" for base in bases]
+    return [
+        whole or f"{base[:60]}-{sha256_hex(source.name.encode())[:8]}"
+        for whole, base, source in zip(plain, bases, sources, strict=True)
+    ]
