@@ -38,7 +38,7 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.data.ingest import IngestConfig
     from videodit.data.ingest import ingest as run
 
-    source = Argument("src", "Folder of videos with sidecar captions, or a CSV or JSONL list.", positional=True)
+    source = Argument("src", "Folder of videos or tars, a .csv, .jsonl or .parquet list, or one file.", positional=True)
     example = "videodit ingest my_videos --out runs/a/shards"
     arguments = [source, Argument("out", "Shard folder to write.")]
     config, given = parse_command(IngestConfig, argv, prog, summary, example, arguments)
@@ -151,7 +151,7 @@ class Verb:
 
 VERBS = {
     "demo": Verb("Run the whole way on the built-in world: render to a measured model and report.html.", demo),
-    "ingest": Verb("Turn a folder, CSV or JSONL of videos into checked, cut, captioned shards.", ingest),
+    "ingest": Verb("Turn a folder, list or tars of videos into checked, cut, captioned shards.", ingest),
     "inspect": Verb("Show what training will see of shards: buckets, crops, scores, what was left out.", inspect),
     "train vae": Verb("Train the video VAE on shards; the same command resumes.", train_vae),
     "train dit": Verb("Train the text-to-video DiT on latent shards; the same command resumes.", train_dit),

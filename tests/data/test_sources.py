@@ -1,8 +1,11 @@
 """Sources: folders, tables and single files give the same list; what is wrong is said."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from videodit.data.sources import Source, list_sources
@@ -33,24 +36,64 @@ def test_folder_with_sidecars(tmp_path: Path) -> None:
     ]
 
 
+def test_tars_of_webdataset(tmp_path: Path) -> None:
+    """As video2dataset writes them: caption in .txt, everything else in .json; members lie where the span says."""
+    (tmp_path / "set").mkdir()
+    members = {"00001.mp4": b"one", "00001.json": b'{"url": "u"}', "00001.txt": b" a cat \n", "sub/b.webm": b"two"}
+    members |= {"sub/b.json": b'{"captions": ["x", "y"]}', "c.mp4": b"three", "c.json": b"{", "d.jpg": b"four"}
+    with tarfile.open(tmp_path / "set" / "00000.tar", "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    touch(tmp_path / "set" / "a.mp4")
+    found = {source.name: source for source in list_sources(tmp_path / "set")}
+    assert list(found) == ["00000.tar/00001.mp4", "00000.tar/c.mp4", "00000.tar/sub/b.webm", "a.mp4"]
+    one, two = found["00000.tar/00001.mp4"], found["00000.tar/sub/b.webm"]
+    assert (one.captions, one.extra) == (["a cat"], {"url": "u"})
+    assert (two.captions, two.extra) == (["x", "y"], {})
+    assert "caption beside it" in found["00000.tar/c.mp4"].problem
+    data = (tmp_path / "set" / "00000.tar").read_bytes()
+    for source, content in ((one, b"one"), (two, b"two")):
+        assert source.span and data[source.span[0] :][: source.span[1]] == content
+    alone = list_sources(tmp_path / "set" / "00000.tar", images=True)
+    assert [source.name for source in alone if source.is_image] == ["00000.tar/d.jpg"]
+    (tmp_path / "set" / "bad.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UserError, match="bad.tar is no readable tar"):
+        list_sources(tmp_path / "set")
+
+
+def test_pictures_are_asked_for(tmp_path: Path) -> None:
+    touch(tmp_path / "a.mp4", tmp_path / "b.JPG", tmp_path / "c.png")
+    assert [source.name for source in list_sources(tmp_path)] == ["a.mp4"]
+    assert [source.name for source in list_sources(tmp_path, images=True)] == ["a.mp4", "b.JPG", "c.png"]
+    (tmp_path / "list.csv").write_text("path\nb.JPG\na.mp4\n")
+    assert [source.problem for source in list_sources(tmp_path / "list.csv")] == ["", "a picture: --images takes it"]
+
+
 def test_excluded_folder_and_single_file(tmp_path: Path) -> None:
     touch(tmp_path / "a.mp4", tmp_path / "out/b.mp4")
     assert [source.name for source in list_sources(tmp_path, exclude=[tmp_path / "out"])] == ["a.mp4"]
     assert list_sources(tmp_path / "a.mp4") == list_sources(tmp_path, exclude=[tmp_path / "out"])
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_tables(tmp_path: Path, kind: str) -> None:
     touch(tmp_path / "v/a.mp4", tmp_path / "b.mp4")
     rows = [("v/a.mp4", "first, a", "9"), ("b.mp4", "a b", "8"), ("v/a.mp4", "second", "9"), ("gone.mp4", "x", "7")]
     if kind == "jsonl":
         text = "\n".join(json.dumps({"path": p, "caption": c, "score": s}) for p, c, s in rows) + "\n\n"
+    elif kind == "parquet":
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(("path", "caption", "score"))}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "list.parquet")
+        text = None
     else:
         separator = {"csv": ",", "tsv": "\t"}[kind]
         text = "\n".join(
             separator.join(row) for row in [("path", "caption", "score"), *[(p, f'"{c}"', s) for p, c, s in rows]]
         )
-    (tmp_path / f"list.{kind}").write_text(text)
+    if text is not None:
+        (tmp_path / f"list.{kind}").write_text(text)
     assert list_sources(tmp_path / f"list.{kind}") == [
         Source(str(tmp_path / "b.mp4"), ["a b"], {"score": "8"}, "b.mp4"),
         Source(str(tmp_path / "gone.mp4"), ["x"], {"score": "7"}, "gone.mp4", "no such file"),
@@ -97,3 +140,10 @@ def test_mistakes_get_one_line(tmp_path: Path, name: str, text: str | None, mess
     with pytest.raises(UserError, match=message) as caught:
         list_sources(tmp_path / name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_a_bad_parquet_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "list.parquet").write_bytes(b"PAR1 no PAR1")
+    with pytest.raises(UserError, match="list.parquet is no readable Parquet file: .+") as caught:
+        list_sources(tmp_path / "list.parquet")
+    assert "\n" not in str(caught.value)

@@ -60,7 +60,7 @@ class CutRules:
 
 @dataclass(frozen=True)
 class Clip:
-    """An encoded clip in a spool file."""
+    """An encoded clip in a spool file; a picture has no frame rate, 0."""
 
     start_frame: int
     num_frames: int
@@ -72,6 +72,7 @@ class Clip:
     sha256: str
     scores: ClipScores
     bars: Bars
+    extension: str = "mp4"
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ class CutResult:
     """Why the source as a whole was refused; empty if it was not."""
 
 
-def cut_source(path: str, spool: Path, rules: CutRules, beat: Callable[[], None] = lambda: None) -> CutResult:
+def cut_source(source: str | bytes, spool: Path, rules: CutRules, beat: Callable[[], None] = lambda: None) -> CutResult:
     """Cuts one source into clips.
 
     A source that stops decoding half-way gives nothing: what comes before the damage is not to be trusted either.
 
     Args:
-        path: the source.
+        source: the file, or its bytes.
         spool: the file the clips' bytes go to, one after the other.
         rules: how to cut.
         beat: called at every frame.
@@ -112,9 +113,9 @@ def cut_source(path: str, spool: Path, rules: CutRules, beat: Callable[[], None]
     cv2.setNumThreads(1)  # one process a core
     number = 0
     try:
-        bars = find_bars(sample_frames(path, _SAMPLED)) if rules.crop_bars else NO_BARS
+        bars = find_bars(sample_frames(source, _SAMPLED)) if rules.crop_bars else NO_BARS
         beat()
-        with open(spool, "wb") as file, open_video(path, partial(rules.size, bars=bars)) as (info, frames):
+        with open(spool, "wb") as file, open_video(source, partial(rules.size, bars=bars)) as (info, frames):
             cutter = _Cutter(rules, info, bars, file.write)
             try:
                 for frame in frames:

@@ -59,6 +59,9 @@ class FilterConfig:
             )
 
 
+_OF_VIDEOS = ("duration_s", "motion", "static")  # what a picture cannot be held against
+
+
 @dataclass(frozen=True)
 class Threshold:
     """One rule: a score, and the setting that bounds it from below or above."""
@@ -84,9 +87,11 @@ class Threshold:
         return f"{self.score} {value:g} is {'below' if self.is_minimum else 'above'} {self.setting} {limit:g}"
 
     def value(self, meta: Mapping[str, Any]) -> float | None:
-        """The clip's score; None if its json has none."""
+        """The clip's score; None if its json has none, or it is a picture and the score is about time."""
         if self.score == "short_side":
             return min(meta["height"], meta["width"]) if {"height", "width"} <= meta.keys() else None
+        if self.score in _OF_VIDEOS and meta.get("num_frames") == 1:
+            return None
         if self.score == "duration_s":
             return meta["num_frames"] / meta["fps"] if meta.get("fps") and "num_frames" in meta else None
         return meta.get(self.score)

@@ -16,10 +16,20 @@ import av
 from videodit.data.clip_cutter import CutResult, CutRules, cut_source
 from videodit.data.filters import FilterConfig, Stage, mark
 from videodit.data.ingest_output import key_bases, write_clips, write_filtered, write_lines, write_rejects
-from videodit.data.ingest_record import RECORD, REJECTS, earlier_run, fingerprint, locked, read_rejects, write_json
+from videodit.data.ingest_record import (
+    RECORD,
+    REJECTS,
+    earlier_run,
+    fingerprint,
+    locked,
+    read_rejects,
+    source_bytes,
+    write_json,
+)
 from videodit.data.isolation import Beat, Failure, run_isolated
+from videodit.data.picture import cut_picture
 from videodit.data.shard_writer import ShardWriter, rewrite_index
-from videodit.data.shards import PART, Entry, ShardSet
+from videodit.data.shards import PART, Entry, ShardSet, read_span
 from videodit.data.sources import Source, list_sources
 from videodit.errors import UserError, user_error
 
@@ -44,6 +54,8 @@ class IngestConfig:
     """Whether to cut at scene changes; without it, a clip may hold a cut."""
     cut_threshold: float = 3.0
     """How many times a frame's change must exceed its neighbours' to be a cut; higher finds fewer."""
+    images: bool = False
+    """Take pictures too, as clips of one frame"""
     crop_bars: bool = False
     """Cut black bars off (letterbox and pillarbox), where all of a source has them"""
     crf: int = 18
@@ -134,7 +146,7 @@ def ingest(
     src, out = Path(src), Path(out)
     if src.resolve() == out.resolve():
         raise UserError(f"--out {out} is the source itself: choose another folder")
-    sources = list_sources(src, exclude=[out])
+    sources = list_sources(src, exclude=[out], images=config.images)
     work = partial(_run, sources, config=config, progress=progress or (lambda done, total: None))
     record = {
         "config": config.result_fields(),
@@ -246,14 +258,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cut(item: tuple[str, str], beat: Beat, rules: CutRules) -> CutResult:
+@dataclass(frozen=True)
+class _Job:
+    """A source for a worker process."""
+
+    source: Source
+    spool: str
+
+
+def _cut(job: _Job, beat: Beat, rules: CutRules) -> CutResult:
     """In a worker process."""
-    return cut_source(item[0], Path(item[1]), rules, beat)
+    source, spool = job.source, Path(job.spool)
+    data = source.path if source.span is None else read_span(source.path, source.span[0], source.span[1])
+    return cut_picture(data, spool, rules) if source.is_image else cut_source(data, spool, rules, beat)
 
 
-def _chunks(sources: list[Source], work: Path) -> list[list[tuple[str, str]]]:
-    """(path, spool file) of each source without a problem, small files together."""
-    chunks: list[list[tuple[str, str]]] = [[]]
+def _chunks(sources: list[Source], work: Path) -> list[list[_Job]]:
+    """The sources without a problem, small ones together."""
+    chunks: list[list[_Job]] = [[]]
     size = 0
     for number, source in enumerate(sources):
         if source.problem:
@@ -261,8 +283,8 @@ def _chunks(sources: list[Source], work: Path) -> list[list[tuple[str, str]]]:
         if len(chunks[-1]) >= _CHUNK_FILES or size >= _CHUNK_BYTES:
             chunks.append([])
             size = 0
-        chunks[-1].append((source.path, str(_spool(work, number))))
-        size += os.stat(source.path).st_size if os.path.exists(source.path) else 0
+        chunks[-1].append(_Job(source, str(_spool(work, number))))
+        size += source_bytes(source)
     return chunks
 
 

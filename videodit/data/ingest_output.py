@@ -11,6 +11,8 @@ from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import Entry, json_bytes, sha256_hex
 from videodit.data.sources import Source
 
+_PLACE = ("source", "start_s", "end_s")
+
 
 def write_clips(writer: ShardWriter, source: Source, base: str, result: CutResult, spool: Path) -> None:
     """A source's clips, whose bytes lie in the spool file, as samples BASE-0000 and so on."""
@@ -23,21 +25,22 @@ def write_clips(writer: ShardWriter, source: Source, base: str, result: CutResul
         for scene, clip in enumerate(result.clips):
             record = captions | {
                 "source": source.name,
-                "fps": clip.fps,
                 "num_frames": clip.num_frames,
                 "height": clip.height,
                 "width": clip.width,
-                "start_s": round(clip.start_frame / clip.fps, 6),
-                "end_s": round((clip.start_frame + clip.num_frames) / clip.fps, 6),
                 "sha256": clip.sha256,
                 **clip.scores.record(),
             }
+            if clip.fps:
+                record["fps"] = clip.fps
+                record["start_s"] = round(clip.start_frame / clip.fps, 6)
+                record["end_s"] = round((clip.start_frame + clip.num_frames) / clip.fps, 6)
             if any(clip.bars):
                 record["bars"] = clip.bars._asdict()
             if source.extra:
                 record["extra"] = source.extra
             file.seek(clip.offset)
-            writer.write(f"{base}-{scene:04d}", {"mp4": file.read(clip.size), "json": json_bytes(record)})
+            writer.write(f"{base}-{scene:04d}", {clip.extension: file.read(clip.size), "json": json_bytes(record)})
 
 
 def write_rejects(file: TextIO, source: Source, result: CutResult) -> None:
@@ -59,9 +62,10 @@ def write_lines(file: TextIO, lines: Iterable[dict[str, Any]]) -> None:
 
 def write_filtered(file: TextIO, entries: Sequence[Entry]) -> None:
     """The clips that filters left out."""
-    named = ("source", "start_s", "end_s")
-    places = ((entry, {name: entry.meta.get(name) for name in named}) for entry in entries if entry.dropped)
-    write_lines(file, ({"key": entry.key, **place, "reason": entry.dropped} for entry, place in places))
+    for entry in entries:
+        if entry.dropped:
+            place: dict[str, Any] = {name: entry.meta[name] for name in _PLACE if name in entry.meta}
+            write_lines(file, [{"key": entry.key, **place, "reason": entry.dropped}])
 
 
 def key_bases(sources: list[Source]) -> list[str]:

@@ -20,15 +20,17 @@ REJECTS = "rejects.jsonl"
 def fingerprint(sources: list[Source]) -> str:
     """Changes when a file, a caption or anything else that goes into the shards does."""
     digest = hashlib.sha256()
-    for source in sources:
+    for s in sources:
         digest.update(
-            json_bytes([source.name, source.captions, source.extra, source.problem, _size(source), _mtime_ns(source)])
-            + b"\n"
+            json_bytes([s.name, s.captions, s.extra, s.problem, source_bytes(s), _mtime_ns(s), s.span]) + b"\n"
         )
     return digest.hexdigest()
 
 
-def _size(source: Source) -> int:
+def source_bytes(source: Source) -> int:
+    """How large it is; 0 if it is not there."""
+    if source.span:
+        return source.span[1]
     return os.stat(source.path).st_size if os.path.exists(source.path) else 0
 
 

@@ -108,11 +108,7 @@ class ShardSet:
         offset, size = entry.members[ext]
         path = self.root / entry.shard
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                data = os.pread(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
+            data = read_span(path, offset, size)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         if len(data) != size:
@@ -144,6 +140,37 @@ def plain_values(record: Any) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if not (isinstance(value, str) and len(value) > _META_LENGTH)}
 
 
+def tar_samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """The samples of a webdataset tar, in its order: key -> extension -> (offset, size); only headers are read.
+
+    Raises:
+        UserError: if it is no tar, or damaged.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                match = _MEMBER.match(info.name)
+                if info.isfile() and match:
+                    samples.setdefault(match[1], {})[match[2].lower()] = (info.offset_data, info.size)
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path} is no readable tar ({error}): remove it or get it again") from error
+    return samples
+
+
+def read_span(path: str | Path, offset: int, size: int) -> bytes:
+    """Bytes of a file; fewer where it ends before.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
 def _read_index(path: Path) -> list[Entry]:
     entries = []
     with open(path, encoding="utf-8") as file:
@@ -165,16 +192,7 @@ def _scan(root: Path) -> Iterator[Entry]:
     """Entries of plain webdataset tars; what the json does not say of a clip (often so) is read from the mp4."""
     seen: set[str] = set()
     for path in sorted(root.glob("*.tar")):
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for info in tar:
-                    match = _MEMBER.match(info.name)
-                    if info.isfile() and match:
-                        samples.setdefault(match[1], {})[match[2].lower()] = (info.offset_data, info.size)
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{path} is no readable tar ({error}): remove it or get it again") from error
-        entries = [Entry(key, path.name, members, {}) for key, members in samples.items()]
+        entries = [Entry(key, path.name, members, {}) for key, members in tar_samples(path).items()]
         _check_sizes(root, entries)
         one = ShardSet(root, entries)
         for i, entry in enumerate(entries):

@@ -1,29 +1,33 @@
-"""Which videos to ingest and what is said of them: a folder with sidecar files, a CSV or JSONL table, or one file."""
+"""Which videos to ingest and what is said of them: a folder with sidecar files, a table, webdataset tars, one file."""
 
 import csv
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from videodit.errors import UserError, user_error
+from videodit.data.shards import read_span, tar_samples
+from videodit.errors import MissingExtra, UserError, user_error
 
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .mxf .gif .y4m".split()
 )
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_SIDECAR_BYTES = 16 << 20  # of a caption in a tar
 _PATH_COLUMNS = ("path", "video", "file", "filename", "video_path")
 _CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One video to ingest."""
+    """One video or picture to ingest."""
 
     path: str
-    """The file."""
+    """The file, or the tar that it lies in."""
     captions: list[str]
     """What is said of it, at least one; without any, the file's stem with _ and - as spaces."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -32,49 +36,65 @@ class Source:
     """The path below the folder (or beside the table) that was given, with "/": what outputs call it."""
     problem: str = ""
     """Why it cannot be taken, as in "caption file is no JSON"; empty if nothing is wrong so far."""
+    span: tuple[int, int] | None = None
+    """(offset, size) within the tar; None for a file of its own."""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is a picture rather than a video, by its name."""
+        return Path(self.name or self.path).suffix.lower() in IMAGE_SUFFIXES
 
 
-def list_sources(src: str | Path, exclude: Iterable[str | Path] = ()) -> list[Source]:
-    """Lists the videos of a folder (all levels), a CSV or JSONL table, or a single video file.
+def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images: bool = False) -> list[Source]:
+    """Lists the videos of a folder (all levels), a table, webdataset tars, or a single video file.
 
     Beside NAME.mp4 in a folder, NAME.json is read ({"caption": str} or {"captions": [str]}, other keys are carried
-    along) or NAME.txt (one caption). A table has a column "path" (relative to the table) and "caption" or "captions"
-    (in a CSV: a JSON list); other columns are carried along. A path that comes in several rows is one source with the
-    captions of all.
+    along) or NAME.txt (one caption); in a tar, as webdataset and video2dataset write them, KEY.json and KEY.txt beside
+    KEY.mp4. A table (.csv, .tsv, .jsonl, .parquet) has a column "path" (relative to the table) and "caption" or
+    "captions" (in a CSV: a JSON list); other columns are carried along. A path that comes in several rows is one source
+    with the captions of all.
 
     Args:
-        src: folder, .csv, .jsonl or video file.
+        src: folder, table, .tar or video file.
         exclude: folders to leave out, such as the output's.
+        images: whether pictures are taken too.
     Returns:
         Sources sorted by name.
     Raises:
         UserError: if src is not there, is of no known kind or holds no video.
     """
     src = Path(src)
+    suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES if images else VIDEO_SUFFIXES
     try:
         if src.is_dir():
-            root, found = src, list(_from_folder(src, {Path(folder).resolve() for folder in exclude}))
+            root, found = src, list(_from_folder(src, {Path(folder).resolve() for folder in exclude}, suffixes))
         elif not src.exists():
-            raise UserError(f"{src}: no such file or folder: give a folder of videos, a .csv or a .jsonl")
-        elif src.suffix.lower() in (".csv", ".tsv", ".jsonl"):
+            raise UserError(f"{src}: no such file or folder: give a folder of videos, a .tar, .csv, .jsonl or .parquet")
+        elif src.suffix.lower() in _TABLES:
             root, found = src.parent, list(_from_table(src))
-        elif src.suffix.lower() in VIDEO_SUFFIXES:
+        elif src.suffix.lower() == ".tar":
+            root, found = src.parent, list(_from_tar(src, suffixes))
+        elif src.suffix.lower() in suffixes:
             root, found = src.parent, [_with_sidecar(src)]
         else:
-            raise UserError(f"{src}: neither a folder nor .csv, .jsonl or a video ({' '.join(sorted(VIDEO_SUFFIXES))})")
+            kinds = f"{' '.join(_TABLES)}, .tar or a video ({' '.join(sorted(VIDEO_SUFFIXES))})"
+            raise UserError(f"{src}: neither a folder nor {kinds}{'' if images else '; pictures need --images'}")
     except OSError as error:
         raise user_error(error, error.filename or src) from error
     if not found:
-        raise UserError(
-            f"{src} has no videos: {' '.join(sorted(VIDEO_SUFFIXES))} are looked for, in folders below it too"
-        )
-    named = [
-        Source(s.path, s.captions or [_stem_caption(s.path)], s.extra, _name(s.path, root), s.problem) for s in found
-    ]
-    return sorted(named, key=lambda source: source.name)
+        kinds = " ".join(sorted(suffixes))
+        raise UserError(f"{src} has no videos: {kinds} are looked for, also in the folders and tars in it")
+    return sorted((_complete(source, root, images) for source in found), key=lambda source: source.name)
 
 
-def _from_folder(root: Path, exclude: set[Path]) -> Iterator[Source]:
+def _complete(source: Source, root: Path, images: bool) -> Source:
+    """With a name, a caption, and what is wrong with it."""
+    problem = source.problem or ("a picture: --images takes it" if source.is_image and not images else "")
+    captions = source.captions or [_stem_caption(source.name or source.path)]
+    return replace(source, captions=captions, name=_name(source, root), problem=problem)
+
+
+def _from_folder(root: Path, exclude: set[Path], suffixes: frozenset[str]) -> Iterator[Source]:
     def refuse(error: OSError) -> None:
         raise error
 
@@ -83,8 +103,34 @@ def _from_folder(root: Path, exclude: set[Path]) -> Iterator[Source]:
             name for name in below if not name.startswith(".") and (Path(folder) / name).resolve() not in exclude
         ]
         for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in VIDEO_SUFFIXES:
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
                 yield _with_sidecar(Path(folder) / name)
+            elif not name.startswith(".") and name.lower().endswith(".tar"):
+                yield from _from_tar(Path(folder) / name, suffixes)
+
+
+def _from_tar(path: Path, suffixes: frozenset[str]) -> Iterator[Source]:
+    """Videos of a webdataset tar; their names begin with the tar's."""
+    for key, members in tar_samples(path).items():
+        for extension, span in members.items():
+            if f".{extension}" not in suffixes:
+                continue
+            source = Source(str(path), [], name=f"{key}.{extension}", span=span)
+            try:
+                if "json" in members:
+                    captions, extra = _split(json.loads(_member(path, members["json"])))
+                    source = replace(source, captions=captions, extra=extra)
+                if "txt" in members and not source.captions:
+                    source = replace(source, captions=[_member(path, members["txt"]).strip()])
+            except ValueError as error:
+                source = replace(source, problem=f"caption beside it: {error}")
+            yield source
+
+
+def _member(path: Path, span: tuple[int, int]) -> str:
+    if span[1] > _SIDECAR_BYTES:
+        raise ValueError(f"{span[1]} bytes are too many for a caption")
+    return read_span(path, *span).decode("utf-8")
 
 
 def _with_sidecar(path: Path) -> Source:
@@ -129,6 +175,9 @@ def _from_table(table: Path) -> Iterator[Source]:
 
 def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line number and row."""
+    if table.suffix.lower() == ".parquet":
+        yield from enumerate(_parquet_rows(table), 1)
+        return
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             if table.suffix.lower() != ".jsonl":
@@ -148,6 +197,20 @@ def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise UserError(f"{table}, line {line} is no JSON: {error.msg}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} is no UTF-8 table: {error}") from error
+
+
+def _parquet_rows(table: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("pyarrow", "parquet") from None
+    try:
+        with pyarrow.parquet.ParquetFile(table) as file:
+            for batch in file.iter_batches():
+                yield from ({k: v for k, v in row.items() if v is not None} for row in batch.to_pylist())
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{table} is no readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
 def _listed(value: Any) -> Any:
@@ -178,9 +241,10 @@ def _stem_caption(path: str) -> str:
     return re.sub(r"[\s_-]+", " ", Path(path).stem).strip()
 
 
-def _name(path: str, root: Path) -> str:
+def _name(source: Source, root: Path) -> str:
     """Relative to root where it is below it, so that outputs do not depend on where the folder lies."""
     try:
-        return Path(path).relative_to(root).as_posix()
+        name = Path(source.path).relative_to(root).as_posix()
     except ValueError:
-        return Path(path).as_posix().lstrip("/")
+        name = Path(source.path).as_posix().lstrip("/")
+    return f"{name}/{source.name}" if source.span else name

@@ -134,11 +134,11 @@ def read_frames(source: str | Path | bytes, start: int = 0, stop: int | None = N
     return np.stack(frames)
 
 
-def sample_frames(path: str | Path, count: int) -> list[np.ndarray]:
+def sample_frames(source: str | Path | bytes, count: int) -> list[np.ndarray]:
     """Frames from moments spread over a video, by seeking to keyframes.
 
     Args:
-        path: a file.
+        source: a file, or a file's bytes.
         count: how many at most.
     Returns:
         (h, w, 3) uint8 RGB each, rotation applied, all of one size; fewer where seeking does not work, at least the
@@ -146,7 +146,7 @@ def sample_frames(path: str | Path, count: int) -> list[np.ndarray]:
     Raises:
         VideoError: if it does not open or its first frame does not decode.
     """
-    with _open(path) as (container, stream):
+    with _open(source) as (container, stream):
         first = next(_decode(container, stream), None)
         if first is None:
             raise VideoError("no frames")
