@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-_PAIRS_PER_S = 4  # pairs of neighbouring frames that are looked at
+_PAIRS_PER_S = 2  # pairs of neighbouring frames that are looked at
 _SMALL = 96  # short side, in pixels, of the pictures that motion and stillness are measured on
 _SHARP = 256  # short side that sharpness is measured on, so that a threshold means the same at every size
 _SAME = 0.5  # mean difference, of 255 grey levels, below which two frames are one picture
