@@ -327,6 +327,33 @@ def test_latents_come_by_bucket_and_as_written(latents):
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_by_tokens_smaller_buckets_have_more_clips(latents, num_workers):
+    """32 positions a clip against 16: 4 clips a step and 2 a forward pass, against 8 and 4; on any ranks the same."""
+    config = LatentDataConfig(shards=latents, num_workers=num_workers, cache_gib=0)
+    sizes = {"5x32x32": (4, 2), "1x16x64": (8, 4)}
+    epochs = []
+    for world in (1, 2, 3):
+        loaders = [
+            LatentLoader(
+                config, seed=3, global_batch_size=4, micro_batch_size=2, batch_by="tokens", rank=rank, world=world
+            )
+            for rank in range(world)
+        ]
+        assert loaders[0].batch_sizes == sizes
+        seen, digests = [], []
+        for steps in islice(zip(*(loader.iterate() for loader in loaders)), loaders[0].steps_per_epoch):
+            for plan, batches in steps:
+                total, micro = sizes[plan.bucket]
+                assert len(plan.ids) == total
+                assert len(batches) == -(-total // (world * micro)) and all(len(b.ids) == micro for b in batches)
+                seen += [key for batch in batches for key in batch.keys if key]
+            digests.append(loaders[0].digest(steps[0][0]))
+        assert sorted(seen) == sorted(entry.key for entry in loaders[0].shards.entries)
+        epochs.append(digests)
+    assert epochs[0] == epochs[1] == epochs[2]
+
+
 def test_captions_are_dropped_at_the_rate_asked_for(latents, drop):
     loader = LatentLoader(
         LatentDataConfig(shards=latents, caption_drop=drop), seed=1, global_batch_size=4, micro_batch_size=4

@@ -141,6 +141,17 @@ def test_time_follows_from_flops_ranks_and_mfu(tmp_path: Path) -> None:
     assert uneven.seconds == pytest.approx(one.seconds / 16)
 
 
+def test_buckets_by_tokens_have_as_many_tokens_a_step(tmp_path: Path) -> None:
+    buckets = {"buckets": ["17x64x64", "17x32x64", "1x64x64"]}
+    plan = make_plan(small(tmp_path, gpus=8, batch_by="tokens", **buckets))
+    assert [row.clips for row in plan.buckets] == [32, 64, 160]  # of 5, 5 and 1 latent frames
+    assert len({row.tokens * row.clips for row in plan.buckets}) == 1
+    by_clips = make_plan(small(tmp_path, gpus=8, **buckets))
+    assert [row.clips for row in by_clips.buckets] == [32, 32, 32]
+    assert plan.buckets[1].step_s == pytest.approx(2 * by_clips.buckets[1].step_s)
+    assert plan.chosen.memory == by_clips.chosen.memory  # of the largest bucket
+
+
 def test_ranks_that_share_clips_share_their_activations_and_time(tmp_path: Path) -> None:
     alone, shared = (make_plan(small(tmp_path, gpus=8, sequence_parallel=n, micro_batch_size=4)) for n in (1, 4))
     assert shared.chosen.memory.activations == pytest.approx(alone.chosen.memory.activations / 4)

@@ -44,6 +44,18 @@ def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
     assert "depth: 5" in (tmp_path / "config.yaml").read_text()
 
 
+def test_frozen_values_may_change_only_before_the_first_checkpoint(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "model: 1", ALONE) as run:
+        run.freeze("batches.json", {"17x64x64": 8, "1x64x64": 32}, "clips a step")
+        run.freeze("batches.json", {"17x64x64": 4, "1x64x64": 16}, "clips a step")
+        (tmp_path / "checkpoints" / "step-00000010").mkdir()
+        run.freeze("batches.json", {"17x64x64": 4, "1x64x64": 16}, "clips a step")
+        for other in ({"17x64x64": 4, "1x64x64": 8}, {"17x64x64": 4}):
+            with pytest.raises(UserError, match=r"clips a step of 1x64x64: (8|None), but run_dir .* with 16"):
+                run.freeze("batches.json", other, "clips a step")
+    assert json.loads((tmp_path / "batches.json").read_text()) == {"17x64x64": 4, "1x64x64": 16}
+
+
 def test_a_file_or_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -212,6 +212,19 @@ def test_another_model_in_the_same_folder_is_refused(latents: Path, tmp_path: Pa
         train_dit(replace(config, model=replace(tiny.DIT, depth=4)))
 
 
+def test_other_batches_in_the_same_folder_are_refused(latents: Path, tmp_path: Path) -> None:
+    config = dit_config(tmp_path / "run", latents, max_steps=1)
+    train_dit(config)
+    size = json.loads((tmp_path / "run/batches.json").read_text())
+    assert size == {tiny.BUCKET: config.global_batch_size}
+    other = replace(config, max_steps=2, global_batch_size=config.global_batch_size - 1)
+    with pytest.raises(
+        UserError, match=rf"clips a step of {tiny.BUCKET}: {other.global_batch_size}, but run_dir .* with"
+    ):
+        train_dit(other)
+    train_dit(replace(config, max_steps=2, batch_by="tokens"))  # one bucket: the same batches
+
+
 def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
     train_dit(dit_config(tmp_path / "run", latents, max_steps=1))
     (line,) = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -21,6 +21,11 @@ class Bucket(NamedTuple):
         """The shape as written in configs: "17x64x64"."""
         return f"{self.frames}x{self.height}x{self.width}"
 
+    @property
+    def latent_frames(self) -> int:
+        """Of 4k+1 frames, k+1."""
+        return (self.frames - 1) // FRAMES_PER_LATENT + 1
+
 
 def nearest_frames(frames: int) -> int:
     """The number of the form 4k+1 nearest to `frames` (the smaller of two equally near), at least 1."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
+from videodit.data.batch_sizes import BatchBy, batch_sizes
 from videodit.data.batches import (
     Batch,
     ClipBatch,
@@ -46,8 +47,8 @@ class StepLoader(Generic[BatchT]):
         keys: sample key by clip index.
         source: the folder, for messages.
         seed: the run's seed.
-        global_batch_size: clips in one optimizer step, for all buckets or by bucket name.
-        micro_batch_size: rows of one forward pass.
+        tokens: of one clip of each bucket, or anything proportional.
+        global_batch_size, micro_batch_size, batch_by: see `batch_sizes`.
         rank, world: this data-parallel rank of how many.
         num_workers, prefetch: as in `read_all`.
         windowed_steps: this many steps, the first ones, ask for windows.
@@ -63,9 +64,11 @@ class StepLoader(Generic[BatchT]):
         keys: Sequence[str],
         source: str,
         *,
+        tokens: Mapping[Bucket, int],
         seed: int,
         global_batch_size: int | Mapping[str, int],
         micro_batch_size: int,
+        batch_by: BatchBy,
         rank: int,
         world: int,
         num_workers: int,
@@ -77,21 +80,22 @@ class StepLoader(Generic[BatchT]):
         self._to_batch = to_batch
         self._buckets = {bucket.name: bucket for bucket in members}
         self._keys = keys
-        self._micro_batch_size = micro_batch_size
         self._rank, self._world = rank, world
         self._num_workers, self._prefetch = num_workers, prefetch
         self._guard = FailureGuard(keys)
         self.num_clips = sum(len(clips) for clips in members.values())
-        smallest = global_batch_size if isinstance(global_batch_size, int) else min(global_batch_size.values())
-        if self.num_clips < smallest:
-            raise UserError(
-                f"{source} has {self.num_clips} clips for training, fewer than global_batch_size {smallest}: "
-                f"lower global_batch_size to {self.num_clips} or less, or add clips"
-            )
+        counts = {bucket.name: tokens[bucket] for bucket, clips in members.items() if clips}
         try:
-            self.order = GlobalOrder({bucket.name: members[bucket] for bucket in members}, global_batch_size, seed)
+            self.batch_sizes = batch_sizes(counts, global_batch_size, micro_batch_size, batch_by)
+            totals = {name: size.total for name, size in self.batch_sizes.items()}
+            self.order = GlobalOrder({bucket.name: members[bucket] for bucket in members}, totals, seed)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if self.num_clips < min(totals.values()):
+            raise UserError(
+                f"{source} has {self.num_clips} clips for training, fewer than global_batch_size "
+                f"{min(totals.values())}: lower global_batch_size to {self.num_clips} or less, or add clips"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -122,7 +126,7 @@ class StepLoader(Generic[BatchT]):
         while True:
             batches = [self._next(stream)]  # makes its plan appear in `pending`
             plan = pending.popleft()
-            count = num_micro_batches(len(plan.ids), self._world, self._micro_batch_size)
+            count = num_micro_batches(len(plan.ids), self._world, self.batch_sizes[plan.bucket].micro)
             batches += [self._next(stream) for _ in range(count - 1)]
             yield plan, batches
 
@@ -130,7 +134,7 @@ class StepLoader(Generic[BatchT]):
         while True:
             plan = self.order.batch(step)
             pending.append(plan)
-            for ids in deal(plan.ids, self._rank, self._world, self._micro_batch_size):
+            for ids in deal(plan.ids, self._rank, self._world, self.batch_sizes[plan.bucket].micro):
                 yield Request(self._buckets[plan.bucket], plan.epoch, tuple(ids), windowed=step <= self._windowed_steps)
             step += 1
 
@@ -148,7 +152,7 @@ class ClipLoader(StepLoader[ClipBatch]):
 
     Args:
         config: where the clips are, and how they are cut.
-        seed, global_batch_size, micro_batch_size, rank, world: as in StepLoader.
+        seed, global_batch_size, micro_batch_size, batch_by, rank, world: as in StepLoader.
         multiple: what a bucket's height and width must be divisible by.
     Raises:
         UserError: if there are no shards, no clip fits, or there are fewer clips than a global batch.
@@ -161,6 +165,7 @@ class ClipLoader(StepLoader[ClipBatch]):
         seed: int,
         global_batch_size: int | Mapping[str, int],
         micro_batch_size: int,
+        batch_by: BatchBy = "clips",
         rank: int = 0,
         world: int = 1,
         multiple: int = 16,
@@ -175,9 +180,11 @@ class ClipLoader(StepLoader[ClipBatch]):
             grouping.members,
             [entry.key for entry in self.shards.entries],
             config.shards,
+            tokens={bucket: bucket.latent_frames * bucket.height * bucket.width for bucket in grouping.members},
             seed=seed,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
+            batch_by=batch_by,
             rank=rank,
             world=world,
             num_workers=config.num_workers,
@@ -190,7 +197,7 @@ class LatentLoader(StepLoader[LatentBatch]):
 
     Args:
         config: where the latents are, and how often captions are dropped.
-        seed, global_batch_size, micro_batch_size, rank, world: as in StepLoader.
+        seed, global_batch_size, micro_batch_size, batch_by, rank, world: as in StepLoader.
         crop: windows that the first crop_steps steps read; the others read whole latents.
         patch: rows and columns of the DiT's patch: windows start on its grid.
     Raises:
@@ -204,6 +211,7 @@ class LatentLoader(StepLoader[LatentBatch]):
         seed: int,
         global_batch_size: int | Mapping[str, int],
         micro_batch_size: int,
+        batch_by: BatchBy = "clips",
         rank: int = 0,
         world: int = 1,
         crop: LatentCropConfig | None = None,
@@ -219,9 +227,11 @@ class LatentLoader(StepLoader[LatentBatch]):
             reader.members,
             [entry.key for entry in self.shards.entries],
             config.shards,
+            tokens={bucket: t * h * w for bucket, (_, t, h, w) in reader.latent_shapes.items()},
             seed=seed,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
+            batch_by=batch_by,
             rank=rank,
             world=world,
             num_workers=0 if reader.in_memory else config.num_workers,

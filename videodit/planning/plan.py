@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from videodit.data.batch_sizes import batch_sizes
 from videodit.data.buckets import Bucket
 from videodit.data.latents import read_manifest
 from videodit.device import has_bf16, torch_dtype
@@ -115,12 +116,14 @@ class BucketPlan:
 
     Attributes:
         bucket: the shape.
+        clips: of an optimizer step, over all ranks.
         tokens: of a clip.
         step_flops: of an optimizer step, over all ranks; what is computed twice counts once.
         step_s: seconds of a step at the expected MFU.
     """
 
     bucket: Bucket
+    clips: int
     tokens: int
     step_flops: int
     step_s: float
@@ -236,7 +239,11 @@ class Planner:
     @property
     def share(self) -> int:
         """Clips of a global batch that the fullest rank sees, alone or with those that share its tokens."""
-        return -(-self.config.global_batch_size // (self.ranks // self.sharing))
+        return self.share_of(self.config.global_batch_size)
+
+    def share_of(self, clips: int) -> int:
+        """The same of a batch of so many clips."""
+        return -(-clips // (self.ranks // self.sharing))
 
     @property
     def micro(self) -> int:
@@ -276,14 +283,16 @@ class Planner:
         plan = Plan(config, machine, self.dtype, self.parameters, [], choices)
         policy = plan.chosen.checkpointing
         speed = machine.peak_flops * config.mfu
+        tokens = {bucket.name: self.workload.tokens(bucket) for bucket in self.workload.buckets}
+        sizes = batch_sizes(tokens, config.global_batch_size, config.micro_batch_size, config.batch_by)
         for bucket in self.workload.buckets:
             executed = flops = self.workload.flops(bucket, "none")
             if policy != "none":
                 executed = self.workload.flops(bucket, policy)
             # The fullest rank is the one that the others wait for.
-            seconds = executed * self.share / self.sharing / speed
-            step_flops = flops * config.global_batch_size
-            plan.buckets.append(BucketPlan(bucket, self.workload.tokens(bucket), step_flops, seconds))
+            clips = sizes[bucket.name].total
+            seconds = executed * self.share_of(clips) / self.sharing / speed
+            plan.buckets.append(BucketPlan(bucket, clips, tokens[bucket.name], flops * clips, seconds))
         return plan
 
     def nearest(self, room: float) -> Choice | None:

@@ -34,12 +34,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _steps(plan: Plan) -> Table:
-    table = Table("bucket", "tokens/clip", "FLOPs/step", "s/step", "tokens/s", title="steps", title_justify="left")
+    headers = ("bucket", "tokens/clip", "clips/step", "FLOPs/step", "s/step", "tokens/s")
+    table = Table(*headers, title="steps", title_justify="left")
     for row in plan.buckets:
-        tokens = row.tokens * plan.config.global_batch_size / row.step_s
-        table.add_row(
-            row.bucket.name, f"{row.tokens:,}", f"{row.step_flops:.3e}", f"{row.step_s:.3g}", f"{tokens:,.0f}"
-        )
+        rate = row.tokens * row.clips / row.step_s
+        cells = (f"{row.tokens:,}", f"{row.clips:,}", f"{row.step_flops:.3e}", f"{row.step_s:.3g}", f"{rate:,.0f}")
+        table.add_row(row.bucket.name, *cells)
     for column in table.columns[1:]:
         column.justify = "right"
     return table

@@ -100,6 +100,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             micro_batch_size=config.micro_batch_size,
+            batch_by=config.batch_by,
             rank=mesh.data_rank,
             world=mesh.data_size,
             crop=config.crop,
@@ -115,6 +116,7 @@ def train_dit(config: DiTRunConfig) -> Path:
         if config.compile:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)
+        run.freeze_batches(loader.batch_sizes)
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from videodit.config import to_dict
+from videodit.data.batch_sizes import BatchBy, BatchSize
 from videodit.data.batches import Batch
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
@@ -40,6 +41,8 @@ class RunConfig:
     """clips of one optimizer step, over all ranks"""
     micro_batch_size: int = 32
     """clips of one forward pass on one rank"""
+    batch_by: BatchBy = "clips"
+    """clips: batches of every bucket have these sizes; tokens: the largest bucket's do, others hold as many tokens"""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights are sharded"""
     device: str = "auto"
@@ -131,6 +134,14 @@ class TrainingRun:
             self.step = self.saved_step = found.step
         self.folder.cut_metrics(self.step)
         self.meter = StepMeter(self.world.device, self.world.size)
+
+    def freeze_batches(self, sizes: Mapping[str, BatchSize]) -> None:
+        """Keeps the buckets' batch sizes in the run folder: a run that goes on must see the same batches.
+
+        Raises:
+            UserError: on every rank, if they are not those that the run began with.
+        """
+        self.folder.freeze("batches.json", {name: size.total for name, size in sizes.items()}, "clips a step")
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """A batch's tensor on the run's device, in the number format of its weights."""

@@ -61,6 +61,35 @@ class RunFolder:
             raise UserError(problem)
         return cls(path, lock, world.is_main)
 
+    def freeze(self, name: str, values: Mapping[str, Any], what: str) -> None:
+        """Writes values that must not change while the run goes on. Call on every rank.
+
+        Args:
+            name: of the file, JSON.
+            values: what to keep.
+            what: the values' name in messages.
+        Raises:
+            UserError: on every rank, if the run has checkpoints and began with others.
+        """
+        problem = ""
+        if self._is_main:
+            file = self.path / name
+            old = json.loads(file.read_text()) if file.exists() and steps_in(self.path) else dict(values)
+            changed = _differences("", old, dict(values))
+            if changed:
+                key, before, after = changed[0]
+                problem = (
+                    f"{what} of {key.lstrip('.')}: {after}, but run_dir {self.path} was trained with {before}: "
+                    "set batch sizes and data back, or choose another run_dir"
+                )
+            else:
+                temp = file.with_suffix(".tmp")
+                temp.write_text(json.dumps(dict(values), indent=1) + "\n")
+                os.replace(temp, file)
+        problem = broadcast_object(problem)
+        if problem:
+            raise UserError(problem)
+
     def cut_metrics(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after a step (0: all), for those steps are about to be run again."""
         file = self.path / "metrics.jsonl"

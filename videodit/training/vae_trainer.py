@@ -101,10 +101,12 @@ def train_vae(config: VAERunConfig) -> Path:
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             micro_batch_size=config.micro_batch_size,
+            batch_by=config.batch_by,
             rank=world.rank,
             world=world.size,
             multiple=multiple,
         )
+        run.freeze_batches(loader.batch_sizes)
         held_out = None if config.eval_shards is None else _first_clips(config, config.eval_shards, config.eval_clips)
         steps = loader.iterate(run.step + 1)
         while run.running:

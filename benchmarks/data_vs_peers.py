@@ -1,0 +1,278 @@
+"""Reading clips for training: our loader beside plain webdataset and a DataLoader over files, on the same clips.
+
+    pip install 'videodit[decord]'
+    python benchmarks/data_vs_peers.py --videos ../shared/videos --out benchmarks/results/data_vs_peers.json
+
+Clips of 2 to 10 s are cut from the videos by ingest, and copied until there are --clips of them. Every reader gives
+17 frames from a random moment of every clip, once, as the float tensor that a model takes, in one process with one
+thread (a worker is a process, so that the rates of several add up); readers take turns, --rounds times, and the medians are printed in
+clips a second. "decode only" is libavcodec alone, from the keyframe before the window to its last frame, without
+conversion to RGB: what any reader of these files must do at least. Then: latents, memory over many clips, how long it
+takes to begin in the middle of a million clips, and the order of a million clips for 1,024 ranks.
+"""
+
+import argparse
+import io
+import json
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import torch
+import webdataset
+from rich.console import Console
+from rich.table import Table
+
+from videodit.data.clip_reader import DataConfig
+from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.latent_reader import LatentDataConfig
+from videodit.data.latents import write_latent_sample
+from videodit.data.loader import ClipLoader, LatentLoader
+from videodit.data.order import GlobalOrder, deal
+from videodit.data.shard_writer import ShardWriter
+from videodit.data.shards import ShardSet, json_bytes
+from videodit.data.transforms import to_model_range
+from videodit.data.video_io import KEYFRAME_EVERY
+from videodit.evaluation.machine import machine_facts
+
+FRAMES = 17
+
+
+def make_clips(videos: str, folder: Path, count: int, height: int) -> Path:
+    """Shards of `count` clips of 2 to 10 s, all of one size."""
+    config = IngestConfig(max_short_side=height, min_frames=48)
+    ingest(videos, folder / "cut", config)
+    cut = ShardSet.open(folder / "cut")
+    sizes = [(entry.meta["height"], entry.meta["width"]) for entry in cut.entries]
+    size = max(set(sizes), key=sizes.count)
+    chosen = [index for index, entry in enumerate(cut.entries) if (entry.meta["height"], entry.meta["width"]) == size]
+    with ShardWriter(folder / "clips", clips_per_shard=100) as writer:
+        for number in range(count):
+            index = chosen[number % len(chosen)]
+            record = json_bytes(cut.read_json(index))
+            writer.write(f"clip-{number:06d}", {"mp4": cut.read(index, "mp4"), "json": record})
+    return folder / "clips"
+
+
+def starts(entries: list[Any], seed: int = 0) -> dict[str, int]:
+    """The first frame of every clip's window."""
+    rng = random.Random(seed)
+    return {entry.key: rng.randrange(entry.meta["num_frames"] - FRAMES + 1) for entry in entries}
+
+
+def decode_only(shards: ShardSet) -> Iterator[int]:
+    """libavcodec on just the frames that a window needs."""
+    begin = starts(shards.entries)
+    for index, entry in enumerate(shards.entries):
+        first = begin[entry.key]
+        keyframe = first // KEYFRAME_EVERY * KEYFRAME_EVERY
+        with av.open(io.BytesIO(shards.read(index, "mp4"))) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            if keyframe:
+                container.seek(int(keyframe / stream.average_rate / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if round(float(frame.pts * stream.time_base * stream.average_rate)) >= first + FRAMES - 1:
+                    break
+        yield 1
+
+
+def ours(shards: ShardSet, bucket: str) -> Iterator[int]:
+    """ClipLoader, in its global random order."""
+    config = DataConfig(shards=str(shards.root), buckets=[bucket], cache_decoded=False)
+    loader = ClipLoader(config, seed=0, global_batch_size=1, micro_batch_size=1, multiple=2)
+    for _, batches in islice(loader.iterate(), len(shards)):
+        assert batches[0].weight.item() == 1
+        yield 1
+
+
+def plain_webdataset(shards: ShardSet, decode: Callable[[bytes, int], np.ndarray]) -> Iterator[int]:
+    """webdataset in the order of the tars; the window is cut by `decode`."""
+    begin = starts(shards.entries)
+    tars = sorted(str(path) for path in shards.root.glob("*.tar"))
+    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+        clip = to_model_range(torch.from_numpy(decode(sample["mp4"], begin[sample["__key__"]]))[None])
+        assert clip.shape[2] == FRAMES
+        yield 1
+
+
+def with_av_whole(data: bytes, first: int) -> np.ndarray:
+    """Every frame decoded and converted, then cut: what webdataset's own examples do."""
+    with av.open(io.BytesIO(data)) as container:
+        container.streams.video[0].thread_type = "NONE"
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])[first : first + FRAMES]
+
+
+def with_av(data: bytes, first: int) -> np.ndarray:
+    """Decoded from the start, frames of the window converted."""
+    with av.open(io.BytesIO(data)) as container:
+        container.streams.video[0].thread_type = "NONE"
+        frames = islice(container.decode(video=0), first, first + FRAMES)
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+
+
+def with_decord(data: bytes, first: int) -> np.ndarray:
+    """decord's get_batch, which seeks."""
+    import decord
+
+    reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+    return reader.get_batch(range(first, first + FRAMES)).asnumpy()
+
+
+def file_loader(shards: ShardSet, folder: Path) -> Iterator[int]:
+    """A torch DataLoader over files in random order, av with a seek."""
+    folder.mkdir(exist_ok=True)
+    begin, files = starts(shards.entries), []
+    for index, entry in enumerate(shards.entries):
+        files.append(folder / f"{entry.key}.mp4")
+        if not files[-1].exists():
+            files[-1].write_bytes(shards.read(index, "mp4"))
+
+    class Files(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            first = begin[files[index].stem]
+            with av.open(str(files[index])) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "NONE"
+                keyframe = first // KEYFRAME_EVERY * KEYFRAME_EVERY
+                if keyframe:
+                    container.seek(int(keyframe / stream.average_rate / stream.time_base), stream=stream)
+                frames = islice(container.decode(stream), first - keyframe, first - keyframe + FRAMES)
+                return torch.from_numpy(np.stack([frame.to_ndarray(format="rgb24") for frame in frames]))
+
+    for frames in torch.utils.data.DataLoader(Files(), batch_size=1, shuffle=True):
+        assert to_model_range(frames).shape[2] == FRAMES
+        yield 1
+
+
+def make_latents(folder: Path, count: int) -> ShardSet:
+    """Latents of a 17x256x256 clip, 16 channels."""
+    shape = (16, 5, 32, 32)
+    with ShardWriter(folder, clips_per_shard=500) as writer:
+        for number in range(count):
+            mean = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+            meta = {"bucket": "17x256x256", "captions": ["a caption"]}
+            write_latent_sample(writer, f"clip-{number:06d}", mean, torch.zeros(shape), meta)
+    return ShardSet.open(folder)
+
+
+def our_latents(shards: ShardSet, cache_gib: float) -> Iterator[int]:
+    """LatentLoader; without cache_gib every sample is read from its tar."""
+    config = LatentDataConfig(shards=str(shards.root), cache_gib=cache_gib)
+    loader = LatentLoader(config, seed=0, global_batch_size=8, micro_batch_size=8)
+    for _, batches in islice(loader.iterate(), len(shards) // 8):
+        yield int(batches[0].weight.sum())
+
+
+def webdataset_latents(shards: ShardSet) -> Iterator[int]:
+    """webdataset with safetensors, eight to a batch."""
+    from safetensors.torch import load
+
+    tars = sorted(str(path) for path in shards.root.glob("*.tar"))
+    rows = []
+    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+        rows.append((load(sample["safetensors"]), json.loads(sample["json"])))
+        if len(rows) == 8:
+            torch.stack([tensors["mean"] for tensors, _ in rows]).float()
+            torch.stack([tensors["logvar"] for tensors, _ in rows]).float()
+            rows.clear()
+            yield 8
+
+
+def rate(reader: Iterator[int]) -> float:
+    """Clips a second, after the first."""
+    next(reader)
+    started = time.perf_counter()
+    return sum(reader) / (time.perf_counter() - started)
+
+
+def memory_growth(shards: ShardSet, bucket: str, clips: int) -> dict[str, float]:
+    """Resident memory after a tenth of the clips, and after all."""
+    config = DataConfig(shards=str(shards.root), buckets=[bucket], cache_decoded=False)
+    loader = ClipLoader(config, seed=0, global_batch_size=1, micro_batch_size=1, multiple=2)
+    seen = {}
+    for number, _ in enumerate(islice(loader.iterate(), clips), 1):
+        if number in (clips // 10, clips):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen[f"mib_after_{number}"] = pages * resource.getpagesize() / 2**20
+    first, last = seen.values()
+    return seen | {"growth": last / first - 1}
+
+
+def order_seconds(clips: int = 1_000_000, ranks: int = 1024) -> dict[str, float]:
+    """To order a million clips and begin in the middle of the third epoch; then a whole epoch for all ranks."""
+    started = time.perf_counter()
+    order = GlobalOrder({"17x256x256": range(clips)}, 8192, seed=0)
+    order.batch(2 * order.steps_per_epoch + order.steps_per_epoch // 2)
+    begin = time.perf_counter() - started
+    started = time.perf_counter()
+    for step in range(1, order.steps_per_epoch + 1):
+        ids = order.batch(step).ids
+        for rank in range(ranks):
+            deal(ids, rank, ranks, 8)
+    return {"start_in_the_middle_s": begin, "epoch_for_all_ranks_s": time.perf_counter() - started}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", required=True)
+    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--height", type=int, default=256)
+    parser.add_argument("--latents", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory_clips", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=Path("runs/data_vs_peers.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    console = Console()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = ShardSet.open(make_clips(options.videos, folder, options.clips, options.height))
+        meta = shards.entries[0].meta
+        bucket = f"{FRAMES}x{meta['height']}x{meta['width']}"
+        latents = make_latents(folder / "latents", options.latents)
+        readers: dict[str, Callable[[], Iterator[int]]] = {
+            "decode only": lambda: decode_only(shards),
+            "videodit": lambda: ours(shards, bucket),
+            "webdataset + av, whole clip": lambda: plain_webdataset(shards, with_av_whole),
+            "webdataset + av": lambda: plain_webdataset(shards, with_av),
+            "webdataset + decord": lambda: plain_webdataset(shards, with_decord),
+            "DataLoader over files, av": lambda: file_loader(shards, folder / "files"),
+            "latents: videodit": lambda: our_latents(latents, 0.0),
+            "latents: videodit, in memory": lambda: our_latents(latents, 8.0),
+            "latents: webdataset": lambda: webdataset_latents(latents),
+        }
+        measured: dict[str, list[float]] = {name: [] for name in readers}
+        for _ in range(options.rounds):
+            for name, reader in readers.items():
+                measured[name].append(rate(reader()))
+        rates = {name: statistics.median(values) for name, values in measured.items()}
+        memory = memory_growth(shards, bucket, options.memory_clips)
+    table = Table("reader", "clips/s", "beside videodit")
+    for name, value in rates.items():
+        base = rates["latents: videodit" if name.startswith("latents") else "videodit"]
+        table.add_row(name, f"{value:.1f}", f"{value / base:.2f}")
+    console.print(table)
+    order = order_seconds()
+    console.print(f"{bucket}; memory {memory}; order of a million clips {order}")
+    facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    result = {"machine": machine_facts(), "options": facts, "bucket": bucket, "clips_per_s": rates, "rounds": measured}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result | {"memory": memory, "order": order}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Damaged files of many kinds through ingest: each costs a line in rejects.jsonl at most; nothing hangs, dies or leaks.
+
+pytest tests/data/test_fuzz.py -m slow      1,000 files
+"""
+
+import io
+import multiprocessing
+import resource
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests.data.test_scores import moving
+from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.ingest_record import read_rejects
+from videodit.data.shards import ShardSet
+from videodit.data.video_io import read_frames
+from videodit.errors import UserError
+
+KINDS = {  # file suffix → codec, container, pixel format
+    ".mp4": ("libx264", "mp4", "yuv420p"),
+    ".mov": ("mpeg4", "mov", "yuv420p"),
+    ".mkv": ("libx265", "matroska", "yuv420p10le"),
+    ".webm": ("libvpx-vp9", "webm", "yuv420p"),
+    ".avi": ("mjpeg", "avi", "yuvj420p"),
+    ".gif": ("gif", "gif", "rgb8"),
+    ".ts": ("mpeg2video", "mpegts", "yuv420p"),
+}
+REAL_BYTES = 150_000  # of a real clip's beginning
+
+
+def originals(real: Path | None) -> list[tuple[str, bytes]]:
+    """(suffix, bytes) of small videos in several codecs and containers, and the beginnings of the real clips."""
+    files = []
+    for suffix, (codec, container, pix_fmt) in KINDS.items():
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format=container) as out:
+            stream = out.add_stream(codec, rate=8)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
+            for frame in moving(1, 2, height=48, width=64):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix_fmt)))
+            out.mux(stream.encode(None))
+        files.append((suffix, buffer.getvalue()))
+    if real is not None:
+        files += [
+            (p.suffix, p.read_bytes()[:REAL_BYTES]) for p in sorted(real.iterdir()) if p.suffix in (".mp4", ".avi")
+        ]
+    return files
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    """One to four accidents, half near the head: bits flipped, stretches overwritten, removed, repeated, a cut."""
+    out = bytearray(data)
+    for _ in range(rng.integers(1, 5)):
+        if len(out) < 2:
+            break
+        reach = min(len(out), 600) if rng.random() < 0.5 else len(out)
+        start = int(rng.integers(reach))
+        stop = min(len(out), start + int(rng.geometric(1 / 40)))
+        kind = rng.integers(6)
+        if kind == 0:
+            for place in rng.integers(reach, size=rng.integers(1, 16)):
+                out[place] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            out[start:stop] = rng.bytes(stop - start)
+        elif kind == 2:
+            del out[start:stop]
+        elif kind == 3:
+            out[start:start] = out[start:stop]
+        elif kind == 4:
+            out[start:stop] = bytes(stop - start)
+        else:
+            del out[max(start, 1) :]
+    return bytes(out)
+
+
+def ingest_damaged(folder: Path, count: int, real: Path | None, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    files = originals(real)
+    (folder / "videos").mkdir()
+    for number in range(count):
+        suffix, data = files[number % len(files)]
+        (folder / "videos" / f"{number:05d}{suffix}").write_bytes(mutate(data, rng))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = IngestConfig(workers=2, min_frames=2, crop_bars=True, stall_limit_s=20, max_memory_gb=4)
+    result = ingest(folder / "videos", folder / "out", config)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert result.accepted + result.rejected == count
+    rejected = {reject["source"] for reject in read_rejects(folder / "out") if "start_s" not in reject}
+    assert len(rejected) == result.rejected > count // 20  # damage is found
+    assert result.accepted > count // 20  # and what can be read is read
+    shards = ShardSet.open(folder / "out")
+    assert {entry.meta["source"] for entry in shards.entries}.isdisjoint(rejected)
+    for index, entry in enumerate(shards.entries):
+        frames = read_frames(shards.read(index, "mp4"))
+        assert frames.shape == (entry.meta["num_frames"], entry.meta["height"], entry.meta["width"], 3)
+    assert not multiprocessing.active_children()
+    assert grown < 200, f"{grown:.0f} MiB more"
+    reasons = [reject["reason"] for reject in read_rejects(folder / "out")]
+    print(f"{count} files: {result.accepted} accepted, {result.rejected} rejected, {result.seconds:.0f} s")
+    print("\n".join(sorted({reason.split(",")[0] for reason in reasons})))
+
+
+def test_eighty_damaged_files(tmp_path: Path) -> None:
+    ingest_damaged(tmp_path, 80, None, seed=0)
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_files(tmp_path: Path, real_clips: Path) -> None:
+    ingest_damaged(tmp_path, 1000, real_clips, seed=1)
+
+
+def test_nothing_but_damage_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for number, (suffix, data) in enumerate(originals(None)):
+        (tmp_path / "videos" / f"{number}{suffix}").write_bytes(bytes(len(data)))
+    with pytest.raises(UserError, match="none of the 7 videos .* gave a clip"):
+        ingest(tmp_path / "videos", tmp_path / "out", IngestConfig(workers=1))
