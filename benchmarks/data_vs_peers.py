@@ -5,10 +5,10 @@
 
 Clips of 2 to 10 s are cut from the videos by ingest, and copied until there are --clips of them. Every reader gives
 17 frames from a random moment of every clip, once, as the float tensor that a model takes, in one process with one
-thread (a worker is a process, so that the rates of several add up); readers take turns, --rounds times, and the medians are printed in
-clips a second. "decode only" is libavcodec alone, from the keyframe before the window to its last frame, without
-conversion to RGB: what any reader of these files must do at least. Then: latents, memory over many clips, how long it
-takes to begin in the middle of a million clips, and the order of a million clips for 1,024 ranks.
+thread (a worker is a process, so that the rates of several add up); readers take turns, --rounds times, and the
+medians are printed in clips a second. "decode only" is libavcodec alone, from the keyframe before the window to its
+last frame, without conversion to RGB: what any reader of these files must do at least. Then: latents, memory over many
+clips, how long it takes to begin in the middle of a million clips, and the order of a million clips for 1,024 ranks.
 """
 
 import argparse
