@@ -17,6 +17,7 @@ import numpy as np
 from videodit.data.frame_convert import ToRGB, display_matrix, is_transposed
 
 KEYFRAME_EVERY = 16
+_SLOWEST, _FASTEST = 0.01, 1000.0  # frames per second that a header is believed
 MAX_PIXELS = 1 << 26  # of one frame, twice 8K: beyond it, a damaged header is likelier than a picture
 
 
@@ -175,6 +176,8 @@ def _open(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContai
         stream = container.streams.best("video")
         if stream is None:
             raise VideoError("no video stream")
+        if stream.codec_context is None:
+            raise VideoError("no decoder for its video stream")
         if stream.width * stream.height > MAX_PIXELS:
             raise VideoError(f"frames of {stream.width}x{stream.height} are too large")
         # Files are spread over processes, one a core; threads beside them only get in the way, and in forked workers
@@ -195,8 +198,8 @@ def _describe(
     path: str, container: av.container.InputContainer, stream: av.VideoStream, frame: av.VideoFrame
 ) -> VideoInfo:
     rate = stream.average_rate or stream.guessed_rate
-    if not rate or rate <= 0:
-        raise VideoError("no frame rate")
+    if not rate or not _SLOWEST <= rate <= _FASTEST:
+        raise VideoError(f"a frame rate of {float(rate):g}" if rate else "no frame rate")
     if stream.duration and stream.time_base:
         duration_s = float(stream.duration * stream.time_base)
     else:
