@@ -1,0 +1,122 @@
+"""What ingest costs on one core, beside the least that it has to do.
+
+    python benchmarks/ingest_speed.py --videos ../shared/videos --out benchmarks/results/ingest_speed.json
+
+For every video that decodes, in turn, --rounds times, medians of frames a second: libavcodec alone; with the detection
+of scene cuts (and the conversion to RGB that it needs); decoding, scaling and x264 at ingest's preset and crf, in YUV
+all the way; and ingest's whole work on a file (`cut_source`: bars, RGB, cuts, scores, x264, sha256). One thread each.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+from rich.console import Console
+from rich.table import Table
+
+from videodit.data.clip_cutter import CutRules, cut_source
+from videodit.data.scene_cuts import find_cuts
+from videodit.data.video_io import KEYFRAME_EVERY, VideoError, open_video, probe
+from videodit.evaluation.machine import machine_facts
+
+RULES = CutRules(17, 10.0, 480, True, 3.0, 18, crop_bars=True)
+
+
+def decode(path: Path) -> int:
+    """Frames of a file, decoded and thrown away."""
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "NONE"
+        return sum(1 for _ in container.decode(video=0))
+
+
+def decode_and_find_cuts(path: Path) -> int:
+    """The cut pass."""
+    with open_video(path, RULES.size) as (info, frames):
+        count = 0
+
+        def counted() -> Any:
+            nonlocal count
+            for frame in frames:
+                count += 1
+                yield frame
+
+        find_cuts(counted(), info.fps)
+        return count
+
+
+def transcode(path: Path) -> int:
+    """Decoding, scaling to ingest's size and x264 as ingest sets it, without RGB."""
+    info = probe(path)
+    height, width = RULES.size(info)
+    if info.rotation % 180:
+        height, width = width, height
+    options = {"preset": "veryfast", "crf": str(RULES.crf), "bf": "0", "g": str(KEYFRAME_EVERY), "mbtree": "0"}
+    with av.open(str(path)) as container, av.open(io.BytesIO(), "w", format="mp4") as out:
+        container.streams.video[0].thread_type = "NONE"
+        stream = out.add_stream("libx264", rate=container.streams.video[0].average_rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = width - width % 2, height - height % 2, "yuv420p"
+        stream.codec_context.thread_count = 1
+        count = 0
+        for frame in container.decode(video=0):
+            scaled = frame.reformat(width=stream.width, height=stream.height, format="yuv420p", threads=1)
+            scaled.pts, scaled.time_base = count, 1 / container.streams.video[0].average_rate
+            out.mux(stream.encode(scaled))
+            count += 1
+        out.mux(stream.encode(None))
+        return count
+
+
+def whole_ingest(path: Path) -> int:
+    """All that ingest does with one file."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = cut_source(str(path), Path(folder) / "spool", RULES)
+        return sum(part.num_frames for part in [*result.clips, *result.dropped])
+
+
+PASSES: dict[str, Callable[[Path], int]] = {
+    "decode": decode,
+    "decode + cuts": decode_and_find_cuts,
+    "decode + x264": transcode,
+    "ingest": whole_ingest,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/ingest_speed.json"))
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    table = Table("video", *PASSES, "cuts / decode", "ingest / x264")
+    rows: dict[str, dict[str, float]] = {}
+    for path in sorted(options.videos.iterdir()):
+        try:
+            decode(path)
+        except (av.FFmpegError, VideoError, IndexError):
+            continue
+        seconds: dict[str, list[float]] = {name: [] for name in PASSES}
+        for _ in range(options.rounds):
+            for name, function in PASSES.items():
+                started = time.perf_counter()
+                frames = function(path)
+                seconds[name].append((time.perf_counter() - started) / frames)
+        row = {name: 1 / statistics.median(values) for name, values in seconds.items()}
+        rows[path.name] = row
+        shares = (row["decode + cuts"] / row["decode"], row["ingest"] / row["decode + x264"])
+        table.add_row(path.name, *(f"{value:.0f}" for value in row.values()), *(f"{share:.2f}" for share in shares))
+    Console().print(table)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"machine": machine_facts(), "frames_per_s": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
