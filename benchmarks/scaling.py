@@ -1,12 +1,13 @@
-"""Held-out loss against training FLOPs: DiTs of several widths, and a factorized 3D U-Net of equal FLOPs for each.
+"""Held-out loss against training FLOPs: DiTs of several widths, and two models of equal FLOPs for each: a factorized 3D
+U-Net, and a DiT of half the depth with local convolutional layers around it, as the demo's has.
 
     python benchmarks/scaling.py --latents runs/demo/latents --out runs/scaling
 
 Same latents, clips, noise, text encoder, objective (velocity, rectified flow), optimizer and steps; each model's
 learning rate is the best of --rates in a fifth of the steps. FLOPs are counted by torch.utils.flop_counter, forward
-and backward; the U-Net's width is the multiple of 4 with the nearest count. The last clips are held out, and read at
-fixed noise levels with fixed noise. Writes scaling.json and scaling.svg after each model, and prints the exponent b of
-loss ~ FLOPs^-b over the final points of each family.
+and backward; the U-Net's width, and that of the local layers, is the multiple of 4 with the nearest count. The last
+clips are held out, and read at fixed noise levels with fixed noise. Writes scaling.json and scaling.svg after each
+model, and prints the exponent b of loss ~ FLOPs^-b over the final points of each family.
 """
 
 import argparse
@@ -42,6 +43,7 @@ LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.96)
 NOISE = NoiseLevelConfig(mean=0.0, std=1.0, shift=5.0)
 TEXT = ByteTextConfig(dim=128, buckets=4096, depth=0)
 HELD_OUT = 256
+FAMILIES = ("DiT", "U-Net", "DiT+local")
 
 
 class Denoiser(nn.Module):
@@ -72,6 +74,23 @@ def dit(width: int, channels: int) -> nn.Module:
     )
 
 
+def local_dit(width: int, local: int, channels: int) -> nn.Module:
+    """The DiT with one spatial and one temporal block, and one local block on each side."""
+    return VideoDiT(
+        DiTConfig(
+            in_channels=channels,
+            hidden_size=width,
+            depth=2,
+            num_heads=width // 32,
+            text_dim=TEXT.dim,
+            activation="gelu",
+            absolute_position=True,
+            local_width=local,
+            local_depth=1,
+        )  # fmt: skip
+    )
+
+
 def unet(width: int, channels: int) -> nn.Module:
     """The U-Net of a width."""
     return UNet3D(channels, width, TEXT.dim)
@@ -87,12 +106,11 @@ def flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int:
     return step_flops(build, one_pass)
 
 
-def nearest_unet(wanted: int, shape: tuple[int, ...]) -> int:
-    """Width whose step costs the most similar number of FLOPs."""
-    widths = range(GROUPS, 256 * GROUPS, GROUPS)
+def nearest(build: Callable[[int], nn.Module], wanted: int, shape: tuple[int, ...]) -> int:
+    """The multiple of GROUPS with which a model's step costs the most similar number of FLOPs."""
     costs = {}
-    for width in widths:
-        costs[width] = flops(partial(unet, width, shape[0]), shape)
+    for width in range(GROUPS, 256 * GROUPS, GROUPS):
+        costs[width] = flops(partial(build, width), shape)
         if costs[width] > wanted:
             break
     return min(costs, key=lambda width: abs(math.log(costs[width] / wanted)))
@@ -185,33 +203,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 192])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128])
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = choose_device(options.device)
     clips = Clips(options.latents, device)
     channels = clips.shape[0]
-    sizes = {"DiT": [(dit, width) for width in options.widths], "U-Net": []}
+    sizes: dict[str, list[tuple[str, Callable[[], nn.Module]]]] = {name: [] for name in FAMILIES}
     for width in options.widths:
         wanted = flops(partial(dit, width, channels), clips.shape)
-        sizes["U-Net"].append((unet, nearest_unet(wanted, clips.shape)))
+        of_unet = nearest(partial(unet, channels=channels), wanted, clips.shape)
+        local = nearest(partial(local_dit, width, channels=channels), wanted, clips.shape)
+        sizes["DiT"].append((str(width), partial(dit, width, channels)))
+        sizes["U-Net"].append((str(of_unet), partial(unet, of_unet, channels)))
+        sizes["DiT+local"].append((f"{width}, {local}", partial(local_dit, width, local, channels)))
     rows: list[dict[str, Any]] = []
-    for family, models in sizes.items():
-        for build, width in models:
+    for family in options.families:
+        for width, build in sizes[family]:
             started = time.perf_counter()
 
             def run(steps: int, rate: float, points: int) -> tuple[nn.Module, list[int], list[float]]:
                 torch.manual_seed(0)
-                model = Denoiser(build(width, channels)).to(device)  # noqa: B023
+                model = Denoiser(build()).to(device)  # noqa: B023
                 return model.model, *train(model, clips, steps, options.batch, rate, points)
 
             trials = {rate: run(max(1, options.steps // 5), rate, 1)[2][-1] for rate in options.rates}
             rate = min(trials, key=lambda rate: trials[rate])
             model, at, losses = run(options.steps, rate, 6)
-            cost = flops(partial(build, width, channels), clips.shape) * options.batch
+            cost = flops(build, clips.shape) * options.batch
             rows.append({"family": family, "width": width, "rate": rate, "trials": trials, "step_flops": cost})
             rows[-1]["parameters"] = sum(p.numel() for p in model.parameters())
             rows[-1]["seconds"] = time.perf_counter() - started
@@ -225,7 +248,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     table = Table("family", "width", "parameters", "GFLOP/step", "rate", "seconds", "held-out loss")
     for row in rows:
         cells = (f"{row['parameters'] / 1e6:.2f} M", f"{row['step_flops'] / 1e9:.1f}", f"{row['rate']:g}")
-        table.add_row(row["family"], str(row["width"]), *cells, f"{row['seconds']:.0f}", f"{row['held_out_loss']:.4f}")
+        table.add_row(row["family"], row["width"], *cells, f"{row['seconds']:.0f}", f"{row['held_out_loss']:.4f}")
     console = Console()
     console.print(table)
     fits = {}
