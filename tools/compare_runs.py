@@ -165,10 +165,12 @@ def _number(value: float) -> float:
 
 def print_table(unit: str, findings: list[Finding]) -> None:
     """What was compared, one line each."""
-    table = Table("", unit, "differ", "largest difference", "first step too far")
+    table = Table("", unit, "differ", "largest difference", *(["first step too far"] if unit == "steps" else []))
     for found in findings:
-        first = "" if found.first_step is None else str(found.first_step)
-        table.add_row(found.name, f"{found.compared:,}", f"{found.differ:,}", f"{found.largest:.3g}", first)
+        row = [found.name, f"{found.compared:,}", f"{found.differ:,}", f"{found.largest:.3g}"]
+        if unit == "steps":
+            row.append("" if found.first_step is None else str(found.first_step))
+        table.add_row(*row)
     Console(width=120, highlight=False).print(table)
 
 
