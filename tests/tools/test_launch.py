@@ -54,7 +54,10 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path, action: s
 
 
 def test_a_sigterm_reaches_the_ranks_and_waits_for_them(tmp_path: Path) -> None:
-    with subprocess.Popen(launch(tmp_path, "wait")) as process:
+    # torchrun's own way would be to send SIGKILL after this many seconds.
+    with subprocess.Popen(
+        launch(tmp_path, "wait"), env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "0"}
+    ) as process:
         try:
             tiny.wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2, process)
             process.send_signal(signal.SIGTERM)
