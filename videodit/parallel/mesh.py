@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a slow shared disk must not look like a hang
 
+# What torchrun and DeepSpeed's launcher both tell each of their processes.
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 _joined = False  # whether this process was ever in a group; shutdown() does not undo it
 
 
@@ -41,7 +44,7 @@ class World:
 
 
 def init_process(device: str | None = None) -> World:
-    """Joins the process group that torchrun announced, or makes a group of one without torchrun.
+    """Joins the process group that torchrun or DeepSpeed's launcher announced; without them, makes a group of one.
 
     Args:
         device: "cpu" or "cuda"; by default CUDA where there is a GPU.
@@ -51,7 +54,7 @@ def init_process(device: str | None = None) -> World:
     global _joined
     _joined = True
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    launched = dist.is_torchelastic_launched()
+    launched = all(name in os.environ for name in _LAUNCHER)
     rank = int(os.environ["RANK"]) if launched else 0
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
     local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0

@@ -75,7 +75,7 @@ class RunFolder:
         if self._is_main:
             file = self.path / name
             old = json.loads(file.read_text()) if file.exists() and steps_in(self.path) else dict(values)
-            changed = _differences("", old, dict(values))
+            changed = differences("", old, dict(values))
             if changed:
                 key, before, after = changed[0]
                 problem = (
@@ -162,7 +162,7 @@ def _write_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
     if file.exists() and steps_in(path):
         old, new = yaml.safe_load(file.read_text()) or {}, yaml.safe_load(text) or {}
         for key in fixed_keys:
-            for name, before, after in _differences(key, old.get(key), new.get(key)):
+            for name, before, after in differences(key, old.get(key), new.get(key)):
                 raise UserError(
                     f"{name} is {after}, but run_dir {path} was trained with {before}: "
                     f"set {name} back to {before}, or choose another run_dir"
@@ -172,10 +172,11 @@ def _write_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
     os.replace(temp, file)
 
 
-def _differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+def differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """The values that differ between two nested configs: their dotted names below name, and both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new), key=str)
-        return [item for key in keys for item in _differences(f"{name}.{key}", old.get(key), new.get(key))]
+        return [item for key in keys for item in differences(f"{name}.{key}", old.get(key), new.get(key))]
     return [] if old == new else [(name, old, new)]
 
 
