@@ -42,6 +42,10 @@ def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.depth is 6.*with 5"):
         RunFolder.open(tmp_path, "model: {depth: 6}\nlr: 1", ALONE)
     assert "depth: 5" in (tmp_path / "config.yaml").read_text()
+    with RunFolder.open(tmp_path, "model: {depth: 5}\nlr: 2", ALONE) as run:
+        assert "lr: 1" in (tmp_path / "config.yaml").read_text()  # until the checkpoint has taken the settings
+        run.accept_config()
+    assert "lr: 2" in (tmp_path / "config.yaml").read_text()
 
 
 def test_frozen_values_may_change_only_before_the_first_checkpoint(tmp_path: Path) -> None:
@@ -78,7 +82,7 @@ def test_metrics_are_cut_back_with_a_torn_line(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path, None, OTHER.is_main)
+    run = RunFolder(tmp_path, None, OTHER.is_main, "model: 1")
     run.log(1, {"a": 1})
     run.cut_metrics(0)
     Tracker(TrackerConfig(mode="offline"), tmp_path, {}, OTHER).log(1, {"a": 1})

@@ -212,6 +212,22 @@ def test_another_model_in_the_same_folder_is_refused(latents: Path, tmp_path: Pa
         train_dit(replace(config, model=replace(tiny.DIT, depth=4)))
 
 
+def test_a_refused_resume_leaves_the_config_as_it_was(latents: Path, tmp_path: Path) -> None:
+    """Export reads it: it must be that of the checkpoints."""
+    config = dit_config(tmp_path / "run", latents, max_steps=1)
+    train_dit(config)
+    before = (tmp_path / "run/config.yaml").read_text()
+    for change, words in (
+        ({"ema_profiles": (0.1,)}, "set ema_profiles back"),
+        ({"global_batch_size": 1}, "clips a step"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train_dit(replace(config, max_steps=2, **change))
+        assert (tmp_path / "run/config.yaml").read_text() == before
+    train_dit(replace(config, max_steps=2))
+    assert "max_steps: 2" in (tmp_path / "run/config.yaml").read_text()
+
+
 def test_other_batches_in_the_same_folder_are_refused(latents: Path, tmp_path: Path) -> None:
     config = dit_config(tmp_path / "run", latents, max_steps=1)
     train_dit(config)

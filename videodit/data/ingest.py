@@ -112,7 +112,7 @@ class IngestResult:
     seconds: float
     """Wall time."""
     up_to_date: bool = False
-    """The shards were there already, made of the same sources with the same config; nothing was done."""
+    """The shards were there already, made of the same sources with the same config."""
 
 
 def ingest(
@@ -161,9 +161,7 @@ def ingest(
             return _result(counts, filtered, started)
         with locked(out):
             earlier = earlier_run(out, record)
-            if earlier and earlier.get("filters") == filters:
-                _, filtered = mark(ShardSet.open(out, dropped=True).entries, config.filters)
-                return _result(earlier, filtered, started, up_to_date=True)
+            up_to_date = earlier is not None and earlier.get("filters") == filters
             if earlier:
                 counts, filtered = _filter_again(out, earlier, config.filters)
             else:
@@ -182,7 +180,7 @@ def ingest(
                 )
     except OSError as error:
         raise user_error(error, error.filename or out) from error
-    return _result(counts, filtered, started)
+    return _result(counts, filtered, started, up_to_date)
 
 
 Outcome = tuple[dict[str, int], dict[str, Stage]]  # sources accepted and rejected, clips; and what filters left out

@@ -118,7 +118,11 @@ class Checkpoint:
                 )
         profiles = tuple(ema.profiles) if ema else tuple(self.state["ema_profiles"])
         if profiles != tuple(self.state["ema_profiles"]):
-            raise UserError(f"checkpoint {self.path} has ema profiles {self.state['ema_profiles']}, the run {profiles}")
+            kept = self.state["ema_profiles"]
+            raise UserError(
+                f"ema_profiles is {list(profiles)}, but checkpoint {self.path} has {kept}: "
+                f"set ema_profiles back to {kept}, or choose another run_dir"
+            )
         engine.load_slices(self.read, self.state["optimizer_step"])
         read = read_buffers(self)
         for name, buffer in _buffers(engine.module).items():

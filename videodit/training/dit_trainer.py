@@ -116,7 +116,7 @@ def train_dit(config: DiTRunConfig) -> Path:
         if config.compile:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)
-        run.freeze_batches(loader.batch_sizes)
+        run.accept(loader.batch_sizes)
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)

@@ -135,13 +135,16 @@ class TrainingRun:
         self.folder.cut_metrics(self.step)
         self.meter = StepMeter(self.world.device, self.world.size)
 
-    def freeze_batches(self, sizes: Mapping[str, BatchSize]) -> None:
-        """Keeps the buckets' batch sizes in the run folder: a run that goes on must see the same batches.
+    def accept(self, sizes: Mapping[str, BatchSize]) -> None:
+        """Writes down what the run goes on with, once its checkpoint has taken it: config, and clips of a step.
 
+        Args:
+            sizes: of batches, by bucket; a run that goes on must see the same ones.
         Raises:
-            UserError: on every rank, if they are not those that the run began with.
+            UserError: on every rank, if the batches are not those that the run began with.
         """
         self.folder.freeze("batches.json", {name: size.total for name, size in sizes.items()}, "clips a step")
+        self.folder.accept_config()
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """A batch's tensor on the run's device, in the number format of its weights."""

@@ -23,9 +23,9 @@ class RunFolder:
         path: the folder.
     """
 
-    def __init__(self, path: Path, lock: IO[str] | None, is_main: bool) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None, is_main: bool, config_text: str) -> None:
         self.path = path
-        self._lock, self._is_main = lock, is_main
+        self._lock, self._is_main, self._config_text = lock, is_main, config_text
         self._metrics: IO[str] | None = None
         self._warned = False
 
@@ -33,7 +33,7 @@ class RunFolder:
     def open(
         cls, path: str | Path, config_text: str, world: World, *, fixed_keys: Sequence[str] = ("model",)
     ) -> "RunFolder":
-        """Makes the folder, locks it, and writes config.yaml. Call on every rank.
+        """Makes the folder, locks it, and, for a run that begins, writes config.yaml. Call on every rank.
 
         Args:
             config_text: the resolved config as YAML.
@@ -47,7 +47,10 @@ class RunFolder:
                 for folder in (path, path / FOLDER, path / "samples"):
                     folder.mkdir(parents=True, exist_ok=True)
                 lock = _lock(path)
-                _write_config(path, config_text, fixed_keys)
+                if steps_in(path):
+                    _check_config(path, config_text, fixed_keys)
+                else:
+                    _write_config(path, config_text)
             except UserError as error:
                 problem = str(error)
             except FileExistsError:
@@ -59,7 +62,12 @@ class RunFolder:
             if lock:
                 lock.close()
             raise UserError(problem)
-        return cls(path, lock, world.is_main)
+        return cls(path, lock, world.is_main, config_text)
+
+    def accept_config(self) -> None:
+        """Writes config.yaml of a run that goes on, once its checkpoint has taken the new settings."""
+        if self._is_main:
+            _write_config(self.path, self._config_text)
 
     def freeze(self, name: str, values: Mapping[str, Any], what: str) -> None:
         """Writes values that must not change while the run goes on. Call on every rank.
@@ -157,9 +165,9 @@ def _lock(path: Path) -> IO[str]:
     return lock
 
 
-def _write_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
+def _check_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
     file = path / "config.yaml"
-    if file.exists() and steps_in(path):
+    if file.exists():
         old, new = yaml.safe_load(file.read_text()) or {}, yaml.safe_load(text) or {}
         for key in fixed_keys:
             for name, before, after in differences(key, old.get(key), new.get(key)):
@@ -167,9 +175,12 @@ def _write_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
                     f"{name} is {after}, but run_dir {path} was trained with {before}: "
                     f"set {name} back to {before}, or choose another run_dir"
                 )
-    temp = file.with_suffix(".tmp")
+
+
+def _write_config(path: Path, text: str) -> None:
+    temp = path / "config.tmp"
     temp.write_text(text)
-    os.replace(temp, file)
+    os.replace(temp, path / "config.yaml")
 
 
 def differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:

@@ -106,7 +106,7 @@ def train_vae(config: VAERunConfig) -> Path:
             world=world.size,
             multiple=multiple,
         )
-        run.freeze_batches(loader.batch_sizes)
+        run.accept(loader.batch_sizes)
         held_out = None if config.eval_shards is None else _first_clips(config, config.eval_shards, config.eval_clips)
         steps = loader.iterate(run.step + 1)
         while run.running:
