@@ -29,7 +29,7 @@ from unet3d import GROUPS, UNet3D
 from videodit.data.latents import read_latent_sample
 from videodit.data.shards import ShardSet
 from videodit.device import choose_device
-from videodit.evaluation.charts import Curve, line_chart
+from videodit.evaluation.charts import Curve, line_chart, svg_text
 from videodit.evaluation.machine import machine_facts
 from videodit.evaluation.report_style import STYLE
 from videodit.flow.loss import flow_loss
@@ -196,6 +196,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         lines[family] = [points.get(x, math.nan) for x in xs]
     curve = Curve("held-out loss", "relative squared error", xs, lines, log=True, xlabel="log10 of training FLOPs")
     svg = line_chart(curve).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    legend = ""
+    for i, name in enumerate(lines):
+        y = 22 + 18 * i
+        legend += f'<circle class="dot s{i}" cx="340" cy="{y}" r="4"/>' + svg_text(
+            "tick", 350, y + 4, name, anchor="start"
+        )
+    svg = svg.replace("</svg>", f"{legend}</svg>")
     path.write_text(svg.replace(">", f"><style>{STYLE}</style>", 1))
 
 
