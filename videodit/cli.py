@@ -46,8 +46,8 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
         result = run(given["src"], given["out"], config, progress)
     for setting, (clips, example) in result.filtered.items():
         print(f"{setting} leaves out {clips}, such as {example}")
-    verb = "would give" if config.dry_run else "gave"
-    print(f"{result.accepted} videos {verb} {result.clips} clips in {given['out']}; {result.rejected} rejected")
+    start = "dry run, nothing is written: " if config.dry_run else ""
+    print(f"{start}{result.accepted} videos to {result.clips} clips in {given['out']}; {result.rejected} rejected")
 
 
 def inspect(argv: Sequence[str], prog: str, summary: str) -> None:
