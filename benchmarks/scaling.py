@@ -59,34 +59,19 @@ class Denoiser(nn.Module):
         return out
 
 
-def dit(width: int, channels: int) -> nn.Module:
-    """The factorized DiT, two spatial and two temporal blocks, without local layers."""
+def dit(width: int, local: int, channels: int) -> nn.Module:
+    """The factorized DiT: two spatial and two temporal blocks, or one of each with a local block on each side."""
     return VideoDiT(
         DiTConfig(
             in_channels=channels,
             hidden_size=width,
-            depth=4,
-            num_heads=width // 32,
-            text_dim=TEXT.dim,
-            activation="gelu",
-            absolute_position=True,
-        )  # fmt: skip
-    )
-
-
-def local_dit(width: int, local: int, channels: int) -> nn.Module:
-    """The DiT with one spatial and one temporal block, and one local block on each side."""
-    return VideoDiT(
-        DiTConfig(
-            in_channels=channels,
-            hidden_size=width,
-            depth=2,
+            depth=2 if local else 4,
             num_heads=width // 32,
             text_dim=TEXT.dim,
             activation="gelu",
             absolute_position=True,
             local_width=local,
-            local_depth=1,
+            local_depth=1 if local else 0,
         )  # fmt: skip
     )
 
@@ -222,12 +207,12 @@ def main() -> None:
     channels = clips.shape[0]
     sizes: dict[str, list[tuple[str, Callable[[], nn.Module]]]] = {name: [] for name in FAMILIES}
     for width in options.widths:
-        wanted = flops(partial(dit, width, channels), clips.shape)
+        wanted = flops(partial(dit, width, 0, channels), clips.shape)
         of_unet = nearest(partial(unet, channels=channels), wanted, clips.shape)
-        local = nearest(partial(local_dit, width, channels=channels), wanted, clips.shape)
-        sizes["DiT"].append((str(width), partial(dit, width, channels)))
+        local = nearest(partial(dit, width, channels=channels), wanted, clips.shape)
+        sizes["DiT"].append((str(width), partial(dit, width, 0, channels)))
         sizes["U-Net"].append((str(of_unet), partial(unet, of_unet, channels)))
-        sizes["DiT+local"].append((f"{width}, {local}", partial(local_dit, width, local, channels)))
+        sizes["DiT+local"].append((f"{width}, {local}", partial(dit, width, local, channels)))
     rows: list[dict[str, Any]] = []
     for family in options.families:
         for width, build in sizes[family]:

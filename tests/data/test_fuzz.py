@@ -77,7 +77,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(out)
 
 
-def ingest_damaged(folder: Path, count: int, real: Path | None, seed: int) -> None:
+def assert_damage_costs_a_line_each(folder: Path, count: int, real: Path | None, seed: int) -> None:
     rng = np.random.default_rng(seed)
     files = originals(real)
     (folder / "videos").mkdir()
@@ -106,12 +106,12 @@ def ingest_damaged(folder: Path, count: int, real: Path | None, seed: int) -> No
 
 
 def test_eighty_damaged_files(tmp_path: Path) -> None:
-    ingest_damaged(tmp_path, 80, None, seed=0)
+    assert_damage_costs_a_line_each(tmp_path, 80, None, seed=0)
 
 
 @pytest.mark.slow
 def test_a_thousand_damaged_files(tmp_path: Path, real_clips: Path) -> None:
-    ingest_damaged(tmp_path, 1000, real_clips, seed=1)
+    assert_damage_costs_a_line_each(tmp_path, 1000, real_clips, seed=1)
 
 
 def test_nothing_but_damage_is_one_line(tmp_path: Path) -> None:
