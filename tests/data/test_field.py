@@ -90,6 +90,7 @@ def test_a_field_is_cut_by_its_frame_rate_and_kept_as_it_is(tmp_path: Path) -> N
         values(1, 15, 6, 7, 3).astype(">f8"),
         values(1, 15, 6, 7).astype(np.int16),
         np.asfortranarray(values(1, 15, 6, 7, 4).astype(np.float32)),
+        np.asfortranarray(values(1, 15, 6, 7)),
     ],
 )
 def test_every_number_and_layout_arrives(tmp_path: Path, array: np.ndarray) -> None:
@@ -135,15 +136,35 @@ def test_what_is_no_field_is_a_line_of_rejects(tmp_path: Path) -> None:
         "huge": "not finite in float32", "flat": "shape (4, 2): (t, h, w)", "many": "shape (1, 5, 4, 4, 2)",
         "none": "shape (0, 4, 4, 2)", "complex": "dtype complex128", "words": "dtype <U1",
         "short": "4 frames, shorter than min_frames 5", "other": "1 channels, but a_good.npy has 2",
-        "rate": "fps 'fast' in its .json", "pickle": "cannot be read as an array",
+        "rate": "fps 'fast' in its .json", "pickle": "dtype object",
         "zip": "cannot be read as an array",
         "text": "cannot be read as an array", "empty": "cannot be read as an array",
-        "cut": "cannot be read as an array",
+        "cut": "cut short: 1271 bytes of values for float64 (5, 4, 4, 2)",
     }  # fmt: skip
     assert found.keys() == wanted.keys() and result.rejected == len(wanted)
     assert not [(name, found[name]) for name, words in wanted.items() if words not in found[name]]
     assert not any("\n" in reason for reason in found.values())
     np.testing.assert_allclose(read_statistics(tmp_path / "out").mean, good.mean(axis=(0, 1, 2)), rtol=1e-6)
+
+
+def test_files_larger_than_memory_are_mapped_in_parts(tmp_path: Path) -> None:
+    """Refused for the first value, not for the size: 6 GB, of which the disk has a page, in 3 GB of address space.
+
+    Where a frame is spread over the whole file, it has to be mapped as a whole.
+    """
+    (tmp_path / "in").mkdir()
+    shape = (1500, 1000, 1000, 1)
+    for name, by_columns in (("frames", False), ("columns", True)):
+        big = np.lib.format.open_memmap(tmp_path / "in" / f"{name}.npy", "w+", np.float32, shape, by_columns)
+        big[0, 0, 0, 0] = np.nan
+        del big
+    with pytest.raises(UserError, match="none of the 2 videos"):
+        ingest(tmp_path / "in", tmp_path / "out", replace(ONE, max_memory_gb=3))
+    found = {reject["source"]: reject["reason"] for reject in read_rejects(tmp_path / "out")}
+    assert found["frames.npy"] == "frame 0 has values that are not finite in float32"
+    assert "cannot be mapped" in found["columns.npy"] and "ascontiguousarray" in found["columns.npy"]
+    for path in (tmp_path / "in").iterdir():
+        path.unlink()
 
 
 def test_fields_of_a_tar_and_arrays_that_belong_to_a_video(tmp_path: Path) -> None:

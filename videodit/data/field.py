@@ -3,14 +3,13 @@
 Ingest cuts them into clips, KEY.npy in float32 and in their own units; nothing is resized, clipped or scored.
 """
 
-import errno
 import hashlib
 import io
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from videodit.data.clip_cutter import NO_BARS, Clip, CutResult, CutRules, Droppe
 from videodit.errors import user_error
 
 _HEADER_BYTES = 4096  # numpy's header of a plain array has 128
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _STORED = np.dtype("<f4")
 
 
@@ -34,27 +34,27 @@ def cut_field(
     A value that is not finite refuses the whole file: what is left of it is not to be trusted either.
 
     Args:
-        source: the file, which is mapped and not loaded, or its bytes.
+        source: the file, of which a clip at a time is mapped, or its bytes.
         spool: the file the clips' bytes go to, one after the other.
         rules: how to cut; of them min_frames and max_duration_s.
         fps: frames per second, as the sidecar says it.
         beat: called at every frame.
     Raises:
         UserError: if the spool cannot be written.
-        MemoryError: if the file does not fit into the process' address space.
     """
     try:
-        frames, rate = _open(source), _rate(fps)
+        array, rate = _open(source), _rate(fps)
         longest = rules.max_frames(rate)
         result = CutResult()
         with open(spool, "wb") as file:
-            for start in range(0, len(frames), longest):
-                part = frames[start : start + longest]
-                if len(part) < rules.min_frames:
-                    reason = f"{len(part)} frames, shorter than min_frames {rules.min_frames}"
-                    result.dropped.append(Dropped(start, len(part), rate, reason))
+            for start in range(0, array.shape[0], longest):
+                count = min(longest, array.shape[0] - start)
+                if count < rules.min_frames:
+                    reason = f"{count} frames, shorter than min_frames {rules.min_frames}"
+                    result.dropped.append(Dropped(start, count, rate, reason))
                 else:
-                    result.clips.append(_write_clip(file, part, start, rate, beat))
+                    frames = _frames(source, array, start, start + count)
+                    result.clips.append(_write_clip(file, frames, start, rate, beat))
         return result
     except FieldError as error:
         return CutResult(problem=str(error))
@@ -62,24 +62,60 @@ def cut_field(
         raise user_error(error, spool) from error
 
 
-def _open(source: str | bytes) -> np.ndarray:
-    """(t, h, w, c), of the file's dtype; unlike np.load, these two functions take arrays only: no pickle, no zip."""
+class _Array(NamedTuple):
+    """What the header of a .npy says, and where the values begin."""
+
+    shape: tuple[int, ...]
+    by_columns: bool
+    dtype: np.dtype[Any]
+    offset: int
+
+
+def _read_header(file: BinaryIO) -> _Array:
+    """Unlike np.load, it takes arrays of numbers only: no pickle, no zip. ValueError says what else it is."""
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"format {version}")
+    shape, by_columns, dtype = _HEADERS[version](file)
+    return _Array(shape, by_columns, dtype, file.tell())
+
+
+def _open(source: str | bytes) -> _Array:
+    """Checks that the file holds all values of a field."""
     try:
-        if isinstance(source, bytes):
-            values = np.lib.format.read_array(io.BytesIO(source), allow_pickle=False)
-        else:
-            values = np.lib.format.open_memmap(source, mode="r")
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            array = _read_header(file)
+            size = file.seek(0, os.SEEK_END) - array.offset
     except OSError as error:
-        if error.errno == errno.ENOMEM:
-            raise MemoryError from error
-        raise FieldError(f"cannot be read: {error.strerror or error}") from error
+        raise FieldError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise FieldError(f"cannot be read as an array: {str(error).splitlines()[0]}") from error
-    if values.dtype.kind not in "fiu":
-        raise FieldError(f"values of dtype {values.dtype}: floats or integers are needed")
-    if values.ndim not in (3, 4) or not values.size:
-        raise FieldError(f"shape {values.shape}: (t, h, w) or (t, h, w, c) is needed")
-    return values if values.ndim == 4 else values[..., None]
+    if array.dtype.kind not in "fiu":
+        raise FieldError(f"values of dtype {array.dtype}: floats or integers are needed")
+    if len(array.shape) not in (3, 4) or 0 in array.shape:
+        raise FieldError(f"shape {array.shape}: (t, h, w) or (t, h, w, c) is needed")
+    if size < math.prod(array.shape) * array.dtype.itemsize:
+        raise FieldError(f"cut short: {size} bytes of values for {array.dtype} {array.shape}")
+    return array
+
+
+def _frames(source: str | bytes, array: _Array, start: int, stop: int) -> np.ndarray:
+    """Frames start to stop, (t, h, w, c): no more is mapped, for address space is limited and fields may be larger."""
+    shape, by_columns, dtype, offset = array
+    if not by_columns:
+        offset += start * math.prod(shape[1:]) * dtype.itemsize
+        shape, start, stop = (stop - start, *shape[1:]), 0, stop - start
+    order: Literal["F", "C"] = "F" if by_columns else "C"
+    try:
+        if isinstance(source, bytes):
+            whole = np.ndarray(shape, dtype, source, offset, order=order)
+        else:
+            whole = np.memmap(source, dtype, "r", offset, shape, order)
+    except OSError as error:
+        by = ", by columns: save numpy.ascontiguousarray of it" if by_columns else ""
+        raise FieldError(f"cannot be mapped ({error.strerror}){by}") from error
+    frames = whole[start:stop]
+    return frames if frames.ndim == 4 else frames[..., None]
 
 
 def _rate(fps: Any) -> float:
@@ -126,13 +162,11 @@ def read_window(read: Callable[[int, int], bytes], shape: tuple[int, ...], start
     Raises:
         ValueError: if it is another array.
     """
-    header = io.BytesIO(read(0, _HEADER_BYTES))
-    np.lib.format.read_magic(header)
-    found, by_columns, dtype = np.lib.format.read_array_header_1_0(header)
-    if found != shape or by_columns or dtype != _STORED:
-        raise ValueError(f"an array of {dtype} {found}, the index says {_STORED} {shape}")
+    array = _read_header(io.BytesIO(read(0, _HEADER_BYTES)))
+    if array[:3] != (shape, False, _STORED):
+        raise ValueError(f"an array of {array.dtype} {array.shape}, the index says {_STORED} {shape}")
     frame_bytes = math.prod(shape[1:]) * _STORED.itemsize
-    data = read(header.tell() + start * frame_bytes, (stop - start) * frame_bytes)
+    data = read(array.offset + start * frame_bytes, (stop - start) * frame_bytes)
     return np.frombuffer(data, _STORED).reshape(stop - start, *shape[1:])
 
 
