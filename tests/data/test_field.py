@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from videodit.data.batches import Request
 from videodit.data.buckets import Bucket
 from videodit.data.channel_statistics import ChannelMoments, ChannelStatistics
-from videodit.data.clip_reader import ClipReader, DataConfig
+from videodit.data.clip_reader import ClipReader, DataConfig, measured_statistics
 from videodit.data.field import preview
 from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.ingest_record import read_record, read_rejects, read_statistics
@@ -186,13 +186,20 @@ def test_fields_of_a_tar_and_arrays_that_belong_to_a_video(tmp_path: Path) -> No
     assert kinds == {"0.tar/a.mp4": False, "0.tar/b.npy": True, "c.mp4": False}
     assert "channels" not in shards.entries[0].meta and shards.captions(1) == ["a field"]
     with pytest.raises(UserError, match="a video.*2 channels.*separate folders"):
-        ClipReader(shards, data(shards, "5x4x4"), 0, False, read_statistics(shards.root))
+        measured_statistics(shards)
+    only = [replace(entry, dropped="" if kinds[entry.meta["source"]] else "a test") for entry in shards.entries]
+    rewrite_index(shards.root, only)  # as filters would
+    assert measured_statistics(ShardSet.open(shards.root)) == read_statistics(shards.root)
+    (shards.root / "ingest.json").unlink()
+    with pytest.raises(UserError, match="no statistics of its channels"):
+        measured_statistics(ShardSet.open(shards.root))
 
 
 def test_videos_have_no_statistics(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(encode_mp4(np.random.default_rng(0).integers(0, 255, (17, 32, 32, 3), "u1"), 8))
     ingest(tmp_path / "a.mp4", tmp_path / "out", ONE)
-    assert "channels" not in read_record(tmp_path / "out") and read_statistics(tmp_path / "out") is None
+    assert "channels" not in read_record(tmp_path / "out")
+    assert measured_statistics(ShardSet.open(tmp_path / "out")) is None
 
 
 # ---- statistics

@@ -12,6 +12,7 @@ from videodit.data.buckets import Bucket, Grouping, group, parse_bucket
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.decoded_cache import DecodedCache, decoded_bytes
 from videodit.data.field import read_window
+from videodit.data.ingest_record import read_statistics
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_rng
 from videodit.data.shards import Entry, ShardSet
@@ -78,6 +79,20 @@ def _field_channels(entry: Entry) -> int | None:
     """None for a video or picture, also if it has an array beside it (an embedding, say)."""
     is_field = FIELD_EXTENSION in entry.members and not any(ext in entry.members for ext in CLIP_EXTENSIONS)
     return int(entry.meta.get("channels", 0)) if is_field else None
+
+
+def measured_statistics(shards: ShardSet) -> ChannelStatistics | None:
+    """What ingest measured of a set's fields; None for a set of videos and pictures.
+
+    Raises:
+        UserError: if clips are of several kinds, or they are fields that ingest did not make.
+    """
+    if field_channels(shards) is None:
+        return None
+    statistics = read_statistics(shards.root)
+    if statistics is None:
+        raise UserError(f"{shards.root} has no statistics of its channels: make it with 'videodit ingest SRC'")
+    return statistics
 
 
 class ClipReader:

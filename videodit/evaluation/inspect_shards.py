@@ -13,10 +13,10 @@ from rich.table import Table
 from videodit.config import from_dict
 from videodit.data.batches import Request
 from videodit.data.buckets import Bucket
-from videodit.data.clip_reader import ClipReader, DataConfig
+from videodit.data.clip_reader import ClipReader, DataConfig, measured_statistics
 from videodit.data.field import preview
 from videodit.data.filters import FilterConfig, mark
-from videodit.data.ingest_record import read_record, read_rejects, read_statistics
+from videodit.data.ingest_record import read_record, read_rejects
 from videodit.data.mp4 import encode_mp4
 from videodit.data.randomness import sample_unit
 from videodit.data.shards import Entry, ShardSet
@@ -67,7 +67,7 @@ def inspect_shards(root: str, config: InspectConfig) -> Path:
     everything = ShardSet.open(root, dropped=True)
     used = ShardSet.open(root)
     data = from_dict(DataConfig, {**vars(config.data), "shards": root, "cache_decoded": False})
-    reader = ClipReader(used, data, config.seed, data.random_crop, read_statistics(used.root))
+    reader = ClipReader(used, data, config.seed, data.random_crop, measured_statistics(used))
     grouping = reader.group(multiple=1)
     record = read_record(Path(root)) or {}
     filters = from_dict(FilterConfig, record.get("filters") or {}, "ingest.json")

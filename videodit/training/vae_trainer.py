@@ -10,9 +10,8 @@ from torch import Tensor
 
 from videodit.config import to_yaml
 from videodit.data.channel_statistics import ChannelStatistics
-from videodit.data.clip_reader import DataConfig, field_channels
+from videodit.data.clip_reader import DataConfig, measured_statistics
 from videodit.data.field import preview
-from videodit.data.ingest_record import read_statistics
 from videodit.data.loader import ClipLoader, clips_in_order
 from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise
@@ -143,15 +142,12 @@ def follow_clips(config: VAERunConfig) -> VAERunConfig:
     Raises:
         UserError: if there are no clips, they are of several kinds, or ingest did not measure their channels.
     """
-    shards = ShardSet.open(config.data.shards)
-    channels, statistics = field_channels(shards), read_statistics(shards.root)
-    if channels is not None and statistics is None:
-        raise UserError(f"{shards.root} has no statistics of its channels: make it with 'videodit ingest SRC'")
+    statistics = measured_statistics(ShardSet.open(config.data.shards))
     model = dataclasses.replace(
         config.model,
-        in_channels=3 if channels is None else channels,
-        channel_mean=None if channels is None or statistics is None else statistics.mean,
-        channel_std=None if channels is None or statistics is None else statistics.std,
+        in_channels=len(statistics.mean) if statistics else 3,
+        channel_mean=statistics.mean if statistics else None,
+        channel_std=statistics.std if statistics else None,
     )
     return dataclasses.replace(config, model=model)
 
