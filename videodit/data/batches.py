@@ -49,10 +49,10 @@ class Batch:
 
 @dataclass(kw_only=True)
 class ClipBatch(Batch):
-    """A micro batch of pixels."""
+    """A micro batch of pixels or fields."""
 
     clip: Tensor
-    """(b, c, t, h, w) float32 in [-1, 1]; rows of weight 0 are black."""
+    """(b, c, t, h, w) float32 in [-1, 1], or standardised; rows of weight 0 are black, or zeros."""
 
 
 @dataclass(kw_only=True)

@@ -72,7 +72,9 @@ def parse_bucket(text: str, multiple: int = 16) -> Bucket:
     return bucket
 
 
-def assign(num_frames: int, height: int, width: int, buckets: Iterable[Bucket]) -> Bucket | None:
+def assign(
+    num_frames: int, height: int, width: int, buckets: Iterable[Bucket], *, enlarge: bool = True
+) -> Bucket | None:
     """The bucket of a clip: of those not longer than it, the nearest in aspect ratio.
 
     Of equally near ones the longest; then one that does not enlarge the clip; then the largest.
@@ -81,8 +83,9 @@ def assign(num_frames: int, height: int, width: int, buckets: Iterable[Bucket]) 
         num_frames: frames of the clip (after any change of frame rate); 1 for a still image.
         height, width: pixels of the clip.
         buckets: candidates.
+        enlarge: whether a clip may go to a bucket of more pixels along a side.
     Returns:
-        The bucket, or None if the clip is shorter than all of them.
+        The bucket, or None if the clip is shorter than all of them (or smaller, if it may not be enlarged).
     """
 
     def badness(bucket: Bucket) -> tuple[float, int, bool, int]:
@@ -91,6 +94,8 @@ def assign(num_frames: int, height: int, width: int, buckets: Iterable[Bucket]) 
         return round(stretch, 6), -bucket.frames, enlarges, -bucket.height * bucket.width
 
     fitting = [bucket for bucket in buckets if bucket.frames <= num_frames]
+    if not enlarge:
+        fitting = [bucket for bucket in fitting if bucket.height <= height and bucket.width <= width]
     return min(fitting, key=badness, default=None)
 
 
@@ -101,19 +106,20 @@ class Grouping:
     members: dict[Bucket, list[int]] = field(default_factory=dict)
     """Clip indices by bucket, in data set order; buckets without clips are listed too."""
     dropped: list[int] = field(default_factory=list)
-    """Clips that are shorter than every bucket."""
+    """Clips that fit no bucket."""
 
 
-def group(sizes: Sequence[tuple[int, int, int]], buckets: Sequence[Bucket]) -> Grouping:
+def group(sizes: Sequence[tuple[int, int, int]], buckets: Sequence[Bucket], *, enlarge: bool = True) -> Grouping:
     """Assigns every clip to its bucket.
 
     Args:
         sizes: (num_frames, height, width) by clip index.
         buckets: candidates.
+        enlarge: as in `assign`.
     """
     grouping = Grouping(members={bucket: [] for bucket in buckets})
     for index, size in enumerate(sizes):
-        bucket = assign(*size, buckets)
+        bucket = assign(*size, buckets, enlarge=enlarge)
         if bucket is None:
             grouping.dropped.append(index)
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from videodit.data.channel_statistics import ChannelMoments
 from videodit.data.letterbox import Bars, find_bars
 from videodit.data.mp4 import Mp4Encoder
 from videodit.data.scene_cuts import CutDetector
@@ -60,7 +61,7 @@ class CutRules:
 
 @dataclass(frozen=True)
 class Clip:
-    """An encoded clip in a spool file; a picture has no frame rate, 0."""
+    """A clip in a spool file; a picture has no frame rate, 0, a field has moments of its channels and no scores."""
 
     start_frame: int
     num_frames: int
@@ -70,9 +71,10 @@ class Clip:
     offset: int
     size: int
     sha256: str
-    scores: ClipScores
+    scores: ClipScores | None
     bars: Bars
     extension: str = "mp4"
+    moments: ChannelMoments | None = None
 
 
 @dataclass(frozen=True)

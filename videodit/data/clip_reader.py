@@ -1,23 +1,29 @@
-"""Reading clips in pixels: which bucket, which frames, which crop, which caption."""
+"""Reading clips, videos or fields: which bucket, which frames, which crop, which caption."""
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from videodit.data.batches import Request, Rows, check_workers, choose_caption
 from videodit.data.buckets import Bucket, Grouping, group, parse_bucket
+from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.decoded_cache import DecodedCache, decoded_bytes
+from videodit.data.field import read_window
+from videodit.data.ingest_record import read_statistics
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_rng
-from videodit.data.shards import ShardSet
-from videodit.data.transforms import frame_stride, frames_after_stride, resize_and_crop, temporal_window
+from videodit.data.shards import Entry, ShardSet
+from videodit.data.transforms import crop, frame_stride, frames_after_stride, resize_and_crop, temporal_window
 from videodit.data.video_io import VideoError, read_frames
 from videodit.errors import UserError
 
 CLIP_EXTENSIONS = ("mp4", "jpg", "jpeg", "png", "webp")
 """Members that hold a clip's pixels, in order of preference; a picture is a clip of one frame."""
+
+FIELD_EXTENSION = "npy"
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +33,7 @@ class DataConfig:
     """Clips in pixels, as VAE training and encoding read them."""
 
     shards: str = ""
-    """Folder of shards, as `videodit ingest` writes them; any webdataset of mp4 + json."""
+    """Folder of shards, as `videodit ingest` writes them, of videos or of fields; any webdataset of mp4 + json."""
     buckets: list[str] = field(default_factory=lambda: ["17x64x64"])
     """Clip shapes, FRAMESxHEIGHTxWIDTH, frames 4k+1. A clip goes to the nearest in aspect ratio, not longer than it."""
     fps: float | None = None
@@ -53,22 +59,83 @@ class DataConfig:
         check_workers(self.num_workers, self.prefetch)
 
 
-class ClipReader:
-    """Reads micro batches of pixels: a function of (seed, epoch, sample) alone."""
+def field_channels(shards: ShardSet) -> int | None:
+    """How many channels a set's fields have; None for a set of videos and pictures.
 
-    def __init__(self, shards: ShardSet, config: DataConfig, seed: int, random_crop: bool) -> None:
+    Raises:
+        UserError: if clips differ in that: one model is trained on one kind of clip.
+    """
+    examples = {_field_channels(entry): entry.key for entry in shards.entries}
+    if len(examples) > 1:
+        kinds = [f"{key} ({'a video' if c is None else f'{c} channels'})" for c, key in examples.items()]
+        raise UserError(
+            f"{shards.root} holds {' and '.join(kinds)}: all clips that one model trains on are videos, or fields of "
+            "one number of channels; ingest them into separate folders"
+        )
+    return next(iter(examples))
+
+
+def _field_channels(entry: Entry) -> int | None:
+    """None for a video or picture, also if it has an array beside it (an embedding, say)."""
+    is_field = FIELD_EXTENSION in entry.members and not any(ext in entry.members for ext in CLIP_EXTENSIONS)
+    return int(entry.meta.get("channels", 0)) if is_field else None
+
+
+def measured_statistics(shards: ShardSet) -> ChannelStatistics | None:
+    """What ingest measured of a set's fields; None for a set of videos and pictures.
+
+    Raises:
+        UserError: if clips are of several kinds, or they are fields that ingest did not make.
+    """
+    if field_channels(shards) is None:
+        return None
+    statistics = read_statistics(shards.root)
+    if statistics is None:
+        raise UserError(f"{shards.root} has no statistics of its channels: make it with 'videodit ingest SRC'")
+    return statistics
+
+
+class ClipReader:
+    """Reads micro batches of pixels or fields: a function of (seed, epoch, sample) alone.
+
+    Args:
+        shards: the clips.
+        config: how they are cut.
+        seed: the run's seed.
+        random_crop: draw window and crop; otherwise the middle.
+        statistics: of fields, those that the model knows; None for videos.
+    Raises:
+        UserError: if the clips are of another kind.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: DataConfig,
+        seed: int,
+        random_crop: bool,
+        statistics: ChannelStatistics | None = None,
+    ) -> None:
         self.shards, self.config, self.seed, self.random_crop = shards, config, seed, random_crop
+        self.statistics = statistics
+        channels, known = field_channels(shards), len(statistics.mean) if statistics else None
+        if channels != known:
+            here, there = ("videos" if n is None else f"fields of {n} channels" for n in (channels, known))
+            raise UserError(f"{shards.root} holds {here}, the model reads {there}: give it the clips that it is for")
+        self._channels = channels or 3
         metas = [entry.meta for entry in shards.entries]
         self._shapes = [
-            (int(meta.get("num_frames", 0)), int(meta.get("height", 0)), int(meta.get("width", 0)), 3) for meta in metas
+            (int(meta.get("num_frames", 0)), int(meta.get("height", 0)), int(meta.get("width", 0)), self._channels)
+            for meta in metas
         ]
         self._strides = [frame_stride(float(meta.get("fps", 0)), config.fps) for meta in metas]
         self._cache: DecodedCache | None = None
-        if config.cache_decoded and decoded_bytes(self._shapes) <= config.cache_gib * 2**30:
+        # A field is not decoded: what the system keeps of the shards in memory is its cache.
+        if config.cache_decoded and not statistics and decoded_bytes(self._shapes) <= config.cache_gib * 2**30:
             self._cache = DecodedCache(self._shapes)
 
     def group(self, multiple: int) -> Grouping:
-        """Assigns the clips to the configured buckets; says in the log how many are too short for all.
+        """Assigns the clips to the configured buckets; says in the log how many fit none.
 
         Raises:
             UserError: if a bucket does not fit `multiple`, or no clip fits any bucket.
@@ -82,19 +149,27 @@ class ClipReader:
             (frames_after_stride(frames, stride), height or 1, width or 1)
             for (frames, height, width, _), stride in zip(self._shapes, self._strides, strict=True)
         ]
-        grouping = group(sizes, buckets)
+        grouping = group(sizes, buckets, enlarge=self.statistics is None)
         if len(grouping.dropped) == len(sizes):
+            frames, height, width = max(sizes)
+            if frames >= min(bucket.frames for bucket in buckets):
+                raise UserError(
+                    f"{self.shards.root}: a field of {height}x{width} is smaller than data.buckets "
+                    f"{', '.join(self.config.buckets)}: fields are cropped and never enlarged; add a smaller bucket"
+                )
             raise UserError(
-                f"{self.shards.root}: the longest clip has {max(size[0] for size in sizes)} frames, data.buckets "
+                f"{self.shards.root}: the longest clip has {frames} frames, data.buckets "
                 f"{', '.join(self.config.buckets)} want more: add a shorter bucket, or ingest longer clips"
             )
         if grouping.dropped:
-            log.warning("%d of %d clips are shorter than every bucket: left out", len(grouping.dropped), len(sizes))
+            small = "shorter" if self.statistics is None else "shorter or smaller"
+            log.warning("%d of %d clips are %s than every bucket: left out", len(grouping.dropped), len(sizes), small)
         return grouping
 
     def __getitem__(self, request: Request) -> Rows:
         bucket = request.bucket
-        clips = torch.zeros(len(request.ids), bucket.frames, bucket.height, bucket.width, 3, dtype=torch.uint8)
+        dtype = torch.float32 if self.statistics else torch.uint8
+        clips = torch.zeros(len(request.ids), bucket.frames, bucket.height, bucket.width, self._channels, dtype=dtype)
         rows = Rows(request, {"clip": clips}, [""] * len(request.ids))
         for row, index in enumerate(request.ids):
             if index == PADDING:
@@ -109,10 +184,16 @@ class ClipReader:
         return rows
 
     def _clip(self, index: int, bucket: Bucket, epoch: int) -> Tensor:
-        """(t, h, w, 3) uint8: decodes no more than the window, unless all of it is to be kept."""
+        """(t, h, w, c), uint8 or, of a field, float32 and standardised: no more than the window is read or decoded,
+        unless all of it is to be kept.
+        """
         rng = sample_rng(self.seed, epoch, self.shards.entries[index].key, "crop") if self.random_crop else None
         stride = self._strides[index]
         start, stop = temporal_window(self._shapes[index][0], bucket.frames, stride, rng)
+        if self.statistics is not None:
+            values = read_window(partial(self.shards.read, index, FIELD_EXTENSION), self._shapes[index], start, stop)
+            part = crop(values[::stride], bucket.height, bucket.width, rng)
+            return torch.from_numpy(self.statistics.standardise(part))
         if self._cache is None:
             frames = read_frames(self._pixels(index), start, stop)
         else:

@@ -14,8 +14,9 @@ from typing import Any
 import av
 
 from videodit.data.clip_cutter import CutResult, CutRules, cut_source
+from videodit.data.field import cut_field
 from videodit.data.filters import FilterConfig, Stage, mark
-from videodit.data.ingest_output import key_bases, write_clips, write_filtered, write_lines, write_rejects
+from videodit.data.ingest_output import ChannelTally, key_bases, write_clips, write_filtered, write_lines, write_rejects
 from videodit.data.ingest_record import (
     RECORD,
     REJECTS,
@@ -131,7 +132,7 @@ def ingest(
     reason) and ingest.json (config, counts).
 
     Args:
-        src: a folder of videos, a .csv or .jsonl table or one video; see `sources.list_sources`.
+        src: a folder of videos and fields, a .csv or .jsonl table or one file; see `sources.list_sources`.
         out: folder of the shards; made if missing, left out of the search if it lies below src.
         config: how.
         progress: called as progress(sources done, all sources).
@@ -183,7 +184,8 @@ def ingest(
     return _result(counts, filtered, started, up_to_date)
 
 
-Outcome = tuple[dict[str, int], dict[str, Stage]]  # sources accepted and rejected, clips; and what filters left out
+# Sources accepted and rejected, clips, statistics of channels, as ingest.json has them; and what filters left out.
+Outcome = tuple[dict[str, Any], dict[str, Stage]]
 
 
 def _result(
@@ -212,7 +214,8 @@ def _filter_again(out: Path, earlier: dict[str, Any], filters: FilterConfig) -> 
         write_filtered(rejects, entries)
     rewrite_index(out, entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
-    return {"accepted": earlier["accepted"], "rejected": earlier["rejected"], "clips": _used(entries)}, filtered
+    kept = {name: earlier[name] for name in ("accepted", "rejected", "channels") if name in earlier}
+    return kept | {"clips": _used(entries)}, filtered
 
 
 def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Callable[[int, int], None]) -> Outcome:
@@ -228,12 +231,14 @@ def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Ca
         max_memory_gb=config.max_memory_gb,
     )
     counts = {"accepted": 0, "rejected": 0}
+    channels = ChannelTally()
     writer = ShardWriter(out, config.clips_per_shard)
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
         for done, (source, base) in enumerate(zip(sources, key_bases(sources), strict=True), 1):
             result = CutResult(problem=source.problem) if source.problem else next(results)
             if isinstance(result, Failure):
                 result = CutResult(problem=result.reason)
+            result = channels.take(source, result)
             spool = _spool(work, done - 1)
             write_clips(writer, source, base, result, spool)
             write_rejects(rejects, source, result)
@@ -245,7 +250,7 @@ def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Ca
     os.replace(out / (REJECTS + PART), out / REJECTS)
     writer.close()
     shutil.rmtree(work)
-    return counts | {"clips": _used(writer.entries)}, filtered
+    return counts | channels.record() | {"clips": _used(writer.entries)}, filtered
 
 
 def _used(entries: Sequence[Entry]) -> int:
@@ -268,6 +273,8 @@ def _cut(job: _Job, beat: Beat, rules: CutRules) -> CutResult:
     """In a worker process."""
     source, spool = job.source, Path(job.spool)
     data = source.path if source.span is None else read_span(source.path, source.span[0], source.span[1])
+    if source.is_field:
+        return cut_field(data, spool, rules, source.extra.get("fps", 1.0), beat)
     return cut_picture(data, spool, rules) if source.is_image else cut_source(data, spool, rules, beat)
 
 

@@ -3,9 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from videodit.data.channel_statistics import ChannelMoments, ChannelStatistics
 from videodit.data.clip_cutter import CutResult
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import Entry, json_bytes, sha256_hex
@@ -29,8 +31,11 @@ def write_clips(writer: ShardWriter, source: Source, base: str, result: CutResul
                 "height": clip.height,
                 "width": clip.width,
                 "sha256": clip.sha256,
-                **clip.scores.record(),
             }
+            if clip.scores:
+                record |= clip.scores.record()
+            if clip.moments:
+                record["channels"] = len(clip.moments.mean)
             if clip.fps:
                 record["fps"] = clip.fps
                 record["start_s"] = round(clip.start_frame / clip.fps, 6)
@@ -41,6 +46,29 @@ def write_clips(writer: ShardWriter, source: Source, base: str, result: CutResul
                 record["extra"] = source.extra
             file.seek(clip.offset)
             writer.write(f"{base}-{scene:04d}", {clip.extension: file.read(clip.size), "json": json_bytes(record)})
+
+
+class ChannelTally:
+    """Sums up the channels of a set's fields, source by source; all fields of a set have as many channels."""
+
+    def __init__(self) -> None:
+        self._moments: ChannelMoments | None = None
+        self._first = ""
+
+    def take(self, source: Source, result: CutResult) -> CutResult:
+        """What is to be written of a source: nothing if it has another number of channels than those before."""
+        moments = [clip.moments for clip in result.clips if clip.moments]
+        if moments and self._moments and len(moments[0].mean) != len(self._moments.mean):
+            reason = f"{len(moments[0].mean)} channels, but {self._first} has {len(self._moments.mean)}"
+            return CutResult(problem=f"{reason}: all fields of a set have as many; give it a folder of its own")
+        for of_clip in moments:
+            self._first = self._first or source.name
+            self._moments = self._moments + of_clip if self._moments else of_clip
+        return result
+
+    def record(self) -> dict[str, Any]:
+        """For ingest.json: statistics of all fields in the shards; nothing where there are none."""
+        return {"channels": asdict(ChannelStatistics.from_moments(self._moments))} if self._moments else {}
 
 
 def write_rejects(file: TextIO, source: Source, result: CutResult) -> None:

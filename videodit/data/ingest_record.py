@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.shards import INDEX, PART, json_bytes
 from videodit.data.sources import Source
 from videodit.errors import UserError, user_error
@@ -93,6 +94,12 @@ def read_record(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record
+
+
+def read_statistics(out: Path) -> ChannelStatistics | None:
+    """Statistics of the channels of a folder's fields; None if it has no fields, or ingest did not make it."""
+    channels = (read_record(out) or {}).get("channels")
+    return ChannelStatistics(tuple(channels["mean"]), tuple(channels["std"])) if channels else None
 
 
 def read_rejects(out: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from videodit.data.batches import (
     read_all,
 )
 from videodit.data.buckets import Bucket
+from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import ClipReader, DataConfig
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig, LatentReader
@@ -154,6 +155,7 @@ class ClipLoader(StepLoader[ClipBatch]):
         config: where the clips are, and how they are cut.
         seed, global_batch_size, micro_batch_size, batch_by, rank, world: as in StepLoader.
         multiple: what a bucket's height and width must be divisible by.
+        statistics: as in ClipReader.
     Raises:
         UserError: if there are no shards, no clip fits, or there are fewer clips than a global batch.
     """
@@ -169,9 +171,10 @@ class ClipLoader(StepLoader[ClipBatch]):
         rank: int = 0,
         world: int = 1,
         multiple: int = 16,
+        statistics: ChannelStatistics | None = None,
     ) -> None:
         self.shards = ShardSet.open(config.shards)
-        reader = ClipReader(self.shards, config, seed, config.random_crop)
+        reader = ClipReader(self.shards, config, seed, config.random_crop, statistics)
         grouping = reader.group(multiple)
         self.num_dropped = len(grouping.dropped)
         super().__init__(
@@ -251,7 +254,14 @@ def _clip_batch(rows: Rows, fields: dict[str, Any]) -> ClipBatch:
 
 
 def clips_in_order(
-    config: DataConfig, shards: ShardSet, micro_batch_size: int, *, rank: int = 0, world: int = 1, multiple: int = 16
+    config: DataConfig,
+    shards: ShardSet,
+    micro_batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    multiple: int = 16,
+    statistics: ChannelStatistics | None = None,
 ) -> Iterator[ClipBatch]:
     """Every clip once, cut from the middle, bucket by bucket, in the shards' order: for encoding and measuring.
 
@@ -261,12 +271,13 @@ def clips_in_order(
         micro_batch_size: rows; a bucket's last batch is padded.
         rank, world: this rank takes every world-th batch of a bucket.
         multiple: what a bucket's height and width must be divisible by.
+        statistics: as in ClipReader.
     Yields:
         Micro batches; captions are the first epoch's choice: read `shards.captions(id)` for all of them.
     Raises:
         UserError: if no clip fits, or after 100 samples in a row that could not be read.
     """
-    reader = ClipReader(shards, replace(config, cache_decoded=False), seed=0, random_crop=False)
+    reader = ClipReader(shards, replace(config, cache_decoded=False), seed=0, random_crop=False, statistics=statistics)
     keys = [entry.key for entry in shards.entries]
     guard = FailureGuard(keys)
     requests = []

@@ -91,12 +91,14 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def read(self, i: int, ext: str) -> bytes:
-        """One member's bytes.
+    def read(self, i: int, ext: str, start: int = 0, size: int | None = None) -> bytes:
+        """One member's bytes, or a part of them.
 
         Args:
             i: the sample's number in `entries`.
             ext: extension, as in "mp4".
+            start: first byte.
+            size: how many, or as many as there are; None reads to the end.
         Raises:
             UserError: if the sample has no such member, or the tar cannot be read or got shorter.
         """
@@ -105,7 +107,9 @@ class ShardSet:
             raise UserError(
                 f"{self.root / entry.shard}: {entry.key} has no .{ext} (it has {', '.join(sorted(entry.members))})"
             )
-        offset, size = entry.members[ext]
+        offset, whole = entry.members[ext]
+        offset, left = offset + start, max(0, whole - start)
+        size = left if size is None else min(size, left)
         path = self.root / entry.shard
         try:
             data = read_span(path, offset, size)

@@ -1,10 +1,12 @@
-"""Which videos to ingest and what is said of them: a folder with sidecar files, a table, webdataset tars, one file."""
+"""Which videos, pictures and fields to ingest and what is said of them: a folder with sidecar files, a table,
+webdataset tars, one file.
+"""
 
 import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .mxf .gif .y4m".split()
 )
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
+FIELD_SUFFIXES = frozenset([".npy"])
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _SIDECAR_BYTES = 16 << 20  # of a caption in a tar
 _PATH_COLUMNS = ("path", "video", "file", "filename", "video_path")
@@ -24,7 +27,7 @@ _CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")
 
 @dataclass(frozen=True)
 class Source:
-    """One video or picture to ingest."""
+    """One video, picture or field to ingest."""
 
     path: str
     """The file, or the tar that it lies in."""
@@ -44,18 +47,23 @@ class Source:
         """Whether it is a picture rather than a video, by its name."""
         return Path(self.name or self.path).suffix.lower() in IMAGE_SUFFIXES
 
+    @property
+    def is_field(self) -> bool:
+        """Whether it is an array rather than a video, by its name."""
+        return Path(self.name or self.path).suffix.lower() in FIELD_SUFFIXES
+
 
 def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images: bool = False) -> list[Source]:
-    """Lists the videos of a folder (all levels), a table, webdataset tars, or a single video file.
+    """Lists the videos and fields of a folder (all levels), a table, webdataset tars, or a single file.
 
     Beside NAME.mp4 in a folder, NAME.json is read ({"caption": str} or {"captions": [str]}, other keys are carried
     along) or NAME.txt (one caption); in a tar, as webdataset and video2dataset write them, KEY.json and KEY.txt beside
     KEY.mp4. A table (.csv, .tsv, .jsonl, .parquet) has a column "path" (relative to the table) and "caption" or
     "captions" (in a CSV: a JSON list); other columns are carried along. A path that comes in several rows is one source
-    with the captions of all.
+    with the captions of all. In a folder or tar, NAME.npy beside a video NAME (an embedding, say) is no field.
 
     Args:
-        src: folder, table, .tar or video file.
+        src: folder, table, .tar, or file of a video or field.
         exclude: folders to leave out, such as the output's.
         images: whether pictures are taken too.
     Returns:
@@ -64,7 +72,7 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
         UserError: if src is not there, is of no known kind or holds no video.
     """
     src = Path(src)
-    suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES if images else VIDEO_SUFFIXES
+    suffixes = VIDEO_SUFFIXES | FIELD_SUFFIXES | (IMAGE_SUFFIXES if images else frozenset())
     try:
         if src.is_dir():
             root, found = src, list(_from_folder(src, {Path(folder).resolve() for folder in exclude}, suffixes))
@@ -77,7 +85,9 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
         elif src.suffix.lower() in suffixes:
             root, found = src.parent, [_with_sidecar(src)]
         else:
-            kinds = f"{' '.join(_TABLES)}, .tar or a video ({' '.join(sorted(VIDEO_SUFFIXES))})"
+            kinds = (
+                f"{' '.join(_TABLES)}, .tar or a video or field ({' '.join(sorted(VIDEO_SUFFIXES | FIELD_SUFFIXES))})"
+            )
             raise UserError(f"{src}: neither a folder nor {kinds}{'' if images else '; pictures need --images'}")
     except OSError as error:
         raise user_error(error, error.filename or src) from error
@@ -102,7 +112,7 @@ def _from_folder(root: Path, exclude: set[Path], suffixes: frozenset[str]) -> It
         below[:] = [
             name for name in below if not name.startswith(".") and (Path(folder) / name).resolve() not in exclude
         ]
-        for name in files:
+        for name in _unattached(files):
             if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
                 yield _with_sidecar(Path(folder) / name)
             elif not name.startswith(".") and name.lower().endswith(".tar"):
@@ -112,10 +122,11 @@ def _from_folder(root: Path, exclude: set[Path], suffixes: frozenset[str]) -> It
 def _from_tar(path: Path, suffixes: frozenset[str]) -> Iterator[Source]:
     """Videos of a webdataset tar; their names begin with the tar's."""
     for key, members in tar_samples(path).items():
-        for extension, span in members.items():
+        for name in _unattached([f"{key}.{extension}" for extension in members]):
+            extension = name.removeprefix(f"{key}.")
             if f".{extension}" not in suffixes:
                 continue
-            source = Source(str(path), [], name=f"{key}.{extension}", span=span)
+            source = Source(str(path), [], name=name, span=members[extension])
             try:
                 if "json" in members:
                     captions, extra = _split(json.loads(_member(path, members["json"])))
@@ -125,6 +136,12 @@ def _from_tar(path: Path, suffixes: frozenset[str]) -> Iterator[Source]:
             except ValueError as error:
                 source = replace(source, problem=f"caption beside it: {error}")
             yield source
+
+
+def _unattached(names: Sequence[str]) -> list[str]:
+    """The files of a folder without the arrays that belong to a video of the same name."""
+    videos = {Path(name).stem for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES}
+    return [name for name in names if Path(name).suffix.lower() not in FIELD_SUFFIXES or Path(name).stem not in videos]
 
 
 def _member(path: Path, span: tuple[int, int]) -> str:

@@ -65,7 +65,7 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int, rng: np.random.
     Returns:
         (t, height, width, c) uint8; `frames` itself where nothing has to change.
     """
-    _, h, w, _ = frames.shape
+    h, w = frames.shape[1:3]
     if (h, w) != (height, width):
         scale = max(height / h, width / w)
         h, w = max(height, round(h * scale)), max(width, round(w * scale))
@@ -74,6 +74,24 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int, rng: np.random.
             pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w")
             resized = F.interpolate(pixels, size=(h, w), mode="bilinear", antialias=True)
             frames = rearrange(resized, "t c h w -> t h w c").numpy()
+    return crop(frames, height, width, rng)
+
+
+def crop(frames: np.ndarray, height: int, width: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Cuts height x width out of frames.
+
+    Args:
+        frames: (t, h, w, c).
+        height, width: pixels wanted.
+        rng: draws top and left; None takes the centre.
+    Returns:
+        (t, height, width, c), a view.
+    Raises:
+        ValueError: if frames are smaller.
+    """
+    h, w = frames.shape[1:3]
+    if h < height or w < width:
+        raise ValueError(f"frames of {h}x{w} are smaller than the bucket's {height}x{width}")
     top = (h - height) // 2 if rng is None else int(rng.integers(h - height + 1))
     left = (w - width) // 2 if rng is None else int(rng.integers(w - width + 1))
     return frames[:, top : top + height, left : left + width]
@@ -100,11 +118,13 @@ def to_model_range(clips: Tensor) -> Tensor:
     """The one conversion from pixels to what models see.
 
     Args:
-        clips: (b, t, h, w, c) uint8.
+        clips: (b, t, h, w, c) uint8, or float32 of fields that were standardised.
     Returns:
-        (b, c, t, h, w) float32 in [-1, 1], contiguous.
+        (b, c, t, h, w) float32 in [-1, 1], or about it, contiguous.
     """
     clips = rearrange(clips, "b t h w c -> b c t h w")
+    if clips.is_floating_point():
+        return clips.contiguous()
     out = torch.empty(clips.shape, dtype=torch.float32, device=clips.device)
     for row, clip in zip(out, clips, strict=True):  # clip by clip, so that the three passes stay in the CPU's cache
         row.copy_(clip).div_(127.5).sub_(1)

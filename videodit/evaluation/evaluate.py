@@ -15,6 +15,8 @@ from videodit.errors import UserError
 from videodit.evaluation.prompt_following import PromptFollowing, measure, wilson_interval
 from videodit.evaluation.reconstruction import compare
 from videodit.generation.generate import GenerateConfig, generate
+from videodit.generation.pipeline import read_parameterization
+from videodit.models.vae_folder import load_vae
 from videodit.progress import show_progress
 
 
@@ -87,6 +89,9 @@ def follow_prompts(
     Returns:
         The .mp4 files, and what was measured on them.
     """
+    read_parameterization(model)  # says so if that is no model
+    if load_vae(Path(model) / "vae").config.channel_mean is not None:
+        raise UserError(f"model {model} makes fields: only clips of the shapes world can be read for what they show")
     prompts = [captions(spec)[0] for spec in specs]
     config = GenerateConfig(model=model, prompt=prompts, out=out, seed=seed, batch_size=batch_size, keep_existing=True)
     with show_progress("generate clips") as progress:

@@ -13,7 +13,8 @@ from rich.table import Table
 from videodit.config import from_dict
 from videodit.data.batches import Request
 from videodit.data.buckets import Bucket
-from videodit.data.clip_reader import ClipReader, DataConfig
+from videodit.data.clip_reader import ClipReader, DataConfig, measured_statistics
+from videodit.data.field import preview
 from videodit.data.filters import FilterConfig, mark
 from videodit.data.ingest_record import read_record, read_rejects
 from videodit.data.mp4 import encode_mp4
@@ -66,7 +67,7 @@ def inspect_shards(root: str, config: InspectConfig) -> Path:
     everything = ShardSet.open(root, dropped=True)
     used = ShardSet.open(root)
     data = from_dict(DataConfig, {**vars(config.data), "shards": root, "cache_decoded": False})
-    reader = ClipReader(used, data, config.seed, data.random_crop)
+    reader = ClipReader(used, data, config.seed, data.random_crop, measured_statistics(used))
     grouping = reader.group(multiple=1)
     record = read_record(Path(root)) or {}
     filters = from_dict(FilterConfig, record.get("filters") or {}, "ingest.json")
@@ -78,7 +79,7 @@ def inspect_shards(root: str, config: InspectConfig) -> Path:
         entries=everything.entries,
         filters=filters,
         stages=stages,
-        buckets=[_row(bucket, members, used.entries) for bucket, members in grouping.members.items()],
+        buckets=[_row(bucket, members, reader) for bucket, members in grouping.members.items()],
         too_short=len(grouping.dropped),
         crops=_crops(reader, grouping.members, config),
         left_out=_left_out(everything, config.clips // 4),
@@ -109,10 +110,12 @@ def _follow(config: InspectConfig) -> InspectConfig:
     return from_dict(InspectConfig, chosen, str(path))
 
 
-def _row(bucket: Bucket, members: list[int], entries: list[Entry]) -> BucketRow:
+def _row(bucket: Bucket, members: list[int], reader: ClipReader) -> BucketRow:
     """How well clips fit a bucket: share of their pixels that crops cut away, and how many are enlarged."""
-    sizes = [(entries[i].meta.get("height") or 1, entries[i].meta.get("width") or 1) for i in members]
-    scales = [max(bucket.height / h, bucket.width / w) for h, w in sizes]
+    metas = [reader.shards.entries[i].meta for i in members]
+    sizes = [(meta.get("height") or 1, meta.get("width") or 1) for meta in metas]
+    # Fields are cropped as they are.
+    scales = [1.0 if reader.statistics else max(bucket.height / h, bucket.width / w) for h, w in sizes]
     cut = [1 - bucket.height * bucket.width / (h * w * scale**2) for (h, w), scale in zip(sizes, scales)]
     enlarged = sum(scale > 1.001 for scale in scales)
     return BucketRow(bucket.name, len(members), sum(cut) / len(cut) if cut else 0.0, enlarged)
@@ -130,9 +133,8 @@ def _crops(reader: ClipReader, members: Mapping[Bucket, list[int]], config: Insp
                 crops.append(Crop(bucket.name, entries[index], b"", rows.failures[0]))
                 continue
             fps = _rate(entries[index], reader.config.fps)
-            crops.append(
-                Crop(bucket.name, entries[index], _mp4(rows.tensors["clip"][0].numpy(), fps), rows.captions[0])
-            )
+            shown = preview(rows.tensors["clip"][0].numpy())
+            crops.append(Crop(bucket.name, entries[index], _mp4(shown, fps), rows.captions[0]))
     return crops
 
 

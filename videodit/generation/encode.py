@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latents import (
     cache_is_valid,
@@ -93,7 +94,11 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
     total = len(shards)
     count = 0
     with ShardWriter(config.out) as writer, torch.no_grad():
-        for batch in clips_in_order(config.data, shards, config.batch_size, multiple=config.multiple):
+        statistics = ChannelStatistics.of_vae(vae.config)
+        batches = clips_in_order(
+            config.data, shards, config.batch_size, multiple=config.multiple, statistics=statistics
+        )
+        for batch in batches:
             posterior = vae.posterior(batch.clip.to(device))
             captions = [shards.captions(index) if weight else [] for index, weight in zip(batch.ids, batch.weight)]
             text = embed_captions(text_encoder, captions)

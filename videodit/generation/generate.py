@@ -1,4 +1,6 @@
-"""`videodit generate`: prompts to .mp4 files, each beside a .json that reproduces it."""
+"""`videodit generate`: prompts to .mp4 files (fields: .npy and an .mp4 to look at), each beside a .json that
+reproduces it.
+"""
 
 import hashlib
 import json
@@ -8,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from videodit.data.field import preview, write_npy
 from videodit.data.mp4 import write_mp4
 from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.errors import UserError, user_error
@@ -74,7 +78,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
         config: what to do.
         progress: called with (clips done, clips in all).
     Returns:
-        The .mp4 files, one a prompt; each has a .json of the same name.
+        The .mp4 files, or a model of fields' .npy files, one a prompt; each has a .json of the same name.
     Raises:
         UserError: for a model, prompt, size or folder that cannot be used.
     """
@@ -93,7 +97,8 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
     fps = config.fps if config.fps is not None else pipe.defaults.fps
     made_by: dict[str, Any] = {"model": config.model, "weights_sha256": _weights_sha256(Path(config.model))}
     made_by |= {"batch_size": config.batch_size, "dtype": dtype, "device": str(device), "torch": torch.__version__}
-    paths = [out / f"{index:05d}-{_slug(prompt)}.mp4" for index, prompt in enumerate(prompts)]
+    suffix = "npy" if pipe.statistics else "mp4"
+    paths = [out / f"{index:05d}-{_slug(prompt)}.{suffix}" for index, prompt in enumerate(prompts)]
     records = [
         {"prompt": prompt, "seed": config.seed + index, "fps": fps, **used, **made_by}
         for index, prompt in enumerate(prompts)
@@ -107,13 +112,20 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
                 raise UserError(str(error)) from None
             for row, clip in zip(rows, clips):
                 try:
-                    write_mp4(paths[row], clip, fps)
+                    _write_clip(paths[row], clip, fps)
                     paths[row].with_suffix(".json").write_text(json.dumps(records[row], indent=2) + "\n")
                 except OSError as error:
                     raise user_error(error, paths[row]) from None
         if progress is not None:
             progress(rows.stop, len(prompts))
     return paths
+
+
+def _write_clip(path: Path, clip: np.ndarray, fps: float) -> None:
+    """A video, or a field and beside it a video of it."""
+    if path.suffix == ".npy":
+        write_npy(path, clip)
+    write_mp4(path.with_suffix(".mp4"), preview(clip), fps)
 
 
 def _weights_sha256(model: Path) -> str:

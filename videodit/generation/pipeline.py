@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.transforms import to_pixels
 from videodit.errors import UserError, user_error
 from videodit.flow.guidance import guided_velocity
@@ -139,6 +140,7 @@ class TextToVideo:
         self.text_encoder = text_encoder
         self.parameterization = parameterization
         self.defaults = defaults
+        self.statistics = ChannelStatistics.of_vae(vae.config)  # None for videos
 
     @classmethod
     def from_pretrained(
@@ -241,7 +243,7 @@ class TextToVideo:
             guidance_scale: classifier-free guidance, 1 is none.
             sampler: euler, heun or renoise.
         Returns:
-            (b, t, h, w, 3) uint8.
+            (b, t, h, w, 3) uint8; of a model of fields (b, t, h, w, c) float32 in the fields' units.
         Raises:
             ValueError: if a size does not fit; names the nearest that does.
         """
@@ -255,7 +257,8 @@ class TextToVideo:
             guidance_scale=guidance_scale,
             sampler=sampler,
         )
-        return to_pixels(self.vae.decode(latents.float())).cpu().numpy()
+        clips = self.vae.decode(latents.float())
+        return (self.statistics.restore(clips) if self.statistics else to_pixels(clips)).cpu().numpy()
 
 
 def latent_shape(

@@ -34,7 +34,7 @@ class VAEConfig:
     """Shape of the video VAE."""
 
     in_channels: int = 3
-    """channels of a frame; 3 is RGB"""
+    """channels of a frame; 3 is RGB; follows the clips"""
     latent_channels: int = 16
     """channels of a latent frame"""
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -53,6 +53,10 @@ class VAEConfig:
     latent_contrast_limit: float = 6.0
     """most that a channel counts in units of the median one: the blocks' mean brightness alone would else have nearly
     all of the variance (31 of 32 parts in the shapes world), and bf16 would round the rest away"""
+    channel_mean: tuple[float, ...] | None = None
+    """of fields (clips that are no video), each channel's mean in their units; follows the clips"""
+    channel_std: tuple[float, ...] | None = None
+    """of fields, each channel's standard deviation; the VAE sees (value - mean) / (3 std)"""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -75,6 +79,11 @@ class VAEConfig:
             raise ValueError(f"model.latent_spectrum {self.latent_spectrum} is not in [0, 1]: use 0, 0.5 or 1")
         if self.latent_contrast_limit < 1:
             raise ValueError(f"model.latent_contrast_limit {self.latent_contrast_limit} is below 1: use for example 6")
+        for name in ("channel_mean", "channel_std"):
+            if (values := getattr(self, name)) is not None and len(values) != self.in_channels:
+                raise ValueError(
+                    f"model.{name} has {len(values)} entries for {self.in_channels} channels: leave it out"
+                )
         for entry in self.downsample:
             if entry not in ("s", "t", "st"):
                 raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")

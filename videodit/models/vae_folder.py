@@ -17,6 +17,14 @@ class VideoAutoencoderConfig(Protocol):
         """Channels of a latent frame."""
 
     @property
+    def channel_mean(self) -> tuple[float, ...] | None:
+        """Means of the channels of fields; None for videos."""
+
+    @property
+    def channel_std(self) -> tuple[float, ...] | None:
+        """Standard deviations of the channels of fields; None for videos."""
+
+    @property
     def temporal_compression(self) -> int:
         """Frames per latent frame, after the first."""
 

@@ -24,6 +24,8 @@ class WanVAEConfig:
     latent_channels: int
     temporal_compression: int
     spatial_compression: int
+    channel_mean: None = None  # it reads videos
+    channel_std: None = None
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(c, t, h, w) of the latents of a clip; raises ValueError if its size does not fit."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from videodit.config import to_yaml
+from videodit.data.field import preview
 from videodit.data.loader import LatentBatch, LatentLoader
 from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise, sample_uniform
@@ -297,5 +298,5 @@ def _draw_samples(run: TrainingRun, config: DiTRunConfig, text_encoder: TextEnco
         videos = {}
         for row, (prompt, clip) in enumerate(zip(config.prompts, clips)):
             videos[prompt] = folder / f"{row:02d}.mp4"
-            write_mp4(videos[prompt], clip, config.sampling.fps)
+            write_mp4(videos[prompt], preview(clip), config.sampling.fps)
         run.log_videos(videos)

@@ -4,12 +4,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from videodit.config import to_yaml
-from videodit.data.clip_reader import DataConfig
+from videodit.data.channel_statistics import ChannelStatistics
+from videodit.data.clip_reader import DataConfig, measured_statistics
+from videodit.data.field import preview
 from videodit.data.loader import ClipLoader, clips_in_order
 from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise
@@ -82,7 +84,7 @@ class VAEObjective(torch.nn.Module):
 
 
 def train_vae(config: VAERunConfig) -> Path:
-    """Trains, or goes on training, a VAE.
+    """Trains, or goes on training, a VAE on videos, or on fields, whose channels and statistics it then follows.
 
     Args:
         config: of the run.
@@ -91,7 +93,8 @@ def train_vae(config: VAERunConfig) -> Path:
     Raises:
         UserError: for data or a folder that cannot be used.
     """
-    multiple = config.model.spatial_compression
+    config = follow_clips(config)
+    multiple, statistics = config.model.spatial_compression, ChannelStatistics.of_vae(config.model)
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
         vae = VideoVAE(config.model)
         vae.fit_shortcut(_first_clips(config, config.data.shards, FIT_CLIPS))
@@ -105,6 +108,7 @@ def train_vae(config: VAERunConfig) -> Path:
             rank=world.rank,
             world=world.size,
             multiple=multiple,
+            statistics=statistics,
         )
         run.accept(loader.batch_sizes)
         held_out = None if config.eval_shards is None else _first_clips(config, config.eval_shards, config.eval_clips)
@@ -130,6 +134,22 @@ def train_vae(config: VAERunConfig) -> Path:
         if world.is_main and newest is not None:
             export_vae(config, newest, Path(config.run_dir) / "model")
     return Path(config.run_dir) / "model"
+
+
+def follow_clips(config: VAERunConfig) -> VAERunConfig:
+    """The config with the number of the clips' channels and, of fields, their statistics.
+
+    Raises:
+        UserError: if there are no clips, they are of several kinds, or ingest did not measure their channels.
+    """
+    statistics = measured_statistics(ShardSet.open(config.data.shards))
+    model = dataclasses.replace(
+        config.model,
+        in_channels=len(statistics.mean) if statistics else 3,
+        channel_mean=statistics.mean if statistics else None,
+        channel_std=statistics.std if statistics else None,
+    )
+    return dataclasses.replace(config, model=model)
 
 
 def export_vae(config: VAERunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
@@ -163,7 +183,9 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
     total, total_square = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     positions = seen = 0
     device = vae.latent_mean.device
-    for batch in clips_in_order(data, ShardSet.open(data.shards), batch_size, multiple=vae.config.spatial_compression):
+    statistics, multiple = ChannelStatistics.of_vae(vae.config), vae.config.spatial_compression
+    shards = ShardSet.open(data.shards)
+    for batch in clips_in_order(data, shards, batch_size, multiple=multiple, statistics=statistics):
         mean = vae.encode(batch.clip[batch.weight > 0].to(device)).double().cpu()
         total += mean.sum(dim=(0, 2, 3, 4))
         total_square += mean.square().sum(dim=(0, 2, 3, 4))
@@ -177,9 +199,10 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
 
 
 def _first_clips(config: VAERunConfig, shards: str, count: int) -> Tensor:
-    """(n, c, t, h, w) in [-1, 1]: up to count clips of the first bucket, the same on every rank."""
+    """(n, c, t, h, w) as models see them: up to count clips of the first bucket, the same on every rank."""
     data = dataclasses.replace(config.data, shards=shards, buckets=config.data.buckets[:1])
-    batches = clips_in_order(data, ShardSet.open(shards), count, multiple=config.model.spatial_compression)
+    statistics, multiple = ChannelStatistics.of_vae(config.model), config.model.spatial_compression
+    batches = clips_in_order(data, ShardSet.open(shards), count, multiple=multiple, statistics=statistics)
     batch = next(iter(batches))
     clips = batch.clip[batch.weight > 0]
     if not len(clips):
@@ -192,10 +215,13 @@ def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
     with run.averaged() as module:
         assert isinstance(module, VAEObjective)
         vae = module.vae
-        made = torch.cat([vae.decode(vae.encode(c.to(run.world.device))).cpu() for c in clips.split(8)]).clamp(-1, 1)
+        made = torch.cat([vae.decode(vae.encode(c.to(run.world.device))).cpu() for c in clips.split(8)])
+    of_fields = vae.config.channel_mean is not None  # they have no white and no black to be clipped at
+    made = made if of_fields else made.clamp(-1, 1)
     run.log({"eval/psnr_db": float(psnr(clips, made).mean())})
     if run.world.is_main:
-        pairs = np.concatenate([to_pixels(clips[:4]).numpy(), to_pixels(made[:4]).numpy()], axis=2)  # b t 2h w c
+        shown = rearrange([clips[:4], made[:4]], "v b c t h w -> 1 c t (v h) (b w)")
+        frames = rearrange(shown, "1 c t h w -> t h w c") if of_fields else to_pixels(shown)[0]
         path = run.folder.path / "samples" / f"step-{run.step:08d}.mp4"
-        write_mp4(path, np.concatenate(list(pairs), axis=2), fps)
+        write_mp4(path, preview(frames.numpy()), fps)
         run.log_videos({"above: clip, below: reconstruction": path})
