@@ -29,7 +29,7 @@ from videodit.kernels import norm_modulate, norm_rope, temporal_attention
 from videodit.kernels.choice import choose_kernels
 from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.models.rope import rope_table
-from videodit.training.dit_trainer import compile_blocks
+from videodit.training.dit_model import compile_blocks
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from videodit.models.rope import absolute_embedding
 from videodit.models.text import tokenize
 from videodit.models.vae import VideoVAE
 from videodit.training.dit_config import DiTRunConfig, follow_latents
-from videodit.training.dit_trainer import build_model
+from videodit.training.dit_model import build_model
 from videodit.training.ema import beta_of, gamma_of
 from videodit.training.optim import lr_factor, param_groups
 

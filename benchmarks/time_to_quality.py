@@ -23,7 +23,8 @@ from videodit.evaluation.evaluate import follow_prompts
 from videodit.evaluation.machine import machine_facts
 from videodit.training.checkpoint import FOLDER, Checkpoint, steps_in
 from videodit.training.dit_config import DiTRunConfig, follow_latents
-from videodit.training.dit_trainer import export_dit, train_dit
+from videodit.training.dit_model import export_dit
+from videodit.training.dit_trainer import train_dit
 from videodit.training.run_folder import read_metrics
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/dit_demo.yaml"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from tests.models.tiny import tiny_dit
-from videodit.training.dit_trainer import compile_blocks
+from videodit.training.dit_model import compile_blocks
 
 
 def step(model: torch.nn.Module, seed: int, hw: int = 4) -> Tensor:

@@ -30,7 +30,8 @@ from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.generation.generate import GenerateConfig, generate
 from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.training.dit_config import DiTRunConfig, follow_latents
-from videodit.training.dit_trainer import build_model, train_dit
+from videodit.training.dit_model import build_model
+from videodit.training.dit_trainer import train_dit
 from videodit.training.export import export_run
 from videodit.training.optim import OptimConfig
 from videodit.training.tracker import TrackerConfig

@@ -18,7 +18,8 @@ from videodit.errors import UserError
 from videodit.models.dit import DiTConfig
 from videodit.models.text import ByteTextEncoder
 from videodit.training.dit_config import follow_latents
-from videodit.training.dit_trainer import build_model, load_init, train_dit
+from videodit.training.dit_model import build_model, load_init
+from videodit.training.dit_trainer import train_dit
 from videodit.training.optim import OptimConfig
 
 source = _source  # the fixture: a tiny Wan as diffusers writes it

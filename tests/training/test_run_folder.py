@@ -50,13 +50,13 @@ def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_frozen_values_may_change_only_before_the_first_checkpoint(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "model: 1", ALONE) as run:
-        run.freeze("batches.json", {"17x64x64": 8, "1x64x64": 32}, "clips a step")
-        run.freeze("batches.json", {"17x64x64": 4, "1x64x64": 16}, "clips a step")
+        run.freeze("batches.json", {"17x64x64": 8, "1x64x64": 32}, "clips a step", "set batch sizes and data back")
+        run.freeze("batches.json", {"17x64x64": 4, "1x64x64": 16}, "clips a step", "set batch sizes and data back")
         (tmp_path / "checkpoints" / "step-00000010").mkdir()
-        run.freeze("batches.json", {"17x64x64": 4, "1x64x64": 16}, "clips a step")
+        run.freeze("batches.json", {"17x64x64": 4, "1x64x64": 16}, "clips a step", "set batch sizes and data back")
         for other in ({"17x64x64": 4, "1x64x64": 8}, {"17x64x64": 4}):
             with pytest.raises(UserError, match=r"clips a step of 1x64x64: (8|None), but run_dir .* with 16"):
-                run.freeze("batches.json", other, "clips a step")
+                run.freeze("batches.json", other, "clips a step", "set batch sizes and data back")
     assert json.loads((tmp_path / "batches.json").read_text()) == {"17x64x64": 4, "1x64x64": 16}
 
 

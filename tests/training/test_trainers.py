@@ -27,7 +27,8 @@ from videodit.flow.noise_level import GIVEN_BELOW, NoiseLevelConfig
 from videodit.models.level_error import KNOTS
 from videodit.training.checkpoint import load_latest, read_full
 from videodit.training.dit_config import DiTRunConfig, follow_latents
-from videodit.training.dit_trainer import build_model, make_noisy, train_dit
+from videodit.training.dit_model import build_model
+from videodit.training.dit_trainer import make_noisy, train_dit
 from videodit.training.export import export_run
 from videodit.training.optim import OptimConfig
 from videodit.training.run import TrainingRun

@@ -2,7 +2,6 @@
 reproduces it.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.errors import UserError, user_error
 from videodit.generation.pipeline import TextToVideo
 from videodit.kernels.choice import choose_kernels
+from videodit.models.folder import weights_sha256
 
 OPTIONS = ("num_frames", "height", "width", "num_steps", "guidance_scale", "sampler")  # the model's own where None
 
@@ -95,7 +95,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
     options = {name: getattr(config, name) for name in OPTIONS}
     used = {name: getattr(pipe.defaults, name) if value is None else value for name, value in options.items()}
     fps = config.fps if config.fps is not None else pipe.defaults.fps
-    made_by: dict[str, Any] = {"model": config.model, "weights_sha256": _weights_sha256(Path(config.model))}
+    made_by: dict[str, Any] = {"model": config.model, "weights_sha256": weights_sha256(Path(config.model))}
     made_by |= {"batch_size": config.batch_size, "dtype": dtype, "device": str(device), "torch": torch.__version__}
     suffix = "npy" if pipe.statistics else "mp4"
     paths = [out / f"{index:05d}-{_slug(prompt)}.{suffix}" for index, prompt in enumerate(prompts)]
@@ -126,16 +126,6 @@ def _write_clip(path: Path, clip: np.ndarray, fps: float) -> None:
     if path.suffix == ".npy":
         write_npy(path, clip)
     write_mp4(path.with_suffix(".mp4"), preview(clip), fps)
-
-
-def _weights_sha256(model: Path) -> str:
-    """Of all weight files of a model folder, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(model.glob("*/*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _is_made(path: Path, record: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """One model, one folder: config.json beside model.safetensors."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -95,6 +96,21 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or damaged ({error}): copy it or export the run again") from None
+
+
+def weights_sha256(folder: Path, part: str = "*") -> str:
+    """Of the weight files of a model folder, in the order of their names.
+
+    Args:
+        folder: of the model.
+        part: one of its folders, or all of them.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(f"{part}/*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_readme(folder: str | Path, verb: str, facts: dict[str, Any]) -> None:

@@ -23,21 +23,24 @@ SMALL = 100_000
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of trainable parameters.
+    """Numbers of parameters.
 
     Attributes:
-        total: all of them.
-        small: those in tensors of `SMALL` elements at most.
+        total: all trainable ones.
+        small: those of them in tensors of `SMALL` elements at most.
+        frozen: the others.
     """
 
     total: int
     small: int
+    frozen: int = 0
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Of a model on any device, meta too."""
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    return ParameterCount(sum(sizes), sum(size for size in sizes if size <= SMALL))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return ParameterCount(sum(sizes), sum(size for size in sizes if size <= SMALL), frozen)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -126,7 +129,7 @@ def activation_bytes(
 
 def live_bytes(model: nn.Module, run: Callable[[nn.Module], None]) -> int:
     """Most bytes that a pass holds at once, beside the weights and their gradients, on the model's device."""
-    for parameter in model.parameters():
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.grad = torch.zeros_like(parameter)  # counted apart
     with LiveBytes() as live:
         live.ignore(tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None)

@@ -50,7 +50,7 @@ def rank_memory(
     """What one rank holds between the backward pass and the optimizer step.
 
     Args:
-        parameters: trainable ones.
+        parameters: of the module; frozen ones have weights and nothing else.
         activations: bytes, see `footprint.activation_bytes`.
         zero_stage: 0 to 3.
         ranks: that share the run.
@@ -64,15 +64,17 @@ def rank_memory(
     part = total / ranks
     reducing = BUCKET_BYTES if ranks > 1 else 0
     moments = 8 if not muon or bf16 or zero_stage != 1 else 12
+    frozen = parameters.frozen
     if zero_stage == 0:
         # No master weights of its own; rank 0 holds the averages for all.
-        return Memory(4.0 * total, 4.0 * total, 8.0 * total, 4.0 * ema_profiles * total, activations)
+        return Memory(4.0 * (total + frozen), 4.0 * total, 8.0 * total, 4.0 * ema_profiles * total, activations)
     optimizer, ema = (4.0 + moments) * part, 4.0 * ema_profiles * part
     if zero_stage == 3:
         whole = parameters.small + min(total - parameters.small, GATHERED) if ranks > 1 else 0
-        weights = size * (part + whole)
+        gathered = min(frozen, GATHERED - min(whole, GATHERED)) if ranks > 1 else 0
+        weights = size * (part + whole + frozen / ranks + gathered)
         return Memory(weights, 4.0 * part + reducing, optimizer, ema, activations)
     if zero_stage == 2:
-        return Memory(size * total, 4.0 * part, optimizer, ema, activations)
+        return Memory(size * (total + frozen), 4.0 * part, optimizer, ema, activations)
     gradients = (4.0 + 2.0) * total if bf16 else 4.0 * total
-    return Memory(size * total, gradients + reducing, optimizer, ema, activations)
+    return Memory(size * (total + frozen), gradients + reducing, optimizer, ema, activations)

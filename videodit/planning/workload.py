@@ -15,6 +15,7 @@ from videodit.data.latents import read_manifest
 from videodit.errors import UserError
 from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import VideoDiT
+from videodit.models.lora import add_lora
 from videodit.models.text import ByteTextEncoder
 from videodit.models.vae import VAEConfig, VideoVAE
 from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
@@ -68,9 +69,9 @@ class DiTWorkload:
 
     def parameters(self) -> ParameterCount:
         with torch.device("meta"):
-            parts: list[nn.Module] = [VideoDiT(self.config.model)]
+            parts: list[nn.Module] = [self._build("none")]
             if not self.config.text_encoder:
-                parts.append(ByteTextEncoder(self.config.text))
+                parts.append(ByteTextEncoder(self.config.text).requires_grad_(not self.config.lora.rank))
         return count_parameters(nn.ModuleList(parts))
 
     def tokens(self, bucket: Bucket) -> int:
@@ -87,6 +88,9 @@ class DiTWorkload:
     def _build(self, policy: str) -> nn.Module:
         model = VideoDiT(self.config.model)
         model.checkpointing = policy
+        if self.config.lora.rank:
+            model.requires_grad_(False)
+            add_lora(model.blocks, self.config.lora)
         return model
 
     def _pass(self, bucket: Bucket) -> Callable[[nn.Module], None]:

@@ -158,8 +158,9 @@ def read_buffers(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def load_average(module: torch.nn.Module, checkpoint: Checkpoint, ema: int = 0) -> None:
-    """Fills a module with one of the averages and its buffers, and sets it to evaluation mode."""
-    module.load_state_dict({**read_full(checkpoint, f"ema{ema}"), **read_buffers(checkpoint)})
+    """Fills a module's trainable weights with one of the averages, and its buffers, and sets it to evaluation mode."""
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    module.load_state_dict({**frozen, **read_full(checkpoint, f"ema{ema}"), **read_buffers(checkpoint)})
     module.eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from videodit.kernels.choice import KERNELS
 from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import DiTConfig
 from videodit.models.folder import WEIGHTS_NAME, load_config
+from videodit.models.lora import LoRAConfig
 from videodit.models.text import ByteTextConfig
 from videodit.models.vae_folder import load_vae
 from videodit.training.run import RunConfig
@@ -35,6 +36,8 @@ class DiTRunConfig(RunConfig):
     """shape of the DiT; in_channels and text_dim follow the latents and the text encoder"""
     init: str | None = None
     """model folder that training starts from, as export or import writes it; model.*, text.* and flow.* follow it"""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """train low-rank updates of init's layers instead of all weights; the export has them in the weights"""
     text: ByteTextConfig = field(default_factory=ByteTextConfig)
     """byte-level text encoder, trained with the DiT; not used where the latents have text embeddings"""
     text_encoder: str | None = None
@@ -80,6 +83,10 @@ class DiTRunConfig(RunConfig):
             raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
         if not 0 <= self.late_share <= 1:
             raise ValueError(f"late_share {self.late_share} is no share: use a number from 0 to 1")
+        if self.lora.rank and not self.init:
+            raise ValueError(
+                f"lora.rank {self.lora.rank} needs a model to fine-tune: give --init MODEL, or lora.rank 0"
+            )
         if self.sequence_parallel < 1:
             raise ValueError(f"sequence_parallel {self.sequence_parallel} is below 1: use 1 for none")
         if self.checkpointing not in (*POLICIES, "auto"):

@@ -1,9 +1,7 @@
 """`videodit train dit`: the text-to-video DiT on latents, with its own text encoder or a frozen one's embeddings."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,66 +18,19 @@ from videodit.flow.noise_level import NoiseLevelConfig, frame_levels, frames_to_
 from videodit.flow.path import interpolate, target
 from videodit.generation.pipeline import TextToVideo
 from videodit.kernels.choice import choose_kernels
-from videodit.models.dit import DiTConfig, VideoDiT
-from videodit.models.dit_block import DiTBlock
-from videodit.models.folder import read_weights
-from videodit.models.initialise import whole
-from videodit.models.level_error import LevelError
-from videodit.models.text import ByteTextEncoder, TextEncoder, TextFeatures
+from videodit.models.dit import DiTConfig
+from videodit.models.text import TextEncoder, TextFeatures
 from videodit.models.text_prompts import EncodedPrompts
-from videodit.models.text_to_video import TextToVideoModel
-from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.token_layout import WHOLE, TokenLayout
 from videodit.models.vae_folder import load_vae
 from videodit.parallel.mesh import Mesh, World, make_mesh
 from videodit.parallel.sequence import split_layout
 from videodit.planning.machines import device_memory
 from videodit.planning.plan import choose_checkpointing
-from videodit.training.checkpoint import Checkpoint, load_average
 from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.dit_model import build_model, compile_blocks, fine_tuned, frozen_facts, frozen_text_encoder
 from videodit.training.engine import sharded_construction
 from videodit.training.run import TrainingRun, micro_batch_tokens, open_world, run_dtype
-
-
-def build_model(config: DiTRunConfig) -> TextToVideoModel:
-    """The module of a run with fresh weights; without text_encoder if that is frozen."""
-    encoder = None if config.text_encoder else ByteTextEncoder(config.text)
-    level_error = LevelError() if config.weighting == "learned" else None
-    return TextToVideoModel(VideoDiT(config.model), encoder, level_error)
-
-
-def compile_blocks(dit: VideoDiT, *, exchanging: bool = False, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compiles each block where it stands, as one graph; blocks of a kind share it.
-
-    Args:
-        dit: its blocks are compiled when they first run.
-        exchanging: whether ranks share a clip's tokens: full attention then exchanges them in the middle of a block,
-            which may be two graphs.
-        backend: of torch.compile.
-    """
-    for block in cast("Iterable[DiTBlock]", dit.blocks):
-        block.compile(fullgraph=not (exchanging and block.kind == "f"), backend=backend)
-
-
-@torch.no_grad()
-def load_init(model: TextToVideoModel, folder: str) -> None:
-    """Fills the DiT, and a text encoder that is trained with it, with a model folder's weights.
-
-    Raises:
-        UserError: if the folder is not whole, or its weights do not fit its config.
-    """
-    for name in ("dit", "text_encoder"):
-        part = getattr(model, name)
-        if part is None:
-            continue
-        weights = read_weights(Path(folder) / name)
-        own = dict(part.named_parameters())
-        if weights.keys() != own.keys():
-            odd = sorted(weights.keys() ^ own.keys())[0]
-            raise UserError(f"{Path(folder) / name} does not fit its config.json: {odd}; export the run again")
-        for key, parameter in own.items():
-            with whole(parameter):
-                parameter.copy_(weights[key])
 
 
 def train_dit(config: DiTRunConfig) -> Path:
@@ -109,14 +60,15 @@ def train_dit(config: DiTRunConfig) -> Path:
             patch=config.model.patch_size[1:],
         )
         with sharded_construction(config.zero_stage, world):
-            model = build_model(config)
-            if config.init:
-                load_init(model, config.init)
+            model = fine_tuned(build_model(config), config)
         text_encoder = model.text_encoder or _read_prompts(config, world)
         model.dit.checkpointing = _checkpointing(config, world)
         if config.compile:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)
+        if config.lora.rank:
+            facts = frozen_facts(config) if world.is_main else {}
+            run.folder.freeze("frozen.json", facts, "the value", "set it back")
         run.accept(loader.batch_sizes)
         steps = loader.iterate(run.step + 1)
         while run.running:
@@ -140,35 +92,6 @@ def train_dit(config: DiTRunConfig) -> Path:
                 _draw_samples(run, config, text_encoder)
         run.save()
     return Path(config.run_dir)
-
-
-def export_dit(config: DiTRunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
-    """Writes the model folder of a run: averaged weights of DiT and text encoder (or where it lies), and the VAE.
-
-    Args:
-        config: of the run, as its folder has it.
-        checkpoint: of the run.
-        out: folder to write.
-        ema: which average.
-    """
-    model = build_model(config)
-    load_average(model, checkpoint, ema)
-    assert config.vae is not None  # a run's own config has it
-    vae = load_vae(config.vae)
-    text_encoder = model.text_encoder or frozen_text_encoder(config)
-    TextToVideo(model, vae, text_encoder, config.flow, config.sampling).save_pretrained(out)
-
-
-def frozen_text_encoder(
-    config: DiTRunConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> TransformersTextEncoder:
-    """The encoder that made the latents' embeddings, for prompts.
-
-    Raises:
-        UserError: if its folder is gone.
-    """
-    assert config.text_encoder is not None  # a run without one has its own in the model
-    return TransformersTextEncoder(config.text_encoder, config.text_max_length, device, dtype)
 
 
 def batch_text(batch: LatentBatch, run: TrainingRun) -> list[str] | TextFeatures:

@@ -101,7 +101,7 @@ class Engine:
         self._config, self._world, self._max_steps = optim, world, max_steps
         module.to(world.device)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        for p in named.values():
+        for p in module.parameters():
             p.data = p.data.contiguous()  # slices are views of the flattened weight
             if hasattr(p, "ds_tensor"):  # built in parts, see sharded_construction
                 p.data, p.ds_tensor.data = p.data.to(self.dtype), p.ds_tensor.data.to(self.dtype)

@@ -10,7 +10,7 @@ from videodit.errors import UserError
 from videodit.models.folder import write_readme
 from videodit.training.checkpoint import load_latest
 from videodit.training.dit_config import DiTRunConfig
-from videodit.training.dit_trainer import export_dit
+from videodit.training.dit_model import export_dit
 from videodit.training.vae_trainer import VAERunConfig, export_vae
 
 

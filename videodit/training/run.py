@@ -143,7 +143,8 @@ class TrainingRun:
         Raises:
             UserError: on every rank, if the batches are not those that the run began with.
         """
-        self.folder.freeze("batches.json", {name: size.total for name, size in sizes.items()}, "clips a step")
+        clips = {name: size.total for name, size in sizes.items()}
+        self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back")
         self.folder.accept_config()
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:

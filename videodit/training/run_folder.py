@@ -69,13 +69,14 @@ class RunFolder:
         if self._is_main:
             _write_config(self.path, self._config_text)
 
-    def freeze(self, name: str, values: Mapping[str, Any], what: str) -> None:
+    def freeze(self, name: str, values: Mapping[str, Any], what: str, fix: str) -> None:
         """Writes values that must not change while the run goes on. Call on every rank.
 
         Args:
             name: of the file, JSON.
-            values: what to keep.
+            values: what to keep; rank 0's count.
             what: the values' name in messages.
+            fix: what to do where they differ, in messages.
         Raises:
             UserError: on every rank, if the run has checkpoints and began with others.
         """
@@ -88,7 +89,7 @@ class RunFolder:
                 key, before, after = changed[0]
                 problem = (
                     f"{what} of {key.lstrip('.')}: {after}, but run_dir {self.path} was trained with {before}: "
-                    "set batch sizes and data back, or choose another run_dir"
+                    f"{fix}, or choose another run_dir"
                 )
             else:
                 temp = file.with_suffix(".tmp")
