@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from videodit.data.buckets import Bucket, Grouping, group, parse_bucket
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.decoded_cache import DecodedCache, decoded_bytes
 from videodit.data.field import read_window
+from videodit.data.frame_reader import READERS, frame_reader
 from videodit.data.ingest_record import read_statistics
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_rng
@@ -40,6 +42,8 @@ class DataConfig:
     """Frames per second: every n-th frame is taken, with the n that comes nearest. None keeps every clip's own rate."""
     random_crop: bool = True
     """Draw the window in time and the crop anew each epoch; otherwise the middle, always. Encoding takes the middle."""
+    reader: str = "av"
+    """What decodes videos: av, or decord, which gives the same frames of clips that ingest wrote."""
     num_workers: int = 0
     """Processes that decode ahead, per rank; 0 decodes in the training process."""
     prefetch: int = 2
@@ -56,6 +60,8 @@ class DataConfig:
             parse_bucket(text, multiple=1)
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"data.fps {self.fps} must be above 0, or null to keep every clip's own rate")
+        if self.reader not in READERS:
+            raise ValueError(f"data.reader {self.reader!r} is not one of {', '.join(READERS)}")
         check_workers(self.num_workers, self.prefetch)
 
 
@@ -123,6 +129,7 @@ class ClipReader:
             here, there = ("videos" if n is None else f"fields of {n} channels" for n in (channels, known))
             raise UserError(f"{shards.root} holds {here}, the model reads {there}: give it the clips that it is for")
         self._channels = channels or 3
+        self._video_reader = frame_reader(config.reader)
         metas = [entry.meta for entry in shards.entries]
         self._shapes = [
             (int(meta.get("num_frames", 0)), int(meta.get("height", 0)), int(meta.get("width", 0)), self._channels)
@@ -195,17 +202,19 @@ class ClipReader:
             part = crop(values[::stride], bucket.height, bucket.width, rng)
             return torch.from_numpy(self.statistics.standardise(part))
         if self._cache is None:
-            frames = read_frames(self._pixels(index), start, stop)
+            frames = self._read(index, start, stop)
         else:
             whole = self._cache.get(index)
             if whole is None:
-                whole = read_frames(self._pixels(index))
+                whole = self._read(index)
                 self._cache.put(index, whole)
             frames = whole[start:stop]
         if len(frames) != stop - start:
             raise ValueError(f"it ends at frame {start + len(frames)}, the index says {self._shapes[index][0]}")
         return torch.from_numpy(resize_and_crop(frames[::stride], bucket.height, bucket.width, rng))
 
-    def _pixels(self, index: int) -> bytes:
+    def _read(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         members = self.shards.entries[index].members
-        return self.shards.read(index, next((ext for ext in CLIP_EXTENSIONS if ext in members), CLIP_EXTENSIONS[0]))
+        extension = next((ext for ext in CLIP_EXTENSIONS if ext in members), CLIP_EXTENSIONS[0])
+        read = self._video_reader if extension == "mp4" else read_frames
+        return read(self.shards.read(index, extension), start, stop)
