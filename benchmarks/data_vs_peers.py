@@ -91,7 +91,7 @@ def ours(shards: ShardSet, bucket: str) -> Iterator[int]:
     config = DataConfig(shards=str(shards.root), buckets=[bucket], cache_decoded=False)
     loader = ClipLoader(config, seed=0, global_batch_size=1, micro_batch_size=1, multiple=2)
     for _, batches in islice(loader.iterate(), len(shards)):
-        assert batches[0].weight.item() == 1
+        assert batches[0].weight.item() == 1 and batches[0].clip().shape[2] == FRAMES
         yield 1
 
 

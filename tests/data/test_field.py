@@ -247,15 +247,15 @@ def test_windows_and_crops_are_parts_of_the_field(tmp_path: Path, workers: int) 
     steps, corners = loader.iterate(), set()
     for _ in range(6):
         (batch,) = next(steps)[1]
-        assert batch.weight.tolist() == [1, 1] and batch.clip.dtype == torch.float32
-        found = np.rint(statistics.restore(batch.clip).numpy()).astype(int)  # b t h w c
+        assert batch.weight.tolist() == [1, 1] and batch.frames.dtype == torch.float32
+        found = np.rint(statistics.restore(batch.clip()).numpy()).astype(int)  # b t h w c
         for clip in found:
             corner = clip[0, 0, 0]
             assert np.array_equal(clip - corner, places(5, 8, 16) * (2, 1, 1))
             corners.add(tuple(corner))
     assert len(corners) > 6  # drawn anew
     middle = next(clips_in_order(config, shards, 2, multiple=8, statistics=statistics))
-    first = np.rint(statistics.restore(middle.clip).numpy()).astype(int)[:, 0, 0, 0]
+    first = np.rint(statistics.restore(middle.clip()).numpy()).astype(int)[:, 0, 0, 0]
     assert sorted(map(tuple, first)) == [(1, 4, 4), (15, 6, 1)]
 
 

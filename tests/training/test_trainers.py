@@ -367,7 +367,7 @@ def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path
     )  # fmt: skip
     _, (batch,) = next(loader.iterate(1))
     with torch.no_grad():
-        codes = vae.encode(batch.clip)
+        codes = vae.encode(batch.clip())
     axes = (0, 2, 3, 4)
     torch.testing.assert_close(codes.mean(axes), torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(codes.std(axes, correction=0), torch.ones(4), rtol=1e-3, atol=0)

@@ -6,7 +6,9 @@ One Request is one micro batch and one task of a worker. Results come back in or
 nothing but time.
 """
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader
 from videodit.data.buckets import Bucket
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_unit
+from videodit.data.transforms import to_model_range
 from videodit.errors import UserError
 
 MAX_CONSECUTIVE_FAILURES = 100
@@ -51,8 +54,12 @@ class Batch:
 class ClipBatch(Batch):
     """A micro batch of pixels or fields."""
 
-    clip: Tensor
-    """(b, c, t, h, w) float32 in [-1, 1], or standardised; rows of weight 0 are black, or zeros."""
+    frames: Tensor
+    """(b, t, h, w, c) uint8, or of fields standardised float32; rows of weight 0 are zeros."""
+
+    def clip(self, device: torch.device | str = "cpu") -> Tensor:
+        """(b, c, t, h, w) float32 in [-1, 1], or standardised, as models see it; the device does the conversion."""
+        return to_model_range(self.frames.to(device))
 
 
 @dataclass(kw_only=True)
@@ -158,7 +165,19 @@ def read_all(reader: RowReader, requests: Iterable[Request], num_workers: int, p
         multiprocessing_context="fork",
         generator=torch.Generator(),  # else torch would draw from the global generator of the run
     )
-    yield from loader
+    rows = iter(loader)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # exit handlers run from the last to the first: before those of torch
+    yield from rows
+
+
+def _end_workers() -> None:
+    """At the end of a process that failed: its traceback still holds the loader, and Python would ask the workers to
+    end, by a signal that they ignore, and wait for them for ever.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _as_it_is(rows: Any) -> Any:

@@ -32,7 +32,6 @@ from videodit.data.latent_reader import LatentDataConfig, LatentReader
 from videodit.data.order import PADDING, GlobalOrder, StepPlan, deal, num_micro_batches
 from videodit.data.randomness import batch_digest
 from videodit.data.shards import ShardSet
-from videodit.data.transforms import to_model_range
 from videodit.errors import UserError
 
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -250,7 +249,7 @@ def _latent_batch(rows: Rows, fields: dict[str, Any]) -> LatentBatch:
 
 
 def _clip_batch(rows: Rows, fields: dict[str, Any]) -> ClipBatch:
-    return ClipBatch(clip=to_model_range(rows.tensors["clip"]), **fields)
+    return ClipBatch(frames=rows.tensors["clip"], **fields)
 
 
 def clips_in_order(

@@ -99,7 +99,7 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
             config.data, shards, config.batch_size, multiple=config.multiple, statistics=statistics
         )
         for batch in batches:
-            posterior = vae.posterior(batch.clip.to(device))
+            posterior = vae.posterior(batch.clip(device))
             captions = [shards.captions(index) if weight else [] for index, weight in zip(batch.ids, batch.weight)]
             text = embed_captions(text_encoder, captions)
             for row, index in enumerate(batch.ids):

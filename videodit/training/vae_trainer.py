@@ -118,9 +118,9 @@ def train_vae(config: VAERunConfig) -> Path:
             total = run.total_weight(batches)
             sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
             for batch in batches:
-                shape = config.model.latent_shape(*batch.clip.shape[2:])
+                shape = config.model.latent_shape(*batch.bucket)
                 noise = sample_noise(config.seed, batch.epoch, batch.keys, shape, "posterior")
-                loss, squared = run.engine(batch.clip.to(world.device), noise.to(world.device))
+                loss, squared = run.engine(batch.clip(world.device), noise.to(world.device))
                 weight = batch.weight.to(loss.device) / total
                 run.engine.backward((weight * loss).sum())
                 sums["loss"] += (weight * loss).sum().detach().cpu()
@@ -186,7 +186,7 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
     statistics, multiple = ChannelStatistics.of_vae(vae.config), vae.config.spatial_compression
     shards = ShardSet.open(data.shards)
     for batch in clips_in_order(data, shards, batch_size, multiple=multiple, statistics=statistics):
-        mean = vae.encode(batch.clip[batch.weight > 0].to(device)).double().cpu()
+        mean = vae.encode(batch.clip(device)[batch.weight > 0]).double().cpu()
         total += mean.sum(dim=(0, 2, 3, 4))
         total_square += mean.square().sum(dim=(0, 2, 3, 4))
         positions += mean.numel() // channels
@@ -204,7 +204,7 @@ def _first_clips(config: VAERunConfig, shards: str, count: int) -> Tensor:
     statistics, multiple = ChannelStatistics.of_vae(config.model), config.model.spatial_compression
     batches = clips_in_order(data, ShardSet.open(shards), count, multiple=multiple, statistics=statistics)
     batch = next(iter(batches))
-    clips = batch.clip[batch.weight > 0]
+    clips = batch.clip()[batch.weight > 0]
     if not len(clips):
         raise UserError(f"{shards} has no readable clip among its first {count}: check the shards")
     return clips
