@@ -138,7 +138,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             run.finish_step(sums, digest=loader.digest(plan), tokens=tokens)
             if run.time_to_sample() and text_encoder and config.prompts:
                 _draw_samples(run, config, text_encoder)
-        run.save()
+        run.finish()
     return Path(config.run_dir)
 
 
