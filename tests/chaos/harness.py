@@ -1,6 +1,6 @@
 """Trainings that are killed at random moments and started again until they are done.
 
-    python -m tests.chaos.harness OUT [--kills 50] [--ranks 1 2] [--real] [--seed 0]
+    python -m tests.chaos.harness OUT --real --kills 50 --steps 30
 
 Each run has to end with the weights and figures of one that nobody disturbed. Kills go on, over as many runs as it
 takes, until there are enough; OUT/report.json counts them. What a run was doing when it was hit is read from its
@@ -55,12 +55,12 @@ class Moment:
 class Run:
     """A run folder under attack."""
 
-    def __init__(self, folder: Path, latents: Path, steps: int, save_every: int) -> None:
+    def __init__(self, folder: Path, latents: Path, steps: int, save_every: int, *more: str) -> None:
         self.folder, self.save_every = folder, save_every
         options = [f"--run_dir={folder}", f"--data.shards={latents}", f"--max_steps={steps}", "--sample_every=4"]
         options += [f"--save_every={save_every}", "--global_batch_size=4", "--micro_batch_size=2", '--prompts=["a"]']
         options += ["--data.num_workers=1", "--optim.name=adamw", "--dtype=fp32"]
-        self.arguments = ["train", "dit", *options, *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS]
+        self.arguments = ["train", "dit", *options, *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS, *more]
 
     def lines(self) -> list[str]:
         """Whole lines of metrics.jsonl."""
@@ -164,45 +164,70 @@ def check_end(run: Run, reference: Run, steps: int) -> None:
     assert_same(*states)
 
 
-def campaign(options: argparse.Namespace, latents: Path, ranks: int) -> dict[str, object]:
+@dataclass
+class Undisturbed:
+    """A run that nobody kills, and how long it took to its first step and from there to its end."""
+
+    run: Run
+    start_s: float
+    train_s: float
+
+    @classmethod
+    def make(cls, folder: Path, latents: Path, ranks: int, options: argparse.Namespace) -> "Undisturbed":
+        run = Run(folder, latents, options.steps, options.save_every)
+        log = folder.with_suffix(".log")
+        start = time.monotonic()
+        job = Job(run.arguments, ranks, log, fork=not options.real)
+        assert run.wait_for(Moment("step", 1, 0.0), job), log.read_text()[-3000:]
+        first = time.monotonic()
+        assert job.wait(LIMIT_S) == [0] * len(job.pids), log.read_text()[-3000:]
+        wait_for_no_descendants()
+        return cls(run, first - start, time.monotonic() - first)
+
+
+def campaign(
+    out: Path, latents: Path, ranks: int, options: argparse.Namespace, reference: Undisturbed
+) -> dict[str, object]:
     """Runs on so many ranks until there were enough kills: their figures."""
-    out: Path = options.out / f"ranks-{ranks}"
-    out.mkdir()
     begin = time.monotonic()
-    reference = Run(out / "reference", latents, options.steps, options.save_every)
-    start = time.monotonic()
-    job = Job(reference.arguments, ranks, out / "reference.log", fork=not options.real)
-    assert reference.wait_for(Moment("step", 1, 0.0), job), (out / "reference.log").read_text()[-3000:]
-    first = time.monotonic()
-    assert job.wait(LIMIT_S) == [0] * len(job.pids), (out / "reference.log").read_text()[-3000:]
-    wait_for_no_descendants()
-    times = (first - start, time.monotonic() - first)
     rng, hit, runs = random.Random(f"{options.seed} {ranks}"), Counter[str](), 0
     while (left := options.kills - hit.total()) > 0:
-        run = Run(out / f"run-{runs}", latents, options.steps, options.save_every)
+        run = Run(out / f"{ranks}-ranks-{runs}", latents, options.steps, options.save_every)
+        times = (reference.start_s, reference.train_s)
         hit += attack(run, ranks, rng, min(left, options.kills_a_run), times, not options.real)
-        check_end(run, reference, options.steps)
+        check_end(run, reference.run, options.steps)
         runs += 1
         print(f"{ranks} ranks: {hit.total()} kills, {runs} runs ended as undisturbed: {dict(hit)}", flush=True)
     return {"kills": hit.total(), "runs": runs, "hit": dict(hit), "seconds": time.monotonic() - begin}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder that must not exist")
-    parser.add_argument("--kills", type=int, default=5, help="for each number of ranks (default: %(default)s)")
-    parser.add_argument("--kills-a-run", type=int, default=8, help="at most (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="of each run (default: %(default)s)")
-    parser.add_argument("--save-every", type=int, default=2, help="steps (default: %(default)s)")
-    parser.add_argument("--real", action="store_true", help="start the command line, not forks of this process")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    options = parser.parse_args()
+def make_latents(folder: Path) -> Path:
+    """What the runs train on."""
+    return tiny.make_latents(folder / "latents", tiny.make_shards(folder / "clips"), tiny.make_vae(folder / "vae"))
 
+
+def parser() -> argparse.ArgumentParser:
+    """Of the options, with the short form's defaults."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("out", type=Path, help="folder that must not exist")
+    made.add_argument("--kills", type=int, default=3, help="for each number of ranks (default: %(default)s)")
+    made.add_argument("--kills-a-run", type=int, default=8, help="at most (default: %(default)s)")
+    made.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: %(default)s)")
+    made.add_argument("--steps", type=int, default=8, help="of each run (default: %(default)s)")
+    made.add_argument("--save-every", type=int, default=2, help="steps (default: %(default)s)")
+    made.add_argument("--real", action="store_true", help="start the command line, not forks of this process")
+    made.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    return made
+
+
+def main() -> None:
+    options = parser().parse_args()
     adopt_orphans()
-    data = options.out / "data"
-    latents = tiny.make_latents(data / "latents", tiny.make_shards(data / "clips"), tiny.make_vae(data / "vae"))
-    report = {f"ranks-{ranks}": campaign(options, latents, ranks) for ranks in options.ranks}
+    latents = make_latents(options.out / "data")
+    report = {}
+    for ranks in options.ranks:
+        reference = Undisturbed.make(options.out / f"{ranks}-ranks", latents, ranks, options)
+        report[f"{ranks} ranks"] = campaign(options.out, latents, ranks, options, reference)
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
