@@ -113,13 +113,14 @@ class Job:
 
     def codes(self) -> list[int] | None:
         """Exit codes of the ranks, or of torchrun; None while one is there."""
-        for pid in self.pids:
-            if pid not in self._codes:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if not ended:
-                    return None
+        for pid in set(self.pids) - self._codes.keys():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
                 self._codes[pid] = os.waitstatus_to_exitcode(status)
-        return [self._codes[pid] for pid in self.pids]
+                if self._codes[pid]:  # what torchrun does; a rank may wait for one that never came up
+                    for other in set(self.pids) - self._codes.keys():
+                        os.kill(other, signal.SIGTERM)
+        return [self._codes[pid] for pid in self.pids] if len(self._codes) == len(self.pids) else None
 
     def wait(self, limit_s: float) -> list[int]:
         """The exit codes; fails if they are not there in time."""
