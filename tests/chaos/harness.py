@@ -23,6 +23,7 @@ from videodit.training.checkpoint import Checkpoint, find_damage, folder_of, ste
 from videodit.training.run_folder import read_metrics
 
 LIMIT_S = 300.0
+SAMPLE_EVERY = 4
 ONE_ALONE = 0.25
 """Share of kills that hit one process only, a rank or a reader of data: the others have to end by themselves."""
 TIMES = ("perf/", "data/wait_s")
@@ -57,7 +58,12 @@ class Run:
 
     def __init__(self, folder: Path, latents: Path, steps: int, save_every: int, *more: str) -> None:
         self.folder, self.save_every = folder, save_every
-        options = [f"--run_dir={folder}", f"--data.shards={latents}", f"--max_steps={steps}", "--sample_every=4"]
+        options = [
+            f"--run_dir={folder}",
+            f"--data.shards={latents}",
+            f"--max_steps={steps}",
+            f"--sample_every={SAMPLE_EVERY}",
+        ]
         options += [f"--save_every={save_every}", "--global_batch_size=4", "--micro_batch_size=2", '--prompts=["a"]']
         options += ["--data.num_workers=1", "--optim.name=adamw", "--dtype=fp32"]
         self.arguments = ["train", "dit", *options, *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS, *more]
@@ -160,6 +166,8 @@ def check_end(run: Run, reference: Run, steps: int) -> None:
     assert [line["step"] for line in figures[0]] == list(range(1, steps + 1))
     assert figures[0] == figures[1]
     assert not run.hidden() and not list(run.folder.glob("*.tmp"))
+    samples = [{file.parent.name: file.read_bytes() for file in r.folder.glob("samples/*/*")} for r in (run, reference)]
+    assert samples[0] == samples[1] and len(samples[0]) == steps // SAMPLE_EVERY + bool(steps % SAMPLE_EVERY)
     states = [whole(Checkpoint.open(folder_of(r.folder, steps))) for r in (run, reference)]
     assert_same(*states)
 

@@ -117,7 +117,8 @@ class Job:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 self._codes[pid] = os.waitstatus_to_exitcode(status)
-                if self._codes[pid]:  # what torchrun does; a rank may wait for one that never came up
+                # What torchrun does: a rank may wait for one that never came up. One that was stopped has company.
+                if self._codes[pid] not in (0, 128 + signal.SIGTERM):
                     for other in set(self.pids) - self._codes.keys():
                         os.kill(other, signal.SIGTERM)
         return [self._codes[pid] for pid in self.pids] if len(self._codes) == len(self.pids) else None

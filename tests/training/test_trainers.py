@@ -208,6 +208,8 @@ def test_a_stop_while_sampling_breaks_it_off(latents: Path, tmp_path: Path) -> N
     train_dit(config)
     train_dit(replace(config, run_dir=str(tmp_path / "straight")))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    samples = [sorted(path.parent.name for path in run.glob("samples/*/*.mp4")) for run in tmp_path.iterdir()]
+    assert samples == [["step-00000003", "step-00000006"]] * 2  # those that were broken off came first
     straight, resumed = load_latest(tmp_path / "straight"), load_latest(tmp_path / "run")
     assert straight is not None and resumed is not None
     assert_same(whole(straight), whole(resumed))
@@ -232,6 +234,28 @@ def test_a_stop_between_steps_comes_before_the_next(
     assert stopped.value.code == 143
     assert steps_in(tmp_path / "run") == ([2] if during == "evaluation" else [])
     assert not (tmp_path / "run/model").exists()
+
+
+def test_held_out_figures_that_were_cut_are_measured_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = vae_config(tmp_path / "run", shards, eval_shards=str(shards), sample_every=2, save_every=2)
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # After the figures' line, before the clips beside them.
+    for owner, name in ((vae_trainer, "write_mp4"), (vae_trainer, "psnr")):
+        with monkeypatch.context() as injected, pytest.raises(KeyboardInterrupt):
+            injected.setattr(owner, name, cut)
+            train_vae(config)
+        assert len(metrics(tmp_path / "run")) == 2
+    train_vae(config)
+    measured = [line["step"] for line in read_metrics(tmp_path / "run") if "eval/psnr_db" in line]
+    assert measured == [2, 4, 6]
+    assert sorted(path.name for path in (tmp_path / "run/samples").glob("*.mp4")) == [
+        f"step-0000000{step}.mp4" for step in measured
+    ]
 
 
 def test_a_full_disk_does_not_stop_training(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,8 @@ def train_dit(config: DiTRunConfig) -> Path:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)
         run.accept(loader.batch_sizes)
+        if run.evaluation_was_cut() and text_encoder and config.prompts:
+            _draw_samples(run, config, text_encoder)
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)

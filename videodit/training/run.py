@@ -146,7 +146,8 @@ class TrainingRun:
         if found is not None:
             found.restore(self.engine, self.ema)
             self.step = self.saved_step = found.step
-        self.folder.cut_metrics(self.step)
+        self._evaluation_due = self.time_to_sample() and self.folder.evaluated_step() < self.step
+        self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due)
         self.meter = StepMeter(self.world.device, self.world.size)
 
     def accept(self, sizes: Mapping[str, BatchSize]) -> None:
@@ -179,6 +180,7 @@ class TrainingRun:
             SystemExit: as `finish_step`, if a rank was told to stop since the last step.
         """
         self.meter.data_ready()
+        self._note_evaluated()
         weight = torch.stack([batch.weight.sum() for batch in batches]).sum()
         total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
         if stop:
@@ -229,7 +231,17 @@ class TrainingRun:
 
     def time_to_sample(self) -> bool:
         """Whether samples are due at the current step."""
-        return bool(self.config.sample_every) and (self.step % self.config.sample_every == 0 or not self.running)
+        return bool(self.config.sample_every and self.step) and (
+            self.step % self.config.sample_every == 0 or not self.running
+        )
+
+    def evaluation_was_cut(self) -> bool:
+        """Whether a run that goes on was ended in the samples or held-out figures of its step: then make them again."""
+        return self._evaluation_due
+
+    def _note_evaluated(self) -> None:
+        if self.time_to_sample():
+            self.folder.note_evaluated(self.step)
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -272,18 +284,19 @@ class TrainingRun:
         self.meter.restart()
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is written.
+        """Ends a run whose steps are done: waits until the last checkpoint is written.
 
         Raises:
             UserError: if that of the last step cannot be; before, training goes on without.
         """
         self._report(self.writer.wait())
+        self._note_evaluated()
 
     def _leave(self) -> NoReturn:
         """Ends the run between two steps, on every rank, with a checkpoint if a step was ever made."""
         if self.step:
             self.save()
-        self.finish()
+        self._report(self.writer.wait())
         raise SystemExit(self._stop.exit_code)
 
     def _report(self, written: Written | None) -> None:
@@ -310,7 +323,7 @@ class TrainingRun:
             self.writer.abandon()
             return
         try:
-            self.finish()
+            self._report(self.writer.wait())
         except Exception as error:  # what ended the run is to be told, not this
             warnings.warn(f"the last checkpoint was not written: {error}", stacklevel=2)
 

@@ -112,6 +112,8 @@ def train_vae(config: VAERunConfig) -> Path:
         )
         run.accept(loader.batch_sizes)
         held_out = None if config.eval_shards is None else _first_clips(config, config.eval_shards, config.eval_clips)
+        if run.evaluation_was_cut() and held_out is not None:
+            _reconstruct(run, held_out, fps=8.0)
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)
