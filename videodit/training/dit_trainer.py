@@ -70,6 +70,8 @@ def train_dit(config: DiTRunConfig) -> Path:
             facts = frozen_facts(config) if world.is_main else {}
             run.folder.freeze("frozen.json", facts, "the value", "set it back")
         run.accept(loader.batch_sizes)
+        if run.evaluation_was_cut() and text_encoder and config.prompts:
+            _draw_samples(run, config, text_encoder)
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)
@@ -90,7 +92,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             run.finish_step(sums, digest=loader.digest(plan), tokens=tokens)
             if run.time_to_sample() and text_encoder and config.prompts:
                 _draw_samples(run, config, text_encoder)
-        run.save()
+        run.finish()
     return Path(config.run_dir)
 
 

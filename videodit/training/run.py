@@ -1,12 +1,12 @@
 """A training run without its model: processes, run folder, engine, averages, checkpoints, tracker, console."""
 
-import os
-import signal
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,14 +16,16 @@ from videodit.data.batch_sizes import BatchBy, BatchSize
 from videodit.data.batches import Batch
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
-from videodit.parallel.mesh import World, all_reduce_sum, any_rank, init_process, shutdown
+from videodit.parallel.mesh import World, all_reduce_sum, init_process, shutdown
 from videodit.progress import Progress
-from videodit.training import checkpoint
+from videodit.training.checkpoint import load_latest
+from videodit.training.checkpoint_writer import CheckpointWriter, Written
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, check_combination
 from videodit.training.meters import StepMeter
 from videodit.training.optim import OptimConfig
 from videodit.training.run_folder import RunFolder
+from videodit.training.stop import StopRequest
 from videodit.training.tracker import Tracker, TrackerConfig
 
 
@@ -52,7 +54,9 @@ class RunConfig:
     save_every: int = 500
     """steps between checkpoints"""
     keep_last: int = 2
-    """checkpoints kept"""
+    """checkpoints kept, the newest ones"""
+    keep_every: int = 0
+    """checkpoints of steps that this divides are kept too; 0 for none"""
     sample_every: int = 500
     """steps between samples or reconstructions; 0 for none"""
     ema_profiles: tuple[float, ...] = (0.05, 0.10)
@@ -68,8 +72,15 @@ class RunConfig:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1: use a positive number")
-        if self.sample_every < 0:
-            raise ValueError(f"sample_every {self.sample_every} is negative: use 0 for no samples")
+        for name, things in (("sample_every", "samples"), ("keep_every", "checkpoints beside the newest")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} is negative: use 0 for no {things}")
+        if self.keep_every % self.save_every:
+            nearest = max(round(self.keep_every / self.save_every), 1) * self.save_every
+            raise ValueError(
+                f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: "
+                f"the nearest is {nearest}"
+            )
         if not self.ema_profiles:
             raise ValueError("ema_profiles is empty: give at least one width, for example 0.05")
         check_combination(self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim)
@@ -80,12 +91,14 @@ class TrainingRun:
 
     engine: Engine
     ema: PowerEMA
+    writer: CheckpointWriter
 
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
         self._tracker = tracker
-        self._stop_signal = 0  # that asked to stop; the exit code is 128 more: schedulers requeue on SIGTERM's 143
+        self._stop = StopRequest(world.is_main)
+        self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, enabled=world.is_main)
 
     @classmethod
@@ -103,19 +116,18 @@ class TrainingRun:
         with RunFolder.open(config.run_dir, config_text, world) as folder:
             tracker = Tracker(config.tracker, folder.path, to_dict(config), world)
             run = cls(config, world, folder, tracker)
-            old_handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, run.request_stop)}
-            # A shell that starts a job in the background has it ignore Ctrl-C: leave that as it is.
-            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-                old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, run.request_stop)
             try:
-                with run._progress:
-                    yield run
+                with run._stop.listening():
+                    try:
+                        with run._progress:
+                            yield run
+                    except BaseException as error:
+                        run._end_writing(at_once=isinstance(error, KeyboardInterrupt))
+                        raise
             finally:
-                for number, handler in old_handlers.items():
-                    signal.signal(number, handler)
                 tracker.finish()
-        if run._stop_signal:  # asked for after the last step
-            raise SystemExit(128 + run._stop_signal)
+        if run._stop:  # asked for after the last step
+            raise SystemExit(run._stop.exit_code)
 
     def start(self, module: nn.Module) -> None:
         """Puts the module into the engine, and the newest checkpoint, if there is one, into both."""
@@ -128,11 +140,14 @@ class TrainingRun:
             max_steps=self.config.max_steps,
         )
         self.ema = PowerEMA(self.engine.slices(), self.config.ema_profiles)
-        found = checkpoint.load_latest(self.folder.path)
+        keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
+        self.writer = CheckpointWriter(self.folder.path, self.engine, self.ema, **keep)
+        found = load_latest(self.folder.path, self.engine.shapes)
         if found is not None:
             found.restore(self.engine, self.ema)
             self.step = self.saved_step = found.step
-        self.folder.cut_metrics(self.step)
+        self._evaluation_due = self.time_to_sample() and self.folder.evaluated_step() < self.step
+        self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due)
         self.meter = StepMeter(self.world.device, self.world.size)
 
     def accept(self, sizes: Mapping[str, BatchSize]) -> None:
@@ -142,10 +157,13 @@ class TrainingRun:
             sizes: of batches, by bucket; a run that goes on must see the same ones.
         Raises:
             UserError: on every rank, if the batches are not those that the run began with.
+            SystemExit: if a rank was told to stop.
         """
         clips = {name: size.total for name, size in sizes.items()}
         self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back")
         self.folder.accept_config()
+        if self._stop.on_any_rank():  # before the wait for data
+            self._leave()
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """A batch's tensor on the run's device, in the number format of its weights."""
@@ -157,12 +175,21 @@ class TrainingRun:
         return self.step < self.config.max_steps
 
     def total_weight(self, batches: list[Any]) -> float:
-        """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data."""
+        """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data.
+
+        Raises:
+            SystemExit: as `finish_step`, if a rank was told to stop since the last step.
+        """
         self.meter.data_ready()
-        return max(float(all_reduce_sum(torch.stack([batch.weight.sum() for batch in batches]).sum())), 1.0)
+        self._note_evaluated()
+        weight = torch.stack([batch.weight.sum() for batch in batches]).sum()
+        total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
+        if stop:
+            self._leave()
+        return max(total, 1.0)
 
     def finish_step(self, losses: dict[str, torch.Tensor], *, digest: str, tokens: int = 0, flops: int = 0) -> None:
-        """Applies the gradients, averages, logs, and saves when it is time.
+        """Applies the gradients, averages, logs, and begins to save when it is time.
 
         Args:
             losses: this rank's part of each loss (the sum over its micro batches of what `backward` got).
@@ -170,8 +197,9 @@ class TrainingRun:
             tokens: tokens of the global batch.
             flops: floating-point operations of the global batch.
         Raises:
-            SystemExit: with 128 + the signal's number, after a checkpoint, if a rank was told to stop.
+            SystemExit: with the code of the signal, after a checkpoint, if a rank was told to stop.
         """
+        self._report(self.writer.poll())
         self.step += 1
         result = self.engine.step(self.step)
         self.ema.update(self.step)
@@ -179,15 +207,17 @@ class TrainingRun:
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics()
         metrics |= self.meter.step(tokens=tokens, flops=flops)
+        metrics |= self._save_metrics
+        self._save_metrics = {}
         metrics["data/digest"] = digest
         self.log(metrics)
-        stop = any_rank(bool(self._stop_signal))
+        stop = self._stop.on_any_rank()
         if self.step % self.config.save_every == 0 or not self.running or stop:
             self.save()
         if self.world.is_main:
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
         if stop:
-            raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
+            self._leave()
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Figures of the current step, to metrics.jsonl and the tracker."""
@@ -202,46 +232,105 @@ class TrainingRun:
 
     def time_to_sample(self) -> bool:
         """Whether samples are due at the current step."""
-        return bool(self.config.sample_every) and (self.step % self.config.sample_every == 0 or not self.running)
+        return bool(self.config.sample_every and self.step) and (
+            self.step % self.config.sample_every == 0 or not self.running
+        )
+
+    def evaluation_was_cut(self) -> bool:
+        """Whether a run that goes on was ended in the samples or held-out figures of its step: then make them again."""
+        return self._evaluation_due
+
+    def _note_evaluated(self) -> None:
+        if self.time_to_sample():
+            self.folder.note_evaluated(self.step)
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The module with the first EMA's weights, in evaluation mode and without gradients; timing leaves it out."""
-        with self.engine.using(self.ema.averages[0]) as module, torch.no_grad():
-            module.eval()
-            yield module
-            module.train()
-        self.meter.restart()
+        """The module with the first EMA's weights, in evaluation mode and without gradients; timing leaves it out.
 
-    def save(self) -> None:
-        """Writes a checkpoint of the current step unless there is one.
+        Each of the module's forward passes looks for a stop, as `stop_if_asked` does: all ranks have to run the same.
 
         Raises:
-            UserError: if that of the last step cannot be written; before, training goes on without.
+            SystemExit: as `finish_step`.
         """
+        try:
+            with self.engine.using(self.ema.averages[0]) as module, torch.no_grad():
+                hook = module.register_forward_pre_hook(lambda *_: self.stop_if_asked())
+                module.eval()
+                try:
+                    yield module
+                finally:
+                    module.train()
+                    hook.remove()
+        except _Stopped:  # only here are the training weights back in their place
+            self._leave()
+        self.meter.restart()
+
+    def stop_if_asked(self) -> None:
+        """Inside `averaged`: breaks it off if a rank was told to stop. Call on every rank."""
+        if self._stop.on_any_rank():
+            raise _Stopped
+
+    def save(self) -> None:
+        """Begins to write a checkpoint of the current step unless there is one; waits for the one before."""
         if self.saved_step == self.step:
             return
-        if checkpoint.save(self.folder.path, self.step, self.engine, self.ema, {}, self.config.keep_last):
-            self.saved_step = self.step
-        elif not self.running:
+        start = time.perf_counter()
+        self._report(self.writer.wait())
+        waited = time.perf_counter()
+        self.writer.save(self.step)
+        self.saved_step = self.step
+        self._save_metrics["perf/save_s"] = time.perf_counter() - start
+        self._save_metrics["perf/save_wait_s"] = waited - start
+        self.meter.restart()
+
+    def finish(self) -> None:
+        """Ends a run whose steps are done: waits until the last checkpoint is written.
+
+        Raises:
+            UserError: if that of the last step cannot be; before, training goes on without.
+        """
+        self._report(self.writer.wait())
+        self._note_evaluated()
+
+    def _leave(self) -> NoReturn:
+        """Ends the run between two steps, on every rank, with a checkpoint if a step was ever made."""
+        if self.step:
+            self.save()
+        self._report(self.writer.wait())
+        raise SystemExit(self._stop.exit_code)
+
+    def _report(self, written: Written | None) -> None:
+        """Tells how a save ended."""
+        if written is None:
+            return
+        self._save_metrics["perf/write_s"] = written.seconds
+        if not written.problem:
+            return
+        if self.world.is_main:
+            message = f"no checkpoint at step {written.step}: {written.problem}; training goes on with the last one"
+            warnings.warn(message, stacklevel=3)
+        if written.step >= self.config.max_steps:
             raise UserError(
                 f"run_dir {self.folder.path} has no room for the checkpoint of the last step: "
                 "free some space, then run the same command again"
             )
-        self.meter.restart()
 
-    def request_stop(self, number: int, _: object = None) -> None:
-        """Checkpoint and leave after the running step: the handler of SIGTERM and Ctrl-C.
+    def _end_writing(self, at_once: bool) -> None:
+        """After an error: a checkpoint that is being written is finished, unless the run is to end at once."""
+        if not hasattr(self, "writer"):
+            return
+        if at_once:
+            self.writer.abandon()
+            return
+        try:
+            self._report(self.writer.wait())
+        except Exception as error:  # what ended the run is to be told, not this
+            warnings.warn(f"the last checkpoint was not written: {error}", stacklevel=2)
 
-        Raises:
-            KeyboardInterrupt: at the second Ctrl-C.
-        """
-        if number == signal.SIGINT:
-            if self._stop_signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            if self.world.is_main:  # not by print, which may be at work already
-                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
-        self._stop_signal = number
+
+class _Stopped(Exception):
+    """A rank was told to stop while the averages are in the place of the training weights."""
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:

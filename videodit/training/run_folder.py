@@ -1,5 +1,6 @@
 """The folder of one run: its lock, its resolved config, its metrics.jsonl."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -14,6 +15,8 @@ import yaml
 from videodit.errors import UserError
 from videodit.parallel.mesh import World, broadcast_object
 from videodit.training.checkpoint import FOLDER, steps_in
+
+EVALUATED = "samples/.evaluated"
 
 
 class RunFolder:
@@ -99,13 +102,33 @@ class RunFolder:
         if problem:
             raise UserError(problem)
 
-    def cut_metrics(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after a step (0: all), for those steps are about to be run again."""
+    def evaluated_step(self) -> int:
+        """The last step whose samples and held-out figures are complete; 0 if none was noted. Call on every rank."""
+        file = self.path / EVALUATED
+        return broadcast_object(int(file.read_text() or 0) if self._is_main and file.exists() else 0)
+
+    def note_evaluated(self, step: int) -> None:
+        """Notes that samples and held-out figures of a step are complete. A full disk costs the note."""
+        if self._is_main:
+            temp = self.path / f"{EVALUATED}.tmp"
+            with contextlib.suppress(OSError):
+                temp.write_text(f"{step}\n")
+                os.replace(temp, self.path / EVALUATED)
+
+    def cut_metrics(self, step: int, *, evaluated: bool = True) -> None:
+        """Drops the lines of metrics.jsonl after a step (0: all), for those steps are about to be run again.
+
+        Args:
+            step: the last one that stays.
+            evaluated: whether its held-out figures stay too; they are lines of their own, without a loss.
+        """
         file = self.path / "metrics.jsonl"
         if not self._is_main or not file.exists():
             return
         self._close_metrics()
         kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+        if not evaluated:
+            kept = [line for line in kept if _step_of(line) < step or "train/loss" in json.loads(line)]
         temp = file.with_suffix(".tmp")
         temp.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temp, file)

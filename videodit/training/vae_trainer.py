@@ -112,6 +112,8 @@ def train_vae(config: VAERunConfig) -> Path:
         )
         run.accept(loader.batch_sizes)
         held_out = None if config.eval_shards is None else _first_clips(config, config.eval_shards, config.eval_clips)
+        if run.evaluation_was_cut() and held_out is not None:
+            _reconstruct(run, held_out, fps=8.0)
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)
@@ -129,7 +131,7 @@ def train_vae(config: VAERunConfig) -> Path:
             run.finish_step(sums, digest=loader.digest(plan), tokens=micro_batch_tokens(batches, positions, world.size))
             if run.time_to_sample() and held_out is not None:
                 _reconstruct(run, held_out, fps=8.0)
-        run.save()
+        run.finish()
         newest = load_latest(config.run_dir)
         if world.is_main and newest is not None:
             export_vae(config, newest, Path(config.run_dir) / "model")
@@ -215,7 +217,11 @@ def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
     with run.averaged() as module:
         assert isinstance(module, VAEObjective)
         vae = module.vae
-        made = torch.cat([vae.decode(vae.encode(c.to(run.world.device))).cpu() for c in clips.split(8)])
+        parts = []
+        for part in clips.split(8):
+            run.stop_if_asked()
+            parts.append(vae.decode(vae.encode(part.to(run.world.device))).cpu())
+        made = torch.cat(parts)
     of_fields = vae.config.channel_mean is not None  # they have no white and no black to be clipped at
     made = made if of_fields else made.clamp(-1, 1)
     run.log({"eval/psnr_db": float(psnr(clips, made).mean())})
