@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from videodit.data.batches import LatentBatch
 from videodit.errors import UserError
 from videodit.generation.pipeline import TextToVideo
 from videodit.models.dit import VideoDiT
@@ -14,7 +15,7 @@ from videodit.models.folder import WEIGHTS_NAME, read_weights, weights_sha256
 from videodit.models.initialise import whole
 from videodit.models.level_error import LevelError
 from videodit.models.lora import add_lora, merge_lora
-from videodit.models.text import ByteTextEncoder
+from videodit.models.text import ByteTextEncoder, TextFeatures
 from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.vae_folder import load_vae
@@ -89,6 +90,13 @@ def load_init(model: TextToVideoModel, folder: str) -> None:
         for key, parameter in own.items():
             with whole(parameter):
                 parameter.copy_(weights[key])
+
+
+def read_text(batch: LatentBatch, device: torch.device, dtype: torch.dtype) -> list[str] | TextFeatures:
+    """What the module reads: captions, or their embeddings on the device where a frozen encoder made them."""
+    if batch.text is None or batch.text_mask is None:
+        return batch.captions
+    return TextFeatures(batch.text.to(device, dtype), batch.text_mask.to(device))
 
 
 def export_dit(config: DiTRunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:

@@ -34,7 +34,7 @@ def export_run(run_dir: str | Path, out: str | Path, ema: int = 0) -> Path:
     if checkpoint is None:
         raise UserError(f"{run_dir} has no checkpoint yet: train for at least save_every steps")
     facts: dict[str, Any] = {"run": run_dir, "step": checkpoint.step, "average": checkpoint.state["ema_profiles"][ema]}
-    if "eval_shards" in yaml.safe_load(path.read_text()):
+    if "prompts" not in yaml.safe_load(path.read_text()):
         vae_config = load_yaml(VAERunConfig, path)
         export_vae(vae_config, checkpoint, out, ema)
         facts |= {"kind": "video VAE", "clips": vae_config.data.shards}

@@ -3,10 +3,10 @@
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -159,7 +159,8 @@ class TrainingRun:
     def total_weight(self, batches: list[Any]) -> float:
         """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data."""
         self.meter.data_ready()
-        return max(float(all_reduce_sum(torch.stack([batch.weight.sum() for batch in batches]).sum())), 1.0)
+        with self.meter.phase("ranks", on_cpu=True):  # until the last of them has its data
+            return max(float(all_reduce_sum(torch.stack([batch.weight.sum() for batch in batches]).sum())), 1.0)
 
     def finish_step(self, losses: dict[str, torch.Tensor], *, digest: str, tokens: int = 0, flops: int = 0) -> None:
         """Applies the gradients, averages, logs, and saves when it is time.
@@ -173,8 +174,9 @@ class TrainingRun:
             SystemExit: with 128 + the signal's number, after a checkpoint, if a rank was told to stop.
         """
         self.step += 1
-        result = self.engine.step(self.step)
-        self.ema.update(self.step)
+        with self.meter.phase("optimizer"):
+            result = self.engine.step(self.step)
+            self.ema.update(self.step)
         reduced = all_reduce_sum(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics()
@@ -195,19 +197,28 @@ class TrainingRun:
             self.folder.log(self.step, metrics)
             self._tracker.log(self.step, {name: value for name, value in metrics.items() if not isinstance(value, str)})
 
-    def log_videos(self, videos: dict[str, Path]) -> None:
-        """Clips of the current step, by caption, to the tracker."""
-        for caption, path in videos.items():
-            self._tracker.video(self.step, "samples", path, caption)
+    def log_videos(self, name: str, videos: dict[str, Path]) -> None:
+        """Clips of the current step, by caption; rank 0 has written them into the run folder."""
+        self.log({name: {caption: str(path.relative_to(self.folder.path)) for caption, path in videos.items()}})
 
-    def time_to_sample(self) -> bool:
-        """Whether samples are due at the current step."""
-        return bool(self.config.sample_every) and (self.step % self.config.sample_every == 0 or not self.running)
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is due; 0 is never."""
+        return bool(every) and (self.step % every == 0 or not self.running)
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether `finish_step` wants FLOPs: counting takes seconds, and on a CPU nobody knows the peak."""
+        return self.world.device.type == "cuda"
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """The module with the first EMA's weights, in evaluation mode and without gradients; timing leaves it out."""
-        with self.engine.using(self.ema.averages[0]) as module, torch.no_grad():
+    def evaluating(self, weights: Literal["raw", "ema"] = "ema") -> Iterator[nn.Module]:
+        """The module in evaluation mode, without gradients, and left out of the timing.
+
+        Args:
+            weights: the first average's, or those that are being trained.
+        """
+        using = self.engine.using(self.ema.averages[0]) if weights == "ema" else nullcontext(self.engine.module)
+        with using as module, torch.no_grad():
             module.eval()
             yield module
             module.train()
