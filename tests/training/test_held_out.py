@@ -20,6 +20,7 @@ from videodit.parallel.mesh import Mesh
 from videodit.training.dit_config import DiTRunConfig, follow_latents
 from videodit.training.dit_trainer import train_dit
 from videodit.training.held_out import QUANTILES, HeldOutLoss, check_held_out
+from videodit.training.optim import OptimConfig
 from videodit.training.tracker import TrackerConfig
 
 NAMES = ["eval/loss_q10", "eval/loss_q30", "eval/loss_q50", "eval/loss_q70", "eval/loss_q90", "eval/loss"]
@@ -43,6 +44,7 @@ def dit_config(root: Path, run_dir: Path | str = "unused", **changes: object) ->
         model=tiny.DIT,
         text=tiny.TEXT,
         sampling=tiny.SAMPLING,
+        optim=OptimConfig(lr=1e-2, warmup_steps=0),
         max_steps=3,
         global_batch_size=4,
         micro_batch_size=2,
