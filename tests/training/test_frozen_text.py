@@ -114,7 +114,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     assert encode_clips(config) == len(CAPTIONS)
     encoder = TransformersTextEncoder(root / "t5", MAX_LENGTH)
     run = train_dit(run_config(root / "dit", config.out, prompts=("a red circle", "blue star")))
-    return World(config, encoder, run, export_run(run, root / "model"))
+    export_run(run, root / "model")
+    return World(config, encoder, run, root / "model")
 
 
 def embedding(encoder: TransformersTextEncoder, caption: str) -> torch.Tensor:

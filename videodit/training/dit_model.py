@@ -1,10 +1,11 @@
 """The module that a DiT run trains: how it is built, where its weights come from, and what becomes of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from videodit.data.batches import LatentBatch
 from videodit.errors import UserError
@@ -99,19 +100,21 @@ def read_text(batch: LatentBatch, device: torch.device, dtype: torch.dtype) -> l
     return TextFeatures(batch.text.to(device, dtype), batch.text_mask.to(device))
 
 
-def export_dit(config: DiTRunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
+def export_dit(
+    config: DiTRunConfig, checkpoint: Checkpoint, out: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the model folder of a run: averaged weights of DiT and text encoder (or where it lies), and the VAE.
 
     Args:
         config: of the run, as its folder has it.
         checkpoint: of the run.
         out: folder to write.
-        ema: which average.
+        weights: an average by parameter name; None for the run's first.
     """
     model = build_model(config)
     if config.lora.rank:
         model = fine_tuned(model, config)
-    load_average(model, checkpoint, ema)
+    load_average(model, checkpoint, weights)
     merge_lora(model.dit)
     assert config.vae is not None  # a run's own config has it
     vae = load_vae(config.vae)

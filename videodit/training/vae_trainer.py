@@ -1,6 +1,7 @@
 """`videodit train vae`: the video VAE on clips in pixels."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,17 +156,19 @@ def follow_clips(config: VAERunConfig) -> VAERunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def export_vae(config: VAERunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
+def export_vae(
+    config: VAERunConfig, checkpoint: Checkpoint, out: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the VAE folder of a run: averaged weights, and latent statistics measured with them.
 
     Args:
         config: of the run.
         checkpoint: of the run.
         out: folder to write.
-        ema: which average.
+        weights: an average by parameter name; None for the run's first.
     """
     vae = VideoVAE(config.model)
-    load_average(VAEObjective(vae, config.loss), checkpoint, ema)
+    load_average(VAEObjective(vae, config.loss), checkpoint, weights)
     measure_latent_statistics(vae, config.data)
     vae.save_pretrained(out)
 
