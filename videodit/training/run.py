@@ -16,6 +16,7 @@ from videodit.data.batch_sizes import BatchBy, BatchSize
 from videodit.data.batches import Batch
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
+from videodit.evaluation.machine import code_version
 from videodit.parallel.mesh import World, all_reduce_sum, any_rank, init_process, shutdown
 from videodit.progress import Progress
 from videodit.training import checkpoint
@@ -101,7 +102,8 @@ class TrainingRun:
             UserError: if the folder is in use, cannot be written, or holds a run of another model.
         """
         with RunFolder.open(config.run_dir, config_text, world) as folder:
-            tracker = Tracker(config.tracker, folder.path, to_dict(config), world)
+            facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
+            tracker = Tracker(config.tracker, folder.path, facts, world)
             run = cls(config, world, folder, tracker)
             old_handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, run.request_stop)}
             # A shell that starts a job in the background has it ignore Ctrl-C: leave that as it is.
@@ -133,6 +135,7 @@ class TrainingRun:
             found.restore(self.engine, self.ema)
             self.step = self.saved_step = found.step
         self.folder.cut_metrics(self.step)
+        self._tracker.start()
         self.meter = StepMeter(self.world.device, self.world.size)
 
     def accept(self, sizes: Mapping[str, BatchSize]) -> None:
@@ -192,10 +195,10 @@ class TrainingRun:
             raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Figures of the current step, to metrics.jsonl and the tracker."""
+        """Figures of the current step, to metrics.jsonl, which the tracker follows."""
         if self.world.is_main:
             self.folder.log(self.step, metrics)
-            self._tracker.log(self.step, {name: value for name, value in metrics.items() if not isinstance(value, str)})
+            self._tracker.check()
 
     def log_videos(self, name: str, videos: dict[str, Path]) -> None:
         """Clips of the current step, by caption; rank 0 has written them into the run folder."""
