@@ -15,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from videodit.training.tracker import Sender, TrackerConfig, read_sent
+from videodit.training.sent import read_sent
+from videodit.training.tracker import Sender, TrackerConfig
 
 
 def send(run_dir: Path, mode: str = "online", project: str | None = None) -> int:

@@ -15,7 +15,8 @@ from videodit.data.mp4 import write_mp4
 from videodit.parallel.mesh import World
 from videodit.training import tracker as tracker_module
 from videodit.training.run_folder import RunFolder
-from videodit.training.tracker import Tracker, TrackerConfig, read_sent
+from videodit.training.sent import read_sent
+from videodit.training.tracker import Tracker, TrackerConfig
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 OTHER = World(1, 2, 1, torch.device("cpu"))

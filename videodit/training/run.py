@@ -25,6 +25,7 @@ from videodit.training.engine import Engine, check_combination
 from videodit.training.meters import StepMeter
 from videodit.training.optim import OptimConfig
 from videodit.training.run_folder import RunFolder
+from videodit.training.run_log import RunLog
 from videodit.training.tracker import Tracker, TrackerConfig
 
 
@@ -82,12 +83,13 @@ class TrainingRun:
     engine: Engine
     ema: PowerEMA
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker) -> None:
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
         self._tracker = tracker
         self._stop_signal = 0  # that asked to stop; the exit code is 128 more: schedulers requeue on SIGTERM's 143
-        self._progress = Progress(f"train {folder.path.name}", config.max_steps, enabled=world.is_main)
+        self._progress = Progress(f"train {folder.path.name}", config.max_steps, world.is_main, note=log.info)
+        self._log = log
 
     @classmethod
     @contextmanager
@@ -101,10 +103,11 @@ class TrainingRun:
         Raises:
             UserError: if the folder is in use, cannot be written, or holds a run of another model.
         """
-        with RunFolder.open(config.run_dir, config_text, world) as folder:
+        folders = RunFolder.open(config.run_dir, config_text, world)
+        with folders as folder, RunLog.open(folder.path / "train.log", world) as log:
             facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
             tracker = Tracker(config.tracker, folder.path, facts, world)
-            run = cls(config, world, folder, tracker)
+            run = cls(config, world, folder, tracker, log)
             old_handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, run.request_stop)}
             # A shell that starts a job in the background has it ignore Ctrl-C: leave that as it is.
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -136,6 +139,8 @@ class TrainingRun:
             self.step = self.saved_step = found.step
         self.folder.cut_metrics(self.step)
         self._tracker.start()
+        version = ", ".join(f"{name} {value}" for name, value in code_version().items() if value)
+        self._log.info(f"from step {self.step} of {self.config.max_steps}: {self.world.size} ranks, {version}")
         self.meter = StepMeter(self.world.device, self.world.size)
 
     def accept(self, sizes: Mapping[str, BatchSize]) -> None:
@@ -190,7 +195,9 @@ class TrainingRun:
         if self.step % self.config.save_every == 0 or not self.running or stop:
             self.save()
         if self.world.is_main:
-            self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
+            waiting = metrics["data/wait_s"] / metrics["perf/step_s"]
+            speed = f"{metrics['perf/step_s']:.3f} s/step  data wait {waiting:.0%}"
+            self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {speed}")
         if stop:
             raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
 
@@ -237,6 +244,7 @@ class TrainingRun:
             return
         if checkpoint.save(self.folder.path, self.step, self.engine, self.ema, {}, self.config.keep_last):
             self.saved_step = self.step
+            self._log.info(f"checkpoint of step {self.step}")
         elif not self.running:
             raise UserError(
                 f"run_dir {self.folder.path} has no room for the checkpoint of the last step: "
