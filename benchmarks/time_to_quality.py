@@ -86,7 +86,7 @@ def steps_in_time(name: str, latents: str, run_dir: Path, seconds: float) -> int
         if part > 0:
             shutil.rmtree(run_dir, ignore_errors=True)
             train_dit(recipe_config(name, latents, run_dir, max_steps=CALIBRATION_STEPS, **{"crop.share": cropped}))
-            times = sorted(line["perf/step_s"] for line in read_metrics(run_dir)[2:])
+            times = sorted(line["perf/step_s"] for line in read_metrics(run_dir) if "perf/step_s" in line)[2:]
             mean += part * times[len(times) // 2]
     shutil.rmtree(run_dir)
     return max(int(seconds / mean), CALIBRATION_STEPS)
@@ -101,7 +101,7 @@ def measure_recipe(name: str, options: argparse.Namespace) -> list[dict[str, Any
         name, options.latents, run_dir, max_steps=steps, save_every=every, keep_last=options.points + 1
     )
     train_dit(config)
-    step_seconds = [line["perf/step_s"] for line in read_metrics(run_dir)]
+    step_seconds = [line["perf/step_s"] for line in read_metrics(run_dir) if "perf/step_s" in line]
     specs = prompt_specs(options.prompts, "train", 0)
     rows = []
     for step in steps_in(run_dir):

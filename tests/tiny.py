@@ -52,10 +52,10 @@ DIT_OPTIONS = [
 RUN_OPTIONS = ["--tracker.mode=disabled", "--device=cpu"]
 
 
-def make_shards(folder: Path, num_clips: int = 8) -> Path:
-    """Captioned clips of the shapes world, as ingest would have written them."""
+def make_shards(folder: Path, num_clips: int = 8, first: int = 0) -> Path:
+    """Captioned clips of the shapes world, as ingest would have written them: those of these numbers."""
     with ShardWriter(folder) as writer:
-        for index in range(num_clips):
+        for index in range(first, first + num_clips):
             spec = sample_spec(np.random.default_rng(index))
             clip = encode_mp4(render(spec, num_frames=FRAMES, size=SIZE), 8.0)
             facts = {"fps": 8.0, "num_frames": FRAMES, "height": SIZE, "width": SIZE, "source": f"{index}.mp4"}

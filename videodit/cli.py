@@ -28,6 +28,14 @@ class ImportSettings:
     """attention of the blocks, repeated to the depth: f as published; st to train a factorized model from it"""
 
 
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of export."""
+
+    ema_length: float | None = None
+    """relative width of the weight average, made from those in all checkpoints; by default the run's first"""
+
+
 def demo(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.demo import DemoConfig, run_demo
 
@@ -104,13 +112,14 @@ def evaluate(argv: Sequence[str], prog: str, summary: str) -> None:
 
 
 def export(argv: Sequence[str], prog: str, summary: str) -> None:
-    source = Argument("run", "Run folder of train dit.", positional=True)
+    source = Argument("run", "Run folder of train dit or train vae.", positional=True)
     arguments = [source, Argument("out", "Model folder to write.")]
-    _, given = parse_command(NoSettings, argv, prog, summary, "videodit export runs/demo/dit --out my_model", arguments)
+    example = "videodit export runs/demo/dit --out my_model"
+    config, given = parse_command(ExportSettings, argv, prog, summary, example, arguments)
     from videodit.training.export import export_run
 
-    export_run(given["run"], given["out"])
-    print(f"model folder: {given['out']}")
+    average = export_run(given["run"], given["out"], config.ema_length)
+    print(f"model folder: {given['out']}, average of relative width {average}")
 
 
 def import_wan(argv: Sequence[str], prog: str, summary: str) -> None:

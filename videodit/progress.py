@@ -21,15 +21,21 @@ class Progress:
         total: units in all; 0 if unknown until an update says it.
         enabled: False shows nothing (ranks other than 0).
         clock: seconds from any start.
+        note: takes the plain lines too, on a terminal as elsewhere; for a log file.
     """
 
     def __init__(
-        self, label: str, total: int = 0, enabled: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        label: str,
+        total: int = 0,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        note: Callable[[str], object] | None = None,
     ) -> None:
         self.label, self.total, self.enabled = label, total, enabled
         self._console = Console(stderr=True)
         self._live: RichProgress | None = None
-        self._clock = clock
+        self._clock, self._note = clock, note
         self._started = self._last_line = clock()
         self._first_done: int | None = None
 
@@ -48,9 +54,13 @@ class Progress:
             self._first_done = done
         if self._live is not None:
             self._live.update(self._task, completed=done, total=self.total or None, text=text)
-        elif self.enabled and (done == self.total or self._clock() - self._last_line >= PLAIN_INTERVAL_S):
+        if self.enabled and (done == self.total or self._clock() - self._last_line >= PLAIN_INTERVAL_S):
             self._last_line = self._clock()
-            print(f"{self.label}: {done}/{self.total}{self._left(done)} {text}".rstrip(), file=sys.stderr, flush=True)
+            line = f"{self.label}: {done}/{self.total}{self._left(done)} {text}".rstrip()
+            if self._live is None:
+                print(line, file=sys.stderr, flush=True)
+            if self._note is not None:
+                self._note(line)
 
     def _left(self, done: int) -> str:
         advanced = done - (self._first_done or 0)

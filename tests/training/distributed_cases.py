@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests import tiny
 from tests.training import toy
+from videodit.data.latent_reader import LatentDataConfig
 from videodit.models.dit import DiTConfig, VideoDiT
-from videodit.parallel.mesh import World, barrier, gather_objects, init_process, leave, shutdown
+from videodit.models.token_layout import WHOLE
+from videodit.parallel.mesh import Mesh, World, barrier, gather_objects, init_process, leave, shutdown
 from videodit.planning.footprint import LiveBytes, ParameterCount, count_parameters
 from videodit.planning.memory import BUCKET_BYTES, rank_memory
 from videodit.training import checkpoint_writer
 from videodit.training.batched_muon import BatchedMuon
 from videodit.training.checkpoint import load_latest, steps_in
 from videodit.training.checkpoint_writer import CheckpointWriter
+from videodit.training.dit_config import DiTRunConfig
+from videodit.training.dit_model import build_model
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, sharded_construction
+from videodit.training.held_out import HeldOutLoss
 from videodit.training.run_folder import RunFolder
 
 Case = Callable[[World], None]
@@ -210,6 +216,31 @@ def average_in_module(world: World, stage: int, dtype: str) -> None:
     toy.assert_same(before, toy.full_state(engine, ema))
 
 
+def held_out_loss(world: World, stage: int) -> None:
+    """Each rank's share adds up to what one rank measures on all clips, with weights in parts too."""
+    root = toy.shared_folder()
+    if world.is_main:
+        tiny.make_latents(root / "latents", tiny.make_shards(root / "clips", 3), tiny.make_vae(root / "vae"))
+    barrier()
+    data = LatentDataConfig(shards=str(root / "latents"))
+    config = DiTRunConfig(
+        run_dir="unused", data=data, eval_shards=data.shards, model=tiny.DIT, text=tiny.TEXT, micro_batch_size=1
+    )
+    torch.manual_seed(0)
+    model = build_model(config)
+    torch.nn.init.normal_(model.dit.patch_out.weight)  # a fresh model predicts 0
+    engine = Engine(model, toy.optim_config(), zero_stage=stage, dtype="fp32", world=world, max_steps=toy.MAX_STEPS)
+    ema = PowerEMA(engine.slices())
+    with engine.using(ema.averages[0]) as module:
+        shares, whole = (
+            HeldOutLoss(config, mesh, lambda shape: WHOLE).measure(module)
+            for mesh in (Mesh(world.rank, world.size), Mesh(0, 1))
+        )
+    for name, loss in whole.items():
+        assert abs(shares[name] - loss) < 1e-6 * loss, (name, shares[name], loss)
+    assert gather_objects(shares) == [shares] * world.size
+
+
 def not_finite(world: World, stage: int) -> None:
     """A gradient that is not finite changes nothing and is reported as inf; the next step goes on."""
     engine = toy.make_engine(world, stage)
@@ -346,6 +377,8 @@ add(batched_muon)
 add(batched_muon_not_finite)
 for _stage, _dtype, _name in ((0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "fp32", "adamw")):
     add(memory_as_planned, _stage, _dtype, _name)
+for _stage in (1, 3):
+    add(held_out_loss, _stage)
 for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")):
     add(sharded_from_the_start, _dtype, _name, slow=_name == "muon" or _dtype == "bf16")
 for _stage, _dtype, _name in ((1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "muon")):

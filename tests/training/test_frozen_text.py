@@ -34,6 +34,7 @@ from videodit.training.dit_model import build_model
 from videodit.training.dit_trainer import train_dit
 from videodit.training.export import export_run
 from videodit.training.optim import OptimConfig
+from videodit.training.run_folder import read_metrics
 from videodit.training.tracker import TrackerConfig
 
 transformers = pytest.importorskip("transformers")
@@ -114,7 +115,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     assert encode_clips(config) == len(CAPTIONS)
     encoder = TransformersTextEncoder(root / "t5", MAX_LENGTH)
     run = train_dit(run_config(root / "dit", config.out, prompts=("a red circle", "blue star")))
-    return World(config, encoder, run, export_run(run, root / "model"))
+    export_run(run, root / "model")
+    return World(config, encoder, run, root / "model")
 
 
 def embedding(encoder: TransformersTextEncoder, caption: str) -> torch.Tensor:
@@ -318,7 +320,7 @@ def test_weights_sharded_over_ranks_train_the_same(world: World, tmp_path: Path)
 
 
 def read_losses(run: Path) -> list[float]:
-    return [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
 
 
 def test_an_encoder_is_given_where_it_was_moved_to(world: World, tmp_path: Path) -> None:

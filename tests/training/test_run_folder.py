@@ -1,4 +1,4 @@
-"""The run folder's lock, config check and metrics; the tracker and the meters."""
+"""The run folder's lock, config check and metrics; the meters."""
 
 import json
 import subprocess
@@ -12,7 +12,6 @@ from videodit.errors import UserError
 from videodit.parallel.mesh import World
 from videodit.training.meters import StepMeter, count_flops, memory_gib, peak_flops
 from videodit.training.run_folder import RunFolder, read_metrics
-from videodit.training.tracker import Tracker, TrackerConfig
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 OTHER = World(1, 2, 1, torch.device("cpu"))
@@ -85,32 +84,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, None, OTHER.is_main, "model: 1")
     run.log(1, {"a": 1})
     run.cut_metrics(0)
-    Tracker(TrackerConfig(mode="offline"), tmp_path, {}, OTHER).log(1, {"a": 1})
     assert not list(tmp_path.iterdir())
-
-
-def test_disabled_tracker_does_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(TrackerConfig(mode="disabled"), tmp_path, {}, ALONE)
-    tracker.log(1, {"a": 1})
-    tracker.video(1, "samples", tmp_path / "none.mp4", "caption")
-    tracker.finish()
-    assert not list(tmp_path.iterdir())
-
-
-def test_offline_tracker_keeps_its_id_and_survives_a_failure(tmp_path: Path) -> None:
-    tracker = Tracker(TrackerConfig(mode="offline"), tmp_path, {"lr": 1}, ALONE)
-    tracker.log(1, {"train/loss": 1.0})
-    with pytest.warns(UserWarning, match="wandb is off"):
-        tracker.video(1, "samples", tmp_path / "missing.mp4", "caption")
-    tracker.log(2, {"train/loss": 1.0})
-    tracker.finish()
-    run_id = (tmp_path / "wandb" / "run_id.txt").read_text()
-    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
-
-
-def test_tracker_mode_is_checked() -> None:
-    with pytest.raises(ValueError, match="sometimes"):
-        TrackerConfig(mode="sometimes")  # type: ignore[arg-type]
 
 
 def test_flops_of_a_linear_layer() -> None:
@@ -128,8 +102,20 @@ def test_known_gpus() -> None:
 
 def test_step_meter_splits_the_step() -> None:
     meter = StepMeter(torch.device("cpu"), world_size=2)
+    with meter.phase("forward"):
+        pass
+    meter.restart()  # what was before does not count
     meter.data_ready()
+    for _ in range(2):
+        with meter.phase("forward"):
+            torch.ones(100).sum()
+        with meter.phase("backward"):
+            torch.ones(100_000).sum()
     metrics = meter.step(tokens=100, flops=10**9)
+    parts = ("data/wait_s", "perf/forward_s", "perf/backward_s", "perf/other_s")
+    assert sum(metrics[name] for name in parts) == pytest.approx(metrics["perf/step_s"])
+    assert all(metrics[name] > 0 for name in parts)
+    assert "perf/forward_s" not in meter.step()
     assert metrics["perf/step_s"] == pytest.approx(metrics["data/wait_s"] + metrics["perf/compute_s"])
     assert metrics["perf/tokens_per_s"] == pytest.approx(100 / metrics["perf/step_s"])
     assert metrics["perf/tflops_per_rank"] == pytest.approx(5e-4 / metrics["perf/step_s"])

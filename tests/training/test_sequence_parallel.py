@@ -1,12 +1,12 @@
 """`train dit` with the tokens of each clip spread over ranks: the losses are those of one rank."""
 
-import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from videodit.training.run_folder import read_metrics
 
 STEPS = 3
 
@@ -14,7 +14,9 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sequence")
-    return tiny.make_latents(folder / "latents", tiny.make_shards(folder / "shards"), tiny.make_vae(folder / "vae"))
+    vae = tiny.make_vae(folder / "vae")
+    tiny.make_latents(folder / "held_out", tiny.make_shards(folder / "other_shards", 3, first=100), vae)
+    return tiny.make_latents(folder / "latents", tiny.make_shards(folder / "shards"), vae)
 
 
 def train(latents: Path, run: Path, ranks: int, *options: str) -> list[dict[str, float]]:
@@ -29,10 +31,20 @@ def train(latents: Path, run: Path, ranks: int, *options: str) -> list[dict[str,
         "--optim.lr",
         "0.01",
     ]
-    command += ["--dtype", "fp32", "--sample_every", "0", *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS, *options]
+    command += [
+        "--eval_shards",
+        latents.parent / "held_out",
+        "--dtype",
+        "fp32",
+        "--sample_every",
+        "0",
+        *tiny.DIT_OPTIONS,
+        *tiny.RUN_OPTIONS,
+        *options,
+    ]
     done = subprocess.run(tiny.command(command, ranks), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +67,10 @@ def test_losses_and_norms_are_those_of_one_rank(
     ranks: int, options: list[str], latents: Path, alone: list[dict[str, float]], tmp_path: Path
 ) -> None:
     spread = train(latents, tmp_path / "run", ranks, *options)
-    assert len(spread) == len(alone) == STEPS
+    assert len(spread) == len(alone) == STEPS + 1  # and the held-out loss at the end
+    held_out, expected = spread.pop(), alone[-1]
+    for name in ("eval/loss_q10", "eval/loss_q90", "eval/loss_q90_ema"):
+        assert held_out[name] == pytest.approx(expected[name], rel=1e-4)
     for line, expected in zip(spread, alone):
         assert line["data/digest"] == expected["data/digest"]
         for name in ("train/loss", "train/mse", "train/grad_norm"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.training import wandb_files
 from tests.training.toy import assert_same, whole
 from videodit import TextToVideo, VideoVAE
 from videodit.data.batches import LatentBatch
@@ -291,10 +293,20 @@ def test_a_finished_run_is_left_alone(latents: Path, tmp_path: Path) -> None:
     assert_same(whole(checkpoint), whole(again))
 
 
-def test_a_longer_run_goes_on(latents: Path, tmp_path: Path) -> None:
-    train_dit(dit_config(tmp_path / "run", latents, max_steps=2))
-    train_dit(dit_config(tmp_path / "run", latents, max_steps=3))
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+def test_a_longer_run_goes_on_in_wandb_and_log_too(latents: Path, tmp_path: Path) -> None:
+    run, tracker = tmp_path / "run", TrackerConfig(mode="offline")
+    for steps in (2, 3):
+        train_dit(dit_config(run, latents, max_steps=steps, tracker=tracker))
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    sent = wandb_files.history(run)
+    assert [row["step"] for row in sent] == [1, 2, 3]
+    assert [row["train/loss"] for row in sent] == [line["train/loss"] for line in metrics(run)]
+    shown = wandb_files.config(run)
+    assert shown["model"]["hidden_size"] == tiny.DIT.hidden_size and shown["vae"]  # the resolved config
+    assert set(shown["code"]) == {"videodit", "videodit_commit", "git_commit"}
+    text = (run / "train.log").read_text()
+    assert re.findall(r"from step (\d) of (\d)", text) == [("0", "2"), ("2", "3")]
+    assert text.count("INFO checkpoint of step") == text.count("INFO done") == 2
 
 
 def test_another_model_in_the_same_folder_is_refused(latents: Path, tmp_path: Path) -> None:
@@ -345,6 +357,9 @@ def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
         "data/wait_s",
         "data/digest",
     } <= line.keys()
+    phases = ("data/wait_s", *(f"perf/{name}_s" for name in ("ranks", "forward", "backward", "optimizer", "other")))
+    assert sum(line[name] for name in phases) == pytest.approx(line["perf/step_s"])
+    assert min(line[name] for name in phases) > 0
 
 
 def latent_batch(mean: torch.Tensor) -> LatentBatch:
@@ -442,11 +457,19 @@ def test_held_out_clips_are_measured_and_shown(shards: Path, tmp_path: Path) -> 
 
 def test_prompts_are_sampled_without_touching_the_training(latents: Path, tmp_path: Path) -> None:
     prompts = ("a small red circle moves left", "a star")
-    for name, changes in (("with", {"prompts": prompts, "sample_every": 2}), ("without", {})):
+    sampled = {"prompts": prompts, "sample_every": 2, "sample_raw": True}
+    for name, changes in (("with", sampled), ("without", {})):
         train_dit(dit_config(tmp_path / name, latents, max_steps=4, **changes))  # type: ignore[arg-type]
     assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
     clips = [read_frames(tmp_path / f"with/samples/step-0000000{step}/01.mp4") for step in (2, 4)]
     assert clips[0].shape == clips[1].shape == (tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
+    files = {name: f"samples/step-00000002/{name}.mp4" for name in ("00", "01", "raw-00", "raw-01")}
+    assert all((tmp_path / "with" / file).is_file() for file in files.values())
+    logged = [line for line in read_metrics(tmp_path / "with") if line["step"] == 2 and "train/loss" not in line]
+    assert logged == [
+        {"step": 2, "samples/ema": dict(zip(prompts, (files["00"], files["01"])))},
+        {"step": 2, "samples/raw": dict(zip(prompts, (files["raw-00"], files["raw-01"])))},
+    ]
 
 
 def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path, tmp_path: Path) -> None:

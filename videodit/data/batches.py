@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from videodit.data.buckets import Bucket
 from videodit.data.order import PADDING
-from videodit.data.randomness import sample_unit
+from videodit.data.randomness import sample_noise, sample_unit
 from videodit.data.transforms import to_model_range
 from videodit.errors import UserError
 
@@ -76,6 +76,12 @@ class LatentBatch(Batch):
     """(b, l) bool, true where there is text; None if the latents have no embeddings."""
     origin: Tensor | None = None
     """(b, 2) first row and column of each clip's window in its latents; None if these are whole."""
+
+    def draw(self, seed: int) -> Tensor:
+        """(b, c, t, h, w): a sample of each posterior, a function of (seed, epoch, key)."""
+        b, c, t, h, w = self.mean.shape
+        noise = sample_noise(seed, self.epoch, self.keys, (c, t, h, w), "posterior")
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 @dataclass(frozen=True)

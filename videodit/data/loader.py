@@ -8,7 +8,7 @@ nothing but time; the order and the samples are the same for any number of ranks
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -240,6 +240,19 @@ class LatentLoader(StepLoader[LatentBatch]):
             prefetch=config.prefetch,
             windowed_steps=crop_steps,
         )
+
+
+def read_latents(reader: LatentReader, requests: Iterable[Request]) -> Iterator[LatentBatch]:
+    """Latents of these requests in this process, for measuring.
+
+    Raises:
+        UserError: after 100 samples in a row that could not be read.
+    """
+    keys = [entry.key for entry in reader.shards.entries]
+    guard = FailureGuard(keys)
+    for rows in map(reader.__getitem__, requests):
+        guard.check(rows)
+        yield _latent_batch(rows, batch_fields(rows, keys))
 
 
 def _latent_batch(rows: Rows, fields: dict[str, Any]) -> LatentBatch:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from videodit import __version__
+
 
 def machine_facts() -> dict[str, str | int | float | None]:
     """Facts about this machine, each found without special rights; one that cannot be found is None.
@@ -33,6 +35,21 @@ def machine_facts() -> dict[str, str | int | float | None]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": _git_commit(Path(__file__).resolve().parents[2]),
+    }
+
+
+def code_version() -> dict[str, str | None]:
+    """Which code runs.
+
+    Returns:
+        dict with videodit (version), videodit_commit (of the checkout that holds this package, None for an installed
+        copy) and git_commit (of the checkout that the process was started in, None outside of one); commits with
+        `+changes` when tracked files differ.
+    """
+    return {
+        "videodit": __version__,
+        "videodit_commit": _git_commit(Path(__file__).resolve().parents[2]),
+        "git_commit": _commit_at(Path.cwd()),
     }
 
 
@@ -69,11 +86,16 @@ def _git_commit(root: Path) -> str | None:
     """Short commit of the checkout that holds this package; None for an installed copy or without git."""
     if not (root / ".git").exists():  # never report some other repository that happens to lie above site-packages
         return None
-    commit = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    return _commit_at(root)
+
+
+def _commit_at(folder: Path) -> str | None:
+    """Short commit of the checkout that a folder lies in."""
+    commit = _run("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
     if not commit:
         return None
     return commit + (
-        "+changes" if _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no") else ""
+        "+changes" if _run("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no") else ""
     )
 
 

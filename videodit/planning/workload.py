@@ -80,10 +80,15 @@ class DiTWorkload:
         return (t // pt) * (h // ph) * (w // pw)
 
     def flops(self, bucket: Bucket, policy: str) -> int:
-        return step_flops(lambda: self._build(policy), self._pass(bucket))
+        return self.shape_flops(self._shapes[bucket], policy)
+
+    def shape_flops(self, shape: tuple[int, int, int, int], policy: str) -> int:
+        """Of a forward and backward pass of one clip with latents of shape (c, t, h, w), such as a window."""
+        return step_flops(lambda: self._build(policy), self._pass(shape))
 
     def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype, *, on_cpu: bool) -> int:
-        return activation_bytes(lambda: self._build(policy), self._pass(bucket), dtype, on_cpu=on_cpu)
+        run = self._pass(self._shapes[bucket])
+        return activation_bytes(lambda: self._build(policy), run, dtype, on_cpu=on_cpu)
 
     def _build(self, policy: str) -> nn.Module:
         model = VideoDiT(self.config.model)
@@ -93,8 +98,8 @@ class DiTWorkload:
             add_lora(model.blocks, self.config.lora)
         return model
 
-    def _pass(self, bucket: Bucket) -> Callable[[nn.Module], None]:
-        return partial(dit_pass, shape=(1, *self._shapes[bucket]), text_tokens=self.text_tokens)
+    def _pass(self, shape: tuple[int, int, int, int]) -> Callable[[nn.Module], None]:
+        return partial(dit_pass, shape=(1, *shape), text_tokens=self.text_tokens)
 
 
 def dit_pass(model: nn.Module, shape: tuple[int, int, int, int, int], text_tokens: int) -> None:

@@ -151,10 +151,19 @@ def read_buffers(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     }
 
 
-def load_average(module: torch.nn.Module, checkpoint: Checkpoint, ema: int = 0) -> None:
-    """Fills a module's trainable weights with one of the averages, and its buffers, and sets it to evaluation mode."""
+def load_average(
+    module: torch.nn.Module, checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Fills a module's trainable weights and its buffers, and sets it to evaluation mode.
+
+    Args:
+        module: to fill.
+        checkpoint: of its run.
+        weights: an average by parameter name; None for the first that the checkpoint has.
+    """
+    average = read_full(checkpoint) if weights is None else weights
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    module.load_state_dict({**frozen, **read_full(checkpoint, f"ema{ema}"), **read_buffers(checkpoint)})
+    module.load_state_dict({**frozen, **average, **read_buffers(checkpoint)})
     module.eval().requires_grad_(False)
 
 

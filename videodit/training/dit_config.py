@@ -73,12 +73,23 @@ class DiTRunConfig(RunConfig):
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """how samples are drawn, in training and from the export; sizes follow the latents"""
     prompts: tuple[str, ...] = ()
-    """prompts of the samples drawn in training"""
+    """prompts of the samples drawn in training, with averaged weights"""
+    sample_raw: bool = False
+    """draw the samples with the weights as they are too, beside those with averaged ones"""
+    eval_shards: str | None = None
+    """latents of held-out clips; their loss is measured by noise level, with the weights as they are and averaged"""
+    eval_every: int = 500
+    """steps between measurements of the held-out loss"""
+    eval_clips: int = 128
+    """how many of the held-out clips"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.data.shards:
             raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit encode writes it")
+        for name in ("eval_every", "eval_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1: use a positive number")
         if not 0 <= self.condition_rate <= 1:
             raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
         if not 0 <= self.late_share <= 1:
@@ -101,6 +112,11 @@ class DiTRunConfig(RunConfig):
                 f"crop.size {list(self.crop.size)} is not divided by the {patch[0]}x{patch[1]} of model.patch_size: "
                 f"use for example {[edge * max(1, size // edge) for size, edge in zip(self.crop.size, patch)]}"
             )
+
+    @property
+    def evaluation_intervals(self) -> tuple[int, ...]:
+        """As RunConfig has it, with that of the held-out loss."""
+        return (self.sample_every, self.eval_every if self.eval_shards else 0)
 
     @property
     def crop_steps(self) -> int:
@@ -142,16 +158,8 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
             f"init {config.init} is for {config.model.in_channels} latent channels, but {config.data.shards} has "
             f"{vae.config.latent_channels}: encode the clips with the VAE of that model, --vae {config.init}/vae"
         )
-    buckets = [parse_bucket(text, multiple=1) for text in manifest["fingerprint"]["buckets"]]
-    for bucket in buckets:
-        shape = vae.config.latent_shape(*bucket)
-        for name, size, patch in zip(("frames", "height", "width"), shape[1:], config.model.patch_size):
-            if size % patch:
-                raise UserError(
-                    f"model.patch_size {list(config.model.patch_size)} does not divide latents of {shape[1:]} ({name}) "
-                    f"in {config.data.shards}, bucket {bucket.name}: change the patch, or encode clips of another size"
-                )
-    frames, height, width = buckets[0]
+    check_patch(config.model.patch_size, manifest, config.vae or manifest["vae"], config.data.shards)
+    frames, height, width = parse_bucket(manifest["fingerprint"]["buckets"][0], multiple=1)
     text_dim = frozen.get("dim", config.text.dim)
     return dataclasses.replace(
         config,
@@ -161,6 +169,29 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
         text_max_length=frozen.get("max_length", 0),
         sampling=dataclasses.replace(config.sampling, num_frames=frames, height=height, width=width),
     )
+
+
+def check_patch(patch_size: tuple[int, int, int], manifest: dict[str, Any], vae: str, folder: str) -> None:
+    """Refuses latents that the DiT's patch does not divide.
+
+    Args:
+        patch_size: frames, rows and columns of a patch.
+        manifest: of the latents.
+        vae: folder of the VAE that made them.
+        folder: where they lie, for messages.
+    Raises:
+        UserError: names the bucket.
+    """
+    config = load_vae(vae).config
+    for text in manifest["fingerprint"]["buckets"]:
+        bucket = parse_bucket(text, multiple=1)
+        shape = config.latent_shape(*bucket)
+        for name, size, patch in zip(("frames", "height", "width"), shape[1:], patch_size):
+            if size % patch:
+                raise UserError(
+                    f"model.patch_size {list(patch_size)} does not divide latents of {shape[1:]} ({name}) "
+                    f"in {folder}, bucket {bucket.name}: change the patch, or encode clips of another size"
+                )
 
 
 def _follow_init(config: DiTRunConfig, frozen: dict[str, Any]) -> DiTRunConfig:

@@ -1,11 +1,13 @@
 """The module that a DiT run trains: how it is built, where its weights come from, and what becomes of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
+from videodit.data.batches import LatentBatch
 from videodit.errors import UserError
 from videodit.generation.pipeline import TextToVideo
 from videodit.models.dit import VideoDiT
@@ -14,7 +16,7 @@ from videodit.models.folder import WEIGHTS_NAME, read_weights, weights_sha256
 from videodit.models.initialise import whole
 from videodit.models.level_error import LevelError
 from videodit.models.lora import add_lora, merge_lora
-from videodit.models.text import ByteTextEncoder
+from videodit.models.text import ByteTextEncoder, TextFeatures
 from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.vae_folder import load_vae
@@ -91,19 +93,28 @@ def load_init(model: TextToVideoModel, folder: str) -> None:
                 parameter.copy_(weights[key])
 
 
-def export_dit(config: DiTRunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
+def read_text(batch: LatentBatch, device: torch.device, dtype: torch.dtype) -> list[str] | TextFeatures:
+    """What the module reads: captions, or their embeddings on the device where a frozen encoder made them."""
+    if batch.text is None or batch.text_mask is None:
+        return batch.captions
+    return TextFeatures(batch.text.to(device, dtype), batch.text_mask.to(device))
+
+
+def export_dit(
+    config: DiTRunConfig, checkpoint: Checkpoint, out: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the model folder of a run: averaged weights of DiT and text encoder (or where it lies), and the VAE.
 
     Args:
         config: of the run, as its folder has it.
         checkpoint: of the run.
         out: folder to write.
-        ema: which average.
+        weights: an average by parameter name; None for the run's first.
     """
     model = build_model(config)
     if config.lora.rank:
         model = fine_tuned(model, config)
-    load_average(model, checkpoint, ema)
+    load_average(model, checkpoint, weights)
     merge_lora(model.dit)
     assert config.vae is not None  # a run's own config has it
     vae = load_vae(config.vae)

@@ -1,5 +1,6 @@
 """`videodit train dit`: the text-to-video DiT on latents, with its own text encoder or a frozen one's embeddings."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,18 @@ from videodit.parallel.mesh import Mesh, World, make_mesh
 from videodit.parallel.sequence import split_layout
 from videodit.planning.machines import device_memory
 from videodit.planning.plan import choose_checkpointing
+from videodit.planning.workload import DiTWorkload
 from videodit.training.dit_config import DiTRunConfig, follow_latents
-from videodit.training.dit_model import build_model, compile_blocks, fine_tuned, frozen_facts, frozen_text_encoder
+from videodit.training.dit_model import (
+    build_model,
+    compile_blocks,
+    fine_tuned,
+    frozen_facts,
+    frozen_text_encoder,
+    read_text,
+)
 from videodit.training.engine import sharded_construction
+from videodit.training.held_out import HeldOutLoss, check_held_out
 from videodit.training.run import TrainingRun, micro_batch_tokens, open_world, run_dtype
 
 
@@ -44,9 +54,11 @@ def train_dit(config: DiTRunConfig) -> Path:
         UserError: for latents, a VAE or a folder that cannot be used.
     """
     config = follow_latents(config)
+    check_held_out(config)
     choose_kernels(config.kernels, choose_device(config.device))
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
         mesh = _mesh(config, world)
+        layout_of = functools.partial(_layout, config.model, mesh)
         loader = LatentLoader(
             config.data,
             seed=config.seed,
@@ -70,37 +82,38 @@ def train_dit(config: DiTRunConfig) -> Path:
             facts = frozen_facts(config) if world.is_main else {}
             run.folder.freeze("frozen.json", facts, "the value", "set it back")
         run.accept(loader.batch_sizes)
-        if run.evaluation_was_cut() and text_encoder and config.prompts:
-            _draw_samples(run, config, text_encoder)
+        held_out = HeldOutLoss(config, mesh, layout_of) if config.eval_shards else None
+        clip_flops = functools.cache(functools.partial(_clip_flops, config))
+        evaluate = functools.partial(_evaluate, run, config, held_out, text_encoder)
+        if run.evaluation_was_cut():
+            evaluate()
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
             levels = config.noise_at(run.step + 1)
-            sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
+            # Summed on the device: a figure that is fetched would wait for the kernels at every micro batch.
+            sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
                 noisy = make_noisy(batch, config, levels)
-                layout = _layout(config.model, mesh, noisy.latents.shape)
-                loss, error = clip_losses(run, noisy, batch_text(batch, run), config.weighting, layout)
-                share = batch.weight.to(world.device) / total
-                loss = (share * loss).sum()
-                run.engine.backward(loss)
-                sums["loss"] += loss.detach().cpu()
-                sums["mse"] += (share * error).sum().cpu()
-            frames, positions = token_shape(config.model, noisy.latents.shape)
+                layout = layout_of(noisy.latents.shape)
+                with run.meter.phase("forward"):
+                    text = read_text(batch, world.device, run.engine.dtype)
+                    loss, error = clip_losses(run, noisy, text, config.weighting, layout)
+                    share = batch.weight.to(world.device) / total
+                    loss = (share * loss).sum()
+                with run.meter.phase("backward"):
+                    run.engine.backward(loss)
+                sums["loss"] += loss.detach()
+                sums["mse"] += (share * error).sum()
+            shape = noisy.latents.shape
+            frames, positions = token_shape(config.model, shape)
             tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
-            run.finish_step(sums, digest=loader.digest(plan), tokens=tokens)
-            if run.time_to_sample() and text_encoder and config.prompts:
-                _draw_samples(run, config, text_encoder)
+            flops = micro_batch_tokens(batches, clip_flops(tuple(shape[1:])), mesh.data_size) if run.counts_flops else 0
+            run.finish_step(sums, digest=loader.digest(plan), tokens=tokens, flops=flops)
+            evaluate()
         run.finish()
     return Path(config.run_dir)
-
-
-def batch_text(batch: LatentBatch, run: TrainingRun) -> list[str] | TextFeatures:
-    """What the module reads: captions, or their embeddings on the run's device where a frozen encoder made them."""
-    if batch.text is None or batch.text_mask is None:
-        return batch.captions
-    return TextFeatures(run.cast(batch.text), batch.text_mask.to(run.world.device))
 
 
 @dataclass
@@ -133,9 +146,7 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
     seed, epoch, keys = config.seed, batch.epoch, batch.keys
     b, c, t, h, w = batch.mean.shape
     shape = (c, t, h, w)
-    x0 = batch.mean
-    if config.sample_posterior:
-        x0 = x0 + torch.exp(0.5 * batch.logvar) * sample_noise(seed, epoch, keys, shape, "posterior")
+    x0 = batch.draw(seed) if config.sample_posterior else batch.mean
     noise = sample_noise(seed, epoch, keys, shape, "noise")
     sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), levels)
     slope, focus = (sample_uniform(seed, epoch, keys, name) for name in ("frame slope", "focus frame"))
@@ -210,18 +221,45 @@ def _read_prompts(config: DiTRunConfig, world: World) -> TextEncoder | None:
     return EncodedPrompts(frozen_text_encoder(config, world.device, dtype), config.prompts)
 
 
+def _clip_flops(config: DiTRunConfig, shape: tuple[int, int, int, int]) -> int:
+    """Of the DiT's forward and backward pass on latents of shape (c, t, h, w); what is computed twice counts once."""
+    return DiTWorkload(config).shape_flops(shape, "none")
+
+
+def _evaluate(
+    run: TrainingRun, config: DiTRunConfig, held_out: HeldOutLoss | None, text_encoder: TextEncoder | None
+) -> None:
+    """What is due at the current step."""
+    if held_out is not None and run.due(config.eval_every):
+        _measure_held_out(run, held_out)
+    if run.due(config.sample_every) and text_encoder and config.prompts:
+        _draw_samples(run, config, text_encoder)
+
+
+def _measure_held_out(run: TrainingRun, held_out: HeldOutLoss) -> None:
+    """The weights as they are, whose curve answers at once, and averaged, which are what is exported."""
+    figures: dict[str, float] = {}
+    for weights, ending in (("raw", ""), ("ema", "_ema")):
+        with run.evaluating(weights) as module:  # type: ignore[arg-type]
+            measured = held_out.measure(module)
+        figures |= {f"eval/{name}{ending}": value for name, value in measured.items()}
+    run.log(figures)
+
+
 def _draw_samples(run: TrainingRun, config: DiTRunConfig, text_encoder: TextEncoder) -> None:
-    """Clips for the fixed prompts, with the averaged weights and always the same seeds."""
+    """Clips for the fixed prompts, always with the same seeds: NN.mp4, and raw-NN.mp4 with the weights as they are."""
     assert config.vae is not None  # follow_latents has set it
-    with run.averaged() as module:
-        vae = load_vae(config.vae).to(run.world.device)
-        pipe = TextToVideo(module, vae, text_encoder, config.flow, config.sampling)  # type: ignore[arg-type]
-        clips = pipe(config.prompts, seed=config.seed)
-    if run.world.is_main:
-        folder = run.folder.path / "samples" / f"step-{run.step:08d}"
+    folder = run.folder.path / "samples" / f"step-{run.step:08d}"
+    for weights in ("ema", "raw") if config.sample_raw else ("ema",):
+        with run.evaluating(weights) as module:  # type: ignore[arg-type]
+            vae = load_vae(config.vae).to(run.world.device)
+            pipe = TextToVideo(module, vae, text_encoder, config.flow, config.sampling)  # type: ignore[arg-type]
+            clips = pipe(config.prompts, seed=config.seed)
+        if not run.world.is_main:
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         videos = {}
         for row, (prompt, clip) in enumerate(zip(config.prompts, clips)):
-            videos[prompt] = folder / f"{row:02d}.mp4"
+            videos[prompt] = folder / f"{'raw-' if weights == 'raw' else ''}{row:02d}.mp4"
             write_mp4(videos[prompt], preview(clip), config.sampling.fps)
-        run.log_videos(videos)
+        run.log_videos(f"samples/{weights}", videos)

@@ -11,20 +11,22 @@ from videodit.models.folder import write_readme
 from videodit.training.checkpoint import load_latest
 from videodit.training.dit_config import DiTRunConfig
 from videodit.training.dit_model import export_dit
+from videodit.training.posthoc_ema import PosthocEMA
 from videodit.training.vae_trainer import VAERunConfig, export_vae
 
 
-def export_run(run_dir: str | Path, out: str | Path, ema: int = 0) -> Path:
+def export_run(run_dir: str | Path, out: str | Path, ema_length: float | None = None) -> str:
     """Writes a VAE folder (from a run of train vae) or a whole model folder (from a run of train dit).
 
     Args:
         run_dir: the run.
         out: folder to write.
-        ema: which of the run's averages to take.
+        ema_length: relative width of the average (edm2's sigma_rel), see `PosthocEMA`; None for the run's first.
     Returns:
-        out.
+        Which average it is, for people.
     Raises:
-        UserError: if the run has no good checkpoint, or what it refers to is gone.
+        UserError: if the run has no good checkpoint, what it refers to is gone, or it has no averages of which one of
+            that width can be made.
     """
     run_dir, out = Path(run_dir), Path(out)
     path = run_dir / "config.yaml"
@@ -33,14 +35,22 @@ def export_run(run_dir: str | Path, out: str | Path, ema: int = 0) -> Path:
     checkpoint = load_latest(run_dir)
     if checkpoint is None:
         raise UserError(f"{run_dir} has no checkpoint yet: train for at least save_every steps")
-    facts: dict[str, Any] = {"run": run_dir, "step": checkpoint.step, "average": checkpoint.state["ema_profiles"][ema]}
-    if "eval_shards" in yaml.safe_load(path.read_text()):
+    facts: dict[str, Any] = {"run": run_dir, "step": checkpoint.step, "average": checkpoint.state["ema_profiles"][0]}
+    weights = None
+    if ema_length is not None:
+        averages = PosthocEMA(run_dir, checkpoint)
+        mixture = averages.mix(ema_length)
+        weights = averages.read(mixture)
+        facts["average"] = (
+            f"{ema_length:g}, from {averages.num_checkpoints} checkpoints, its profile off by {mixture.error:.2%}"
+        )
+    if "prompts" not in yaml.safe_load(path.read_text()):
         vae_config = load_yaml(VAERunConfig, path)
-        export_vae(vae_config, checkpoint, out, ema)
+        export_vae(vae_config, checkpoint, out, weights)
         facts |= {"kind": "video VAE", "clips": vae_config.data.shards}
     else:
         dit_config = load_yaml(DiTRunConfig, path)
-        export_dit(dit_config, checkpoint, out, ema)
+        export_dit(dit_config, checkpoint, out, weights)
         facts |= {"kind": "text-to-video model", "latents": dit_config.data.shards, "vae": dit_config.vae}
     write_readme(out, "export", facts)
-    return out
+    return str(facts["average"])

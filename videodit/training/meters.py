@@ -1,7 +1,8 @@
 """How fast and how full: step time, tokens per second, FLOPs, model FLOPs utilisation, memory."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -65,6 +66,24 @@ def memory_gib(device: torch.device) -> float:
     return int(kib) / 2**20
 
 
+_Mark = float | torch.cuda.Event
+
+
+def _mark(event: bool) -> _Mark:
+    if not event:
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record()
+    return mark
+
+
+def _seconds(start: _Mark, end: _Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float)  # `phase` takes two of a kind
+        return end - start
+    return float(start.elapsed_time(end)) / 1e3
+
+
 class StepMeter:
     """Times one optimizer step and says what it means.
 
@@ -72,9 +91,13 @@ class StepMeter:
     meter = StepMeter(world.device)
     for batch in loader:
         meter.data_ready()          # since the last step ended: waiting for data
-        ...                         # forward, backward, engine.step
+        with meter.phase("forward"):
+            ...
         log(meter.step(tokens=..., flops=...))
     ```
+
+    On a GPU phases are times between events in its stream, read when the step has ended, so that nothing waits for its
+    kernels in between: a phase has the kernels' time where they were the last to finish, else that of launching them.
 
     Args:
         device: where the step runs; on a GPU the step's end waits for its kernels.
@@ -87,10 +110,25 @@ class StepMeter:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._peak = peak_flops(name)
         self._start = self._ready = time.perf_counter()
+        self._spans: list[tuple[str, _Mark, _Mark]] = []
+
+    @contextmanager
+    def phase(self, name: str, *, on_cpu: bool = False) -> Iterator[None]:
+        """Times a part of the step as perf/NAME_s; parts of a name add up, and none lies in another.
+
+        Args:
+            name: of the part.
+            on_cpu: it runs on the CPU whatever the device is, and nothing that comes before has to be waited for.
+        """
+        events = self._device.type == "cuda" and not on_cpu
+        start = _mark(events)
+        yield
+        self._spans.append((name, start, _mark(events)))
 
     def restart(self) -> None:
         """Forgets the time since the last step (it went into samples, evaluation or a checkpoint)."""
         self._start = self._ready = time.perf_counter()
+        self._spans.clear()
 
     def data_ready(self) -> None:
         """Marks that the batch has arrived."""
@@ -103,7 +141,8 @@ class StepMeter:
             tokens: tokens of the global batch, over all ranks.
             flops: operations of the global batch, over all ranks.
         Returns:
-            metrics of the step; perf/mfu only on a known GPU.
+            metrics of the step; perf/mfu only on a known GPU. data/wait_s, the phases and perf/other_s add up to
+            perf/step_s.
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -115,6 +154,12 @@ class StepMeter:
             "data/wait_s": self._ready - self._start,
             "perf/memory_gib": memory_gib(self._device),
         }
+        for name, begin, finish in self._spans:
+            key = f"perf/{name}_s"
+            metrics[key] = metrics.get(key, 0.0) + _seconds(begin, finish)
+        phases = sum(metrics[f"perf/{name}_s"] for name in {span[0] for span in self._spans})
+        metrics["perf/other_s"] = max(metrics["perf/compute_s"] - phases, 0.0)
+        self._spans.clear()
         if tokens:
             metrics["perf/tokens_per_s"] = tokens / seconds
         if flops:

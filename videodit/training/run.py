@@ -3,10 +3,10 @@
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from videodit.data.batch_sizes import BatchBy, BatchSize
 from videodit.data.batches import Batch
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
+from videodit.evaluation.machine import code_version
 from videodit.parallel.mesh import World, all_reduce_sum, init_process, shutdown
 from videodit.progress import Progress
 from videodit.training.checkpoint import load_latest
@@ -25,6 +26,7 @@ from videodit.training.engine import Engine, check_combination
 from videodit.training.meters import StepMeter
 from videodit.training.optim import OptimConfig
 from videodit.training.run_folder import RunFolder
+from videodit.training.run_log import RunLog
 from videodit.training.stop import StopRequest
 from videodit.training.tracker import Tracker, TrackerConfig
 
@@ -66,6 +68,11 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """wandb"""
 
+    @property
+    def evaluation_intervals(self) -> tuple[int, ...]:
+        """Steps between samples, and between whatever else is measured."""
+        return (self.sample_every,)
+
     def __post_init__(self) -> None:
         if not self.run_dir:
             raise ValueError("run_dir is not set: give --run_dir FOLDER")
@@ -93,13 +100,14 @@ class TrainingRun:
     ema: PowerEMA
     writer: CheckpointWriter
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker) -> None:
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
         self._tracker = tracker
         self._stop = StopRequest(world.is_main)
         self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
-        self._progress = Progress(f"train {folder.path.name}", config.max_steps, enabled=world.is_main)
+        self._progress = Progress(f"train {folder.path.name}", config.max_steps, world.is_main, note=log.info)
+        self._log = log
 
     @classmethod
     @contextmanager
@@ -113,9 +121,11 @@ class TrainingRun:
         Raises:
             UserError: if the folder is in use, cannot be written, or holds a run of another model.
         """
-        with RunFolder.open(config.run_dir, config_text, world) as folder:
-            tracker = Tracker(config.tracker, folder.path, to_dict(config), world)
-            run = cls(config, world, folder, tracker)
+        folders = RunFolder.open(config.run_dir, config_text, world)
+        with folders as folder, RunLog.open(folder.path / "train.log", world) as log:
+            facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
+            tracker = Tracker(config.tracker, folder.path, facts, world)
+            run = cls(config, world, folder, tracker, log)
             try:
                 with run._stop.listening():
                     try:
@@ -146,8 +156,12 @@ class TrainingRun:
         if found is not None:
             found.restore(self.engine, self.ema)
             self.step = self.saved_step = found.step
-        self._evaluation_due = self.time_to_sample() and self.folder.evaluated_step() < self.step
+        due = any(map(self.due, self.config.evaluation_intervals))
+        self._evaluation_due = due and self.folder.evaluated_step() < self.step
         self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due)
+        self._tracker.start()
+        version = ", ".join(f"{name} {value}" for name, value in code_version().items() if value)
+        self._log.info(f"from step {self.step} of {self.config.max_steps}: {self.world.size} ranks, {version}")
         self.meter = StepMeter(self.world.device, self.world.size)
 
     def accept(self, sizes: Mapping[str, BatchSize]) -> None:
@@ -183,7 +197,8 @@ class TrainingRun:
         self.meter.data_ready()
         self._note_evaluated()
         weight = torch.stack([batch.weight.sum() for batch in batches]).sum()
-        total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
+        with self.meter.phase("ranks", on_cpu=True):  # until the last of them has its data
+            total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
         if stop:
             self._leave()
         return max(total, 1.0)
@@ -201,8 +216,9 @@ class TrainingRun:
         """
         self._report(self.writer.poll())
         self.step += 1
-        result = self.engine.step(self.step)
-        self.ema.update(self.step)
+        with self.meter.phase("optimizer"):
+            result = self.engine.step(self.step)
+            self.ema.update(self.step)
         reduced = all_reduce_sum(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics()
@@ -215,46 +231,53 @@ class TrainingRun:
         if self.step % self.config.save_every == 0 or not self.running or stop:
             self.save()
         if self.world.is_main:
-            self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
+            waiting = metrics["data/wait_s"] / metrics["perf/step_s"]
+            speed = f"{metrics['perf/step_s']:.3f} s/step  data wait {waiting:.0%}"
+            self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {speed}")
         if stop:
             self._leave()
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Figures of the current step, to metrics.jsonl and the tracker."""
+        """Figures of the current step, to metrics.jsonl, which the tracker follows."""
         if self.world.is_main:
             self.folder.log(self.step, metrics)
-            self._tracker.log(self.step, {name: value for name, value in metrics.items() if not isinstance(value, str)})
+            self._tracker.check()
 
-    def log_videos(self, videos: dict[str, Path]) -> None:
-        """Clips of the current step, by caption, to the tracker."""
-        for caption, path in videos.items():
-            self._tracker.video(self.step, "samples", path, caption)
+    def log_videos(self, name: str, videos: dict[str, Path]) -> None:
+        """Clips of the current step, by caption; rank 0 has written them into the run folder."""
+        self.log({name: {caption: str(path.relative_to(self.folder.path)) for caption, path in videos.items()}})
 
-    def time_to_sample(self) -> bool:
-        """Whether samples are due at the current step."""
-        return bool(self.config.sample_every and self.step) and (
-            self.step % self.config.sample_every == 0 or not self.running
-        )
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is due; 0 is never."""
+        return bool(every and self.step) and (self.step % every == 0 or not self.running)
 
     def evaluation_was_cut(self) -> bool:
         """Whether a run that goes on was ended in the samples or held-out figures of its step: then make them again."""
         return self._evaluation_due
 
     def _note_evaluated(self) -> None:
-        if self.time_to_sample():
+        if any(map(self.due, self.config.evaluation_intervals)):
             self.folder.note_evaluated(self.step)
 
+    @property
+    def counts_flops(self) -> bool:
+        """Whether `finish_step` wants FLOPs: counting takes seconds, and on a CPU nobody knows the peak."""
+        return self.world.device.type == "cuda"
+
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """The module with the first EMA's weights, in evaluation mode and without gradients; timing leaves it out.
+    def evaluating(self, weights: Literal["raw", "ema"] = "ema") -> Iterator[nn.Module]:
+        """The module in evaluation mode, without gradients, and left out of the timing.
 
         Each of the module's forward passes looks for a stop, as `stop_if_asked` does: all ranks have to run the same.
 
+        Args:
+            weights: the first average's, or those that are being trained.
         Raises:
             SystemExit: as `finish_step`.
         """
         try:
-            with self.engine.using(self.ema.averages[0]) as module, torch.no_grad():
+            using = self.engine.using(self.ema.averages[0]) if weights == "ema" else nullcontext(self.engine.module)
+            with using as module, torch.no_grad():
                 hook = module.register_forward_pre_hook(lambda *_: self.stop_if_asked())
                 module.eval()
                 try:
@@ -267,7 +290,7 @@ class TrainingRun:
         self.meter.restart()
 
     def stop_if_asked(self) -> None:
-        """Inside `averaged`: breaks it off if a rank was told to stop. Call on every rank."""
+        """Inside `evaluating`: breaks it off if a rank was told to stop. Call on every rank."""
         if self._stop.on_any_rank():
             raise _Stopped
 
@@ -306,6 +329,7 @@ class TrainingRun:
             return
         self._save_metrics["perf/write_s"] = written.seconds
         if not written.problem:
+            self._log.info(f"checkpoint of step {written.step}")
             return
         if self.world.is_main:
             message = f"no checkpoint at step {written.step}: {written.problem}; training goes on with the last one"

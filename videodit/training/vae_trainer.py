@@ -1,6 +1,7 @@
 """`videodit train vae`: the video VAE on clips in pixels."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,18 +119,21 @@ def train_vae(config: VAERunConfig) -> Path:
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
-            sums = {"loss": torch.zeros(()), "mse": torch.zeros(())}
+            sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
                 shape = config.model.latent_shape(*batch.bucket)
                 noise = sample_noise(config.seed, batch.epoch, batch.keys, shape, "posterior")
-                loss, squared = run.engine(batch.clip(world.device), noise.to(world.device))
-                weight = batch.weight.to(loss.device) / total
-                run.engine.backward((weight * loss).sum())
-                sums["loss"] += (weight * loss).sum().detach().cpu()
-                sums["mse"] += (weight * squared).sum().detach().cpu()
+                with run.meter.phase("forward"):
+                    losses, squared = run.engine(batch.clip(world.device), noise.to(world.device))
+                    weight = batch.weight.to(losses.device) / total
+                    loss = (weight * losses).sum()
+                with run.meter.phase("backward"):
+                    run.engine.backward(loss)
+                sums["loss"] += loss.detach()
+                sums["mse"] += (weight * squared).sum().detach()
             positions = shape[1] * shape[2] * shape[3]
             run.finish_step(sums, digest=loader.digest(plan), tokens=micro_batch_tokens(batches, positions, world.size))
-            if run.time_to_sample() and held_out is not None:
+            if run.due(config.sample_every) and held_out is not None:
                 _reconstruct(run, held_out, fps=8.0)
         run.finish()
         newest = load_latest(config.run_dir)
@@ -154,17 +158,19 @@ def follow_clips(config: VAERunConfig) -> VAERunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def export_vae(config: VAERunConfig, checkpoint: Checkpoint, out: Path, ema: int = 0) -> None:
+def export_vae(
+    config: VAERunConfig, checkpoint: Checkpoint, out: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the VAE folder of a run: averaged weights, and latent statistics measured with them.
 
     Args:
         config: of the run.
         checkpoint: of the run.
         out: folder to write.
-        ema: which average.
+        weights: an average by parameter name; None for the run's first.
     """
     vae = VideoVAE(config.model)
-    load_average(VAEObjective(vae, config.loss), checkpoint, ema)
+    load_average(VAEObjective(vae, config.loss), checkpoint, weights)
     measure_latent_statistics(vae, config.data)
     vae.save_pretrained(out)
 
@@ -214,7 +220,7 @@ def _first_clips(config: VAERunConfig, shards: str, count: int) -> Tensor:
 
 def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
     """Measures PSNR on held-out clips with the averaged weights, and keeps four of them beside their originals."""
-    with run.averaged() as module:
+    with run.evaluating() as module:
         assert isinstance(module, VAEObjective)
         vae = module.vae
         parts = []
@@ -230,4 +236,4 @@ def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
         frames = rearrange(shown, "1 c t h w -> t h w c") if of_fields else to_pixels(shown)[0]
         path = run.folder.path / "samples" / f"step-{run.step:08d}.mp4"
         write_mp4(path, preview(frames.numpy()), fps)
-        run.log_videos({"above: clip, below: reconstruction": path})
+        run.log_videos("samples/ema", {"above: clip, below: reconstruction": path})

@@ -1,0 +1,129 @@
+"""Held-out loss by noise level: the same clips, noise and levels at every evaluation, whatever the number of ranks.
+
+A loss over all levels hides where a model still learns: the noisy ones, where a clip's content is decided, change long
+after the clean ones have settled.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from videodit.data.batches import LatentBatch, Request
+from videodit.data.latent_reader import LatentReader
+from videodit.data.latents import read_manifest
+from videodit.data.loader import read_latents
+from videodit.data.order import deal
+from videodit.data.randomness import sample_noise, stable_hash
+from videodit.data.shards import ShardSet
+from videodit.errors import UserError
+from videodit.flow.loss import flow_loss
+from videodit.flow.noise_level import sigma_from_uniform
+from videodit.flow.path import interpolate, target
+from videodit.models.token_layout import TokenLayout
+from videodit.parallel.mesh import Mesh, all_reduce_sum
+from videodit.training.dit_config import DiTRunConfig, check_patch
+from videodit.training.dit_model import read_text
+
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of the density of `noise`, low is clean. They stay the same where training goes over to late_noise."""
+
+
+class HeldOutLoss:
+    """Mean squared error of the prediction on held-out latents, at fixed quantiles of the training's noise levels.
+
+    Which clips, their noise and (with sample_posterior) their latents are functions of (seed, key). Each rank takes its
+    share of the clips; captions are not dropped, latents are whole, a clip's frames have one level.
+
+    Args:
+        config: of the run, with eval_shards that `check_held_out` has accepted.
+        mesh: which share of the clips this rank takes.
+        layout: where the tokens of latents of shape (b, c, t, h, w) lie.
+    Raises:
+        UserError: if the latents cannot be read.
+    """
+
+    def __init__(self, config: DiTRunConfig, mesh: Mesh, layout: Callable[[torch.Size], TokenLayout]) -> None:
+        assert config.eval_shards is not None
+        self._config, self._mesh, self._layout = config, mesh, layout
+        shards = ShardSet.open(config.eval_shards)
+        data = replace(config.data, shards=config.eval_shards, caption_drop=0.0)
+        self._reader = LatentReader(shards, data, config.seed, config.crop, config.model.patch_size[1:])
+        keys = [entry.key for entry in shards.entries]
+        order = sorted(range(len(keys)), key=lambda index: stable_hash(config.seed, 0, keys[index], "held out"))
+        self._chosen = set(order[: config.eval_clips])
+
+    def measure(self, module: nn.Module) -> dict[str, float]:
+        """Runs the module on all held-out clips at all levels. Call on every rank.
+
+        Args:
+            module: TextToVideoModel in evaluation mode; autograd is off.
+        Returns:
+            loss_q10 … loss_q90 and loss, their mean: the same on every rank.
+        """
+        levels = sigma_from_uniform(torch.tensor(QUANTILES), self._config.noise)
+        sums = torch.zeros(len(levels) + 1, dtype=torch.float64)  # of each level, and of the weights
+        for batch in self._batches():
+            errors = [self._errors(module, batch, float(level)) for level in levels]
+            sums += (torch.stack([*errors, torch.ones_like(batch.weight)]).double() * batch.weight).sum(1)
+        *totals, count = all_reduce_sum(sums).tolist()
+        losses = [total / count if count else float("nan") for total in totals]
+        named = {f"loss_q{round(100 * quantile)}": loss for quantile, loss in zip(QUANTILES, losses, strict=True)}
+        return {**named, "loss": sum(losses) / len(losses)}
+
+    def _batches(self) -> Iterator[LatentBatch]:
+        """This rank's share; every rank gets equally many, some of them padding."""
+        requests = []
+        for bucket, clips in self._reader.members.items():
+            chosen = [clip for clip in clips if clip in self._chosen]
+            for ids in deal(chosen, self._mesh.data_rank, self._mesh.data_size, self._config.micro_batch_size):
+                requests.append(Request(bucket, 0, tuple(ids)))
+        return read_latents(self._reader, requests)
+
+    @torch.no_grad()
+    def _errors(self, module: nn.Module, batch: LatentBatch, level: float) -> Tensor:
+        """(b,) on the CPU, at one noise level."""
+        config, shape = self._config, batch.mean.shape
+        x0 = batch.draw(config.seed) if config.sample_posterior else batch.mean
+        noise = sample_noise(config.seed, batch.epoch, batch.keys, tuple(shape[1:]), "held-out noise")  # type: ignore[arg-type]
+        sigma = torch.full((shape[0], shape[2]), level)  # b t
+        wide = sigma[:, None, :, None, None]
+        weight = next(module.parameters())
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        seen = interpolate(config.flow.path, x0, noise, wide).to(**like)
+        prediction = module(seen, sigma.to(weight.device), read_text(batch, **like), layout=self._layout(shape))
+        wanted = target(config.flow, x0, noise, wide).to(weight.device)
+        return flow_loss(prediction, wanted, torch.ones_like(sigma, device=weight.device)).cpu()
+
+
+def check_held_out(config: DiTRunConfig) -> None:
+    """Refuses held-out latents whose loss would mean nothing.
+
+    Args:
+        config: of a run, filled in by `follow_latents`.
+    Raises:
+        UserError: if eval_shards has no finished latents, or those of the training's clips, of another VAE or of
+            another text encoder, or of a size that the patch does not divide.
+    """
+    held_out = config.eval_shards
+    if held_out is None:
+        return
+    manifest, training = read_manifest(held_out), read_manifest(config.data.shards)
+    assert training is not None  # follow_latents has seen it
+    if manifest is None:
+        raise UserError(f"eval_shards {held_out} has no finished latents: run videodit encode --out {held_out}")
+    ours, theirs = training["fingerprint"], manifest["fingerprint"]
+    if Path(held_out).resolve() == Path(config.data.shards).resolve() or ours["clips"] == theirs["clips"]:
+        raise UserError(
+            f"eval_shards {held_out} has the clips of data.shards {config.data.shards}: give latents of other clips"
+        )
+    for name, what in (("vae", "VAE"), ("text_encoder", "text encoder")):
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"eval_shards {held_out} and data.shards {config.data.shards} were encoded with different settings of "
+                f"{what}: run videodit encode for both with the same one"
+            )
+    check_patch(config.model.patch_size, manifest, config.vae or manifest["vae"], held_out)
