@@ -41,8 +41,8 @@ class Batch:
     """Sample key per row; "" for padding."""
     weight: Tensor
     """(b,) float32: 1 for a sample, 0 for padding and for samples that could not be read."""
-    epoch: int
-    """Epoch of the rows, from 0: with the key, what randomness of the sample hangs on."""
+    epochs: list[int]
+    """How often each row's clip was read before: with the key, what randomness of the sample hangs on."""
     wait_s: float = 0.0
     """Seconds that the consumer waited for this micro batch."""
 
@@ -76,7 +76,8 @@ class Request:
     """One micro batch to read."""
 
     bucket: Bucket
-    epoch: int
+    epochs: tuple[int, ...]
+    """Of each row."""
     ids: tuple[int, ...]
     windowed: bool = False
     """Windows of latents instead of whole ones."""
@@ -181,7 +182,7 @@ def batch_fields(rows: Rows, keys: Sequence[str]) -> dict[str, Any]:
         "ids": ids,
         "keys": [keys[clip] if clip != PADDING else "" for clip in ids],
         "weight": torch.tensor(weight, dtype=torch.float32),
-        "epoch": rows.request.epoch,
+        "epochs": list(rows.request.epochs),
     }
 
 

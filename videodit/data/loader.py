@@ -27,9 +27,11 @@ from videodit.data.batches import (
 from videodit.data.buckets import Bucket
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import ClipReader, DataConfig
+from videodit.data.deal import deal, num_micro_batches
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig, LatentReader
-from videodit.data.order import PADDING, GlobalOrder, StepPlan, deal, num_micro_batches
+from videodit.data.mixture import ShardsConfig, clip_places, open_shards
+from videodit.data.order import PADDING, GlobalOrder, StepPlan
 from videodit.data.randomness import batch_digest
 from videodit.data.shards import ShardSet
 from videodit.data.transforms import to_model_range
@@ -41,17 +43,20 @@ BatchT = TypeVar("BatchT", bound=Batch)
 class StepLoader(Generic[BatchT]):
     """Micro batches of this rank, step by step, from any step on.
 
+    Attributes:
+        order_settings: by name, those that a run must keep for its order to go on.
+
     Args:
         reader: reads one micro batch.
         to_batch: finishes what was read; `fields` are those of Batch.
         members: clip indices by bucket.
-        keys: sample key by clip index.
-        source: the folder, for messages.
+        shards: the clips.
+        config: which data sets they are, by what weights, in how many streams.
         seed: the run's seed.
         tokens: of one clip of each bucket, or anything proportional.
         global_batch_size, micro_batch_size, batch_by: see `batch_sizes`.
         rank, world: this data-parallel rank of how many.
-        num_workers, prefetch: as in `read_all`.
+        num_workers: as in `read_all`.
         windowed_steps: this many steps, the first ones, ask for windows.
     Raises:
         UserError: if there are fewer clips than one global batch takes.
@@ -62,8 +67,8 @@ class StepLoader(Generic[BatchT]):
         reader: RowReader,
         to_batch: Callable[[Rows, dict[str, Any]], BatchT],
         members: Mapping[Bucket, Sequence[int]],
-        keys: Sequence[str],
-        source: str,
+        shards: ShardSet,
+        config: ShardsConfig,
         *,
         tokens: Mapping[Bucket, int],
         seed: int,
@@ -73,28 +78,30 @@ class StepLoader(Generic[BatchT]):
         rank: int,
         world: int,
         num_workers: int,
-        prefetch: int,
         windowed_steps: int = 0,
     ) -> None:
         self._reader = reader
         self._windowed_steps = windowed_steps
         self._to_batch = to_batch
         self._buckets = {bucket.name: bucket for bucket in members}
-        self._keys = keys
+        self._keys = keys = [entry.key for entry in shards.entries]
         self._rank, self._world = rank, world
-        self._num_workers, self._prefetch = num_workers, prefetch
+        places = clip_places(shards, config)
+        self.order_settings = {"data.streams": config.streams, "data.weights": list(places.weights)}
+        self._num_workers, self._prefetch = num_workers, config.prefetch
         self._guard = FailureGuard(keys)
         self.num_clips = sum(len(clips) for clips in members.values())
         counts = {bucket.name: tokens[bucket] for bucket, clips in members.items() if clips}
         try:
             self.batch_sizes = batch_sizes(counts, global_batch_size, micro_batch_size, batch_by)
             totals = {name: size.total for name, size in self.batch_sizes.items()}
-            self.order = GlobalOrder({bucket.name: members[bucket] for bucket in members}, totals, seed)
+            clips = {bucket.name: members[bucket] for bucket in members}
+            self.order = GlobalOrder(clips, totals, seed, config.streams, places)
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.num_clips < min(totals.values()):
             raise UserError(
-                f"{source} has {self.num_clips} clips for training, fewer than global_batch_size "
+                f"{shards.name} has {self.num_clips} clips for training, fewer than global_batch_size "
                 f"{min(totals.values())}: lower global_batch_size to {self.num_clips} or less, or add clips"
             )
 
@@ -135,8 +142,11 @@ class StepLoader(Generic[BatchT]):
         while True:
             plan = self.order.batch(step)
             pending.append(plan)
-            for ids in deal(plan.ids, self._rank, self._world, self.batch_sizes[plan.bucket].micro):
-                yield Request(self._buckets[plan.bucket], plan.epoch, tuple(ids), windowed=step <= self._windowed_steps)
+            micro = self.batch_sizes[plan.bucket].micro
+            for rows in deal(plan.streams, self.order.num_streams, self._world, micro)[self._rank]:
+                ids = tuple(plan.ids[row] if row != PADDING else PADDING for row in rows)
+                epochs = tuple(plan.epochs[row] if row != PADDING else plan.epoch for row in rows)
+                yield Request(self._buckets[plan.bucket], epochs, ids, windowed=step <= self._windowed_steps)
             step += 1
 
     def _next(self, stream: Iterator[Rows]) -> BatchT:
@@ -173,7 +183,7 @@ class ClipLoader(StepLoader[ClipBatch]):
         multiple: int = 16,
         statistics: ChannelStatistics | None = None,
     ) -> None:
-        self.shards = ShardSet.open(config.shards)
+        self.shards = open_shards(config)
         reader = ClipReader(self.shards, config, seed, config.random_crop, statistics)
         grouping = reader.group(multiple)
         self.num_dropped = len(grouping.dropped)
@@ -181,8 +191,8 @@ class ClipLoader(StepLoader[ClipBatch]):
             reader,
             _clip_batch,
             grouping.members,
-            [entry.key for entry in self.shards.entries],
-            config.shards,
+            self.shards,
+            config,
             tokens={bucket: bucket.latent_frames * bucket.height * bucket.width for bucket in grouping.members},
             seed=seed,
             global_batch_size=global_batch_size,
@@ -191,7 +201,6 @@ class ClipLoader(StepLoader[ClipBatch]):
             rank=rank,
             world=world,
             num_workers=config.num_workers,
-            prefetch=config.prefetch,
         )
 
 
@@ -221,15 +230,15 @@ class LatentLoader(StepLoader[LatentBatch]):
         crop_steps: int = 0,
         patch: tuple[int, int] = (1, 1),
     ) -> None:
-        self.shards = ShardSet.open(config.shards)
+        self.shards = open_shards(config)
         reader = LatentReader(self.shards, config, seed, crop or LatentCropConfig(), patch)
         self.latent_shapes = reader.latent_shapes
         super().__init__(
             reader,
             _latent_batch,
             reader.members,
-            [entry.key for entry in self.shards.entries],
-            config.shards,
+            self.shards,
+            config,
             tokens={bucket: t * h * w for bucket, (_, t, h, w) in reader.latent_shapes.items()},
             seed=seed,
             global_batch_size=global_batch_size,
@@ -238,7 +247,6 @@ class LatentLoader(StepLoader[LatentBatch]):
             rank=rank,
             world=world,
             num_workers=0 if reader.in_memory else config.num_workers,
-            prefetch=config.prefetch,
             windowed_steps=crop_steps,
         )
 
@@ -282,8 +290,10 @@ def clips_in_order(
     guard = FailureGuard(keys)
     requests = []
     for bucket, clips in reader.group(multiple).members.items():
-        batches = deal(clips, 0, 1, micro_batch_size)
-        requests += [Request(bucket, 0, tuple(ids)) for ids in batches[rank::world]]
+        for start in range(rank * micro_batch_size, len(clips), world * micro_batch_size):
+            ids = clips[start : start + micro_batch_size]
+            ids = ids + [PADDING] * (micro_batch_size - len(ids))
+            requests.append(Request(bucket, (0,) * micro_batch_size, tuple(ids)))
     for rows in read_all(reader, requests, config.num_workers, config.prefetch):
         guard.check(rows)
         yield _clip_batch(rows, batch_fields(rows, keys))

@@ -55,11 +55,22 @@ class ShardSet:
     """The samples of a folder of shards, by number.
 
     It holds no open file, so it may be shared by forked workers or pickled.
+
+    Attributes:
+        root: the folder.
+        entries: the samples.
+        name: what messages call it.
     """
 
-    def __init__(self, root: str | Path, entries: list[Entry]) -> None:
+    def __init__(self, root: str | Path, entries: list[Entry], name: str = "") -> None:
         self.root = Path(root)
         self.entries = entries
+        self.name = name or str(root)
+
+    @property
+    def sets(self) -> list["ShardSet"]:
+        """What it is put together from: itself, or several of them, whose samples follow each other."""
+        return [self]
 
     @classmethod
     def open(cls, root: str | Path, *, dropped: bool = False) -> "ShardSet":

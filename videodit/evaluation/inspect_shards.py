@@ -128,7 +128,7 @@ def _crops(reader: ClipReader, members: Mapping[Bucket, list[int]], config: Insp
     for bucket, clips in filled.items():
         drawn = sorted(clips, key=lambda i: sample_unit(config.seed, config.epoch, entries[i].key, "inspect"))
         for index in drawn[: config.clips // len(filled)]:
-            rows = reader[Request(bucket, config.epoch, (index,))]
+            rows = reader[Request(bucket, (config.epoch,), (index,))]
             if rows.failures:
                 crops.append(Crop(bucket.name, entries[index], b"", rows.failures[0]))
                 continue

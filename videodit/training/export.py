@@ -37,10 +37,10 @@ def export_run(run_dir: str | Path, out: str | Path, ema: int = 0) -> Path:
     if "eval_shards" in yaml.safe_load(path.read_text()):
         vae_config = load_yaml(VAERunConfig, path)
         export_vae(vae_config, checkpoint, out, ema)
-        facts |= {"kind": "video VAE", "clips": vae_config.data.shards}
+        facts |= {"kind": "video VAE", "clips": vae_config.data.name}
     else:
         dit_config = load_yaml(DiTRunConfig, path)
         export_dit(dit_config, checkpoint, out, ema)
-        facts |= {"kind": "text-to-video model", "latents": dit_config.data.shards, "vae": dit_config.vae}
+        facts |= {"kind": "text-to-video model", "latents": dit_config.data.name, "vae": dit_config.vae}
     write_readme(out, "export", facts)
     return out

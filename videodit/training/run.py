@@ -135,15 +135,17 @@ class TrainingRun:
         self.folder.cut_metrics(self.step)
         self.meter = StepMeter(self.world.device, self.world.size)
 
-    def accept(self, sizes: Mapping[str, BatchSize]) -> None:
-        """Writes down what the run goes on with, once its checkpoint has taken it: config, and clips of a step.
+    def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any]) -> None:
+        """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
 
         Args:
             sizes: of batches, by bucket; a run that goes on must see the same ones.
+            order: settings that the order of clips follows, by their names; as above.
         Raises:
             UserError: on every rank, if the batches are not those that the run began with.
         """
         self.folder.freeze("batches.json", {name: size.total for name, size in sizes.items()}, "clips a step")
+        self.folder.freeze("order.json", order)
         self.folder.accept_config()
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
