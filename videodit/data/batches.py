@@ -81,6 +81,8 @@ class Request:
     ids: tuple[int, ...]
     windowed: bool = False
     """Windows of latents instead of whole ones."""
+    ahead: tuple[int, ...] = ()
+    """Clips that will be read in a while: time to fetch their shards, should these be far away."""
 
 
 @dataclass

@@ -30,7 +30,7 @@ from videodit.data.clip_reader import ClipReader, DataConfig
 from videodit.data.deal import deal, num_micro_batches
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig, LatentReader
-from videodit.data.mixture import ShardsConfig, clip_places, open_shards
+from videodit.data.mixture import ShardsConfig, clip_places, fetch_ahead, open_shards
 from videodit.data.order import PADDING, GlobalOrder, StepPlan
 from videodit.data.randomness import batch_digest
 from videodit.data.shards import ShardSet
@@ -38,6 +38,21 @@ from videodit.data.transforms import to_model_range
 from videodit.errors import UserError
 
 BatchT = TypeVar("BatchT", bound=Batch)
+
+
+FETCH_AHEAD_STEPS = 32
+"""So many steps before they are read shards that are not on the disk begin to be fetched."""
+
+
+class _FetchingAhead:
+    """A reader that first begins to fetch what will be read in a while."""
+
+    def __init__(self, reader: RowReader, shards: ShardSet) -> None:
+        self._reader, self._shards = reader, shards
+
+    def __getitem__(self, request: Request) -> Rows:
+        fetch_ahead(self._shards, request.ahead)
+        return self._reader[request]
 
 
 class StepLoader(Generic[BatchT]):
@@ -80,7 +95,8 @@ class StepLoader(Generic[BatchT]):
         num_workers: int,
         windowed_steps: int = 0,
     ) -> None:
-        self._reader = reader
+        self._is_remote = any(part.cache is not None for part in shards.sets)
+        self._reader: RowReader = _FetchingAhead(reader, shards) if self._is_remote else reader
         self._windowed_steps = windowed_steps
         self._to_batch = to_batch
         self._buckets = {bucket.name: bucket for bucket in members}
@@ -97,6 +113,8 @@ class StepLoader(Generic[BatchT]):
             totals = {name: size.total for name, size in self.batch_sizes.items()}
             clips = {bucket.name: members[bucket] for bucket in members}
             self.order = GlobalOrder(clips, totals, seed, config.streams, places)
+            # Of its own, since an order keeps one epoch at hand and the one that is ahead may be in the next.
+            self._order_ahead = GlobalOrder(clips, totals, seed, config.streams, places) if self._is_remote else None
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.num_clips < min(totals.values()):
@@ -142,12 +160,21 @@ class StepLoader(Generic[BatchT]):
         while True:
             plan = self.order.batch(step)
             pending.append(plan)
-            micro = self.batch_sizes[plan.bucket].micro
-            for rows in deal(plan.streams, self.order.num_streams, self._world, micro)[self._rank]:
+            ahead: tuple[int, ...] = ()
+            if self._order_ahead is not None:
+                later = self._order_ahead.batch(step + FETCH_AHEAD_STEPS)
+                ahead = tuple(later.ids[row] for rows in self._dealt(later) for row in rows if row != PADDING)
+            for rows in self._dealt(plan):
                 ids = tuple(plan.ids[row] if row != PADDING else PADDING for row in rows)
                 epochs = tuple(plan.epochs[row] if row != PADDING else plan.epoch for row in rows)
-                yield Request(self._buckets[plan.bucket], epochs, ids, windowed=step <= self._windowed_steps)
+                windowed = step <= self._windowed_steps
+                yield Request(self._buckets[plan.bucket], epochs, ids, windowed, ahead)
             step += 1
+
+    def _dealt(self, plan: StepPlan) -> list[list[int]]:
+        """Row numbers of this rank's micro batches."""
+        micro = self.batch_sizes[plan.bucket].micro
+        return deal(plan.streams, self.order.num_streams, self._world, micro)[self._rank].tolist()
 
     def _next(self, stream: Iterator[Rows]) -> BatchT:
         asked = time.perf_counter()

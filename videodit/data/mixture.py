@@ -10,6 +10,7 @@ import numpy as np
 
 from videodit.data.batches import check_workers
 from videodit.data.order import ClipPlaces
+from videodit.data.remote import RemoteFolder, is_remote, open_remote
 from videodit.data.shards import Entry, ShardSet
 from videodit.errors import UserError
 
@@ -25,6 +26,10 @@ class ShardsConfig:
     streams: int = 64
     """Streams over disjoint shards that the order takes clips from in turn. A number of ranks that divides it has each
     rank read its own shards only; a run keeps it."""
+    disk_cache: str = ""
+    """Folder on each node's disk, for shards that are fetched from an address such as s3://bucket/shards."""
+    disk_cache_gib: float = 100.0
+    """Room in it, GiB, for all data sets and ranks of a node; what was not used for longest goes."""
     num_workers: int = 0
     """Processes that read ahead, per rank; 0 reads in the training process."""
     prefetch: int = 2
@@ -41,6 +46,11 @@ class ShardsConfig:
         for weight in self.weights:
             if not 0 < weight <= 1000:
                 raise ValueError(f"data.weights {weight} must be above 0 and at most 1000: leave out an unused folder")
+        remote = next((folder for folder in self.folders if is_remote(folder)), None)
+        if remote is not None and not self.disk_cache:
+            raise ValueError(f"data.shards {remote} is not on a disk: give --data.disk_cache DIR, a folder on one")
+        if self.disk_cache_gib <= 0:
+            raise ValueError(f"data.disk_cache_gib {self.disk_cache_gib} must be above 0")
         check_workers(self.num_workers, self.prefetch)
 
     @property
@@ -89,8 +99,23 @@ class ShardMixture(ShardSet):
 
 
 def local_folders(config: ShardsConfig) -> dict[str, Path]:
-    """Name of each set -> the folder that it lies in here."""
-    return {folder: Path(folder) for folder in config.folders}
+    """Name of each set -> the folder that it, or what lies beside its shards, is in here.
+
+    Raises:
+        UserError: if an address cannot be read.
+    """
+    return {
+        folder: RemoteFolder(folder, config.disk_cache).local if is_remote(folder) else Path(folder)
+        for folder in config.folders
+    }
+
+
+def fetch_ahead(shards: ShardSet, indices: Sequence[int]) -> None:
+    """Begins to fetch the shards of samples that will be read soon, if they are not on the disk."""
+    bounds = np.cumsum([0, *(len(part) for part in shards.sets)])
+    for part, first, end in zip(shards.sets, bounds[:-1], bounds[1:]):
+        if part.cache is not None:
+            part.cache.fetch_ahead([part.entries[i - first].shard for i in indices if first <= i < end])
 
 
 def open_shards(config: ShardsConfig) -> ShardSet:
@@ -99,7 +124,12 @@ def open_shards(config: ShardsConfig) -> ShardSet:
     Raises:
         UserError: if one is not there or not whole.
     """
-    sets = [ShardSet.open(folder) for folder in config.folders]
+    sets = [
+        open_remote(RemoteFolder(folder, config.disk_cache), config.disk_cache_gib * 2**30)
+        if is_remote(folder)
+        else ShardSet.open(folder)
+        for folder in config.folders
+    ]
     return sets[0] if len(sets) == 1 else ShardMixture(sets)
 
 

@@ -21,7 +21,7 @@ from videodit.data.latents import (
     write_manifest,
 )
 from videodit.data.loader import clips_in_order
-from videodit.data.mixture import only_folder
+from videodit.data.mixture import only_folder, open_shards
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
 from videodit.device import choose_device
@@ -83,7 +83,7 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
     if config.multiple % vae.config.spatial_compression:
         raise UserError(f"multiple {config.multiple} is not a multiple of the VAE's {vae.config.spatial_compression}")
     source = only_folder(config.data, "encode")
-    shards = ShardSet.open(source)
+    shards = open_shards(config.data)
     fingerprint = _fingerprint(config, shards)
     if cache_is_valid(config.out, fingerprint):
         return 0
