@@ -33,11 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from videodit.data.clip_reader import DataConfig
+from videodit.data.deal import deal
 from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import write_latent_sample
 from videodit.data.loader import ClipLoader, LatentLoader
-from videodit.data.order import GlobalOrder, deal
+from videodit.data.order import GlobalOrder
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet, json_bytes
 from videodit.data.transforms import to_model_range
@@ -219,9 +220,7 @@ def order_seconds(clips: int = 1_000_000, ranks: int = 1024) -> dict[str, float]
     begin = time.perf_counter() - started
     started = time.perf_counter()
     for step in range(1, order.steps_per_epoch + 1):
-        ids = order.batch(step).ids
-        for rank in range(ranks):
-            deal(ids, rank, ranks, 8)
+        deal(order.batch(step).streams, order.num_streams, ranks, 8)
     return {"start_in_the_middle_s": begin, "epoch_for_all_ranks_s": time.perf_counter() - started}
 
 

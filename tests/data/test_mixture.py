@@ -9,7 +9,7 @@ from tests.data.test_loader import clip_frames, write_clips
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifests, write_latent_sample, write_manifest
-from videodit.data.loader import ClipLoader, LatentLoader
+from videodit.data.loader import ClipLoader, LatentLoader, clips_in_order
 from videodit.data.mixture import open_shards
 from videodit.data.mp4 import encode_mp4
 from videodit.data.shard_writer import ShardWriter
@@ -100,6 +100,8 @@ def test_clips_of_videos_and_pictures_from_two_folders(tmp_path):
         frames[batch.clip.shape[2]] += int(batch.weight.sum())
         assert all((caption == "a still") == (batch.clip.shape[2] == 1) for caption in batch.captions if caption)
     assert frames == {5: 5, 1: 8}
+    first = next(iter(clips_in_order(DataConfig(shards=folders, buckets=["1x32x32"]), loader.shards, 4)))
+    assert sorted(first.keys) == ["1/c000", "1/c001", "c000", "c001"]  # measured on a few, both count
 
 
 def test_manifests_of_sets_made_alike_are_one(three, tmp_path):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from videodit.data.batch_sizes import BatchBy, batch_sizes
 from videodit.data.batches import (
     Batch,
@@ -300,6 +302,8 @@ def clips_in_order(
 ) -> Iterator[ClipBatch]:
     """Every clip once, cut from the middle, bucket by bucket, in the shards' order: for encoding and measuring.
 
+    Of several data sets each comes as far as the others at any moment, so that the first few clips are of all.
+
     Args:
         config: as in ClipLoader; `random_crop` and the cache are not used.
         shards: the clips; ids in the batches are its indices.
@@ -316,7 +320,9 @@ def clips_in_order(
     keys = [entry.key for entry in shards.entries]
     guard = FailureGuard(keys)
     requests = []
-    for bucket, clips in reader.group(multiple).members.items():
+    progress = np.concatenate([np.arange(len(part)) / len(part) for part in shards.sets])
+    for bucket, members in reader.group(multiple).members.items():
+        clips = sorted(members, key=progress.__getitem__)
         for start in range(rank * micro_batch_size, len(clips), world * micro_batch_size):
             ids = clips[start : start + micro_batch_size]
             ids = ids + [PADDING] * (micro_batch_size - len(ids))

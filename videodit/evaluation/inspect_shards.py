@@ -66,7 +66,7 @@ def inspect_shards(root: str, config: InspectConfig) -> Path:
     config = _follow(config)
     everything = ShardSet.open(root, dropped=True)
     used = ShardSet.open(root)
-    data = from_dict(DataConfig, {**vars(config.data), "shards": root, "cache_decoded": False})
+    data = from_dict(DataConfig, {**vars(config.data), "shards": root, "weights": [], "cache_decoded": False})
     reader = ClipReader(used, data, config.seed, data.random_crop, measured_statistics(used))
     grouping = reader.group(multiple=1)
     record = read_record(Path(root)) or {}
