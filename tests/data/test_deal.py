@@ -35,10 +35,10 @@ def test_32_clips_on_3_ranks():
 @pytest.mark.parametrize("world", [1, 2, 4, 8, 16])
 def test_ranks_own_streams(world):
     """Whole rounds: nobody reads another's stream. The ragged end may, but only what does not fit."""
-    order = GlobalOrder({"17x64x64": range(16 * 20 + 5)}, 32, seed=1, num_streams=16)
+    order = GlobalOrder({"17x64x64": range(16 * 40 + 5)}, 32, seed=1, num_streams=16)
     for step in range(1, order.steps_per_epoch + 1):
         plan = order.batch(step)
-        dealt = deal(plan.streams, 16, world, 32 // world)
+        dealt = deal(plan.streams, plan.num_streams, world, 32 // world)
         for rank in range(world):
             rows = dealt[rank][dealt[rank] != PADDING]
             foreign = sum(plan.streams[row] % world != rank for row in rows)
@@ -49,12 +49,11 @@ def test_ranks_own_streams(world):
 @pytest.mark.parametrize(("world", "shared"), [(32, 2), (24, 3)])
 def test_ranks_that_do_not_divide_share_what_they_can(world, shared):
     """Of 8 residues by the greatest common divisor each belongs to `shared` ranks of 24; of 16 to 2 of 32."""
-    num_streams = 16
-    order = GlobalOrder({"17x64x64": range(16 * 96)}, 96, seed=1, num_streams=num_streams)
+    order = GlobalOrder({"17x64x64": range(16 * 96)}, 96, seed=1, num_streams=16)
     owners: dict[int, set[int]] = {}
     for step in range(1, order.steps_per_epoch + 1):
         plan = order.batch(step)
-        for rank, rows in enumerate(deal(plan.streams, num_streams, world, 96 // world)):
+        for rank, rows in enumerate(deal(plan.streams, plan.num_streams, world, 96 // world)):
             assert (rows != PADDING).all()
             for row in rows.ravel():
                 owners.setdefault(plan.streams[row], set()).add(rank)

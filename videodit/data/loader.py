@@ -176,7 +176,7 @@ class StepLoader(Generic[BatchT]):
     def _dealt(self, plan: StepPlan) -> list[list[int]]:
         """Row numbers of this rank's micro batches."""
         micro = self.batch_sizes[plan.bucket].micro
-        return deal(plan.streams, self.order.num_streams, self._world, micro)[self._rank].tolist()
+        return deal(plan.streams, plan.num_streams, self._world, micro)[self._rank].tolist()
 
     def _next(self, stream: Iterator[Rows]) -> BatchT:
         asked = time.perf_counter()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from videodit.data.randomness import stable_hash
-from videodit.data.streams import ClipStreams, Visits, interleave, merge
+from videodit.data.streams import ClipStreams, Visits, fitting_streams, interleave, merge
 
 PADDING = -1
 """The id of a row that holds no sample: its weight in the loss is 0."""
@@ -33,6 +33,8 @@ class StepPlan:
     """How often each row's clip was read before: the epoch of its data set, which randomness hangs on."""
     streams: tuple[int, ...]
     """The stream of each row; -1 for padding."""
+    num_streams: int
+    """How many streams the bucket has."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class GlobalOrder:
         buckets: bucket name -> indices of its clips; empty buckets take no part.
         global_batch_size: clips in one optimizer step, for all buckets or by bucket name.
         seed: the run's seed.
-        num_streams: streams of each bucket; what the order looks like depends on it.
+        num_streams: most streams of a bucket; what the order looks like depends on it.
         places: shards and data sets; by default all clips are of one.
     Raises:
         ValueError: if there is no clip at all, or a batch size or the number of streams is below 1.
@@ -76,16 +78,19 @@ class GlobalOrder:
         if places is None:
             nowhere = np.zeros(max(int(indices.max()) for indices in clips.values()) + 1, dtype=np.int64)
             places = ClipPlaces(nowhere, nowhere)
-        self._seed, self.num_streams = seed, num_streams
+        self._seed = seed
         self._sizes = {
             name: global_batch_size if isinstance(global_batch_size, int) else global_batch_size[name] for name in clips
         }
         for name, size in self._sizes.items():
             if size < 1:
                 raise ValueError(f"global_batch_size {size} of bucket {name} must be at least 1")
+        self._streams = {name: fitting_streams(len(indices), num_streams) for name, indices in clips.items()}
         self._sets = {
             name: [
-                ClipStreams(part, places.shards[part], num_streams, places.weights[number], seed, f"{name}/{number}")
+                ClipStreams(
+                    part, places.shards[part], self._streams[name], places.weights[number], seed, f"{name}/{number}"
+                )
                 for number in range(len(places.weights))
                 if len(part := indices[places.sets[indices] == number])
             ]
@@ -124,14 +129,14 @@ class GlobalOrder:
         name = self._names[self._batch_bucket[position]]
         if name not in self._rows:
             visits = merge([part.visits(epoch) for part in self._sets[name]], self._seed, epoch, name)
-            self._rows[name] = interleave(visits, self.num_streams, self._seed, epoch, name)
+            self._rows[name] = interleave(visits, self._streams[name], self._seed, epoch, name)
         size, number = self._sizes[name], self._batch_number[position]
         rows = [values[number * size : (number + 1) * size].tolist() for values in self._rows[name]]
         padding = size - len(rows[0])
         ids, epochs, streams = (
             tuple(values + [fill] * padding) for values, fill in zip(rows, (PADDING, epoch, PADDING), strict=True)
         )
-        return StepPlan(step, epoch, name, ids, epochs, streams)
+        return StepPlan(step, epoch, name, ids, epochs, streams, self._streams[name])
 
     def _mix_buckets(self, epoch: int) -> None:
         """Which bucket each step of the epoch belongs to, at random; each bucket's batches stay in their order."""

@@ -18,7 +18,16 @@ from videodit.data.randomness import stable_hash
 SHUFFLED_SHARDS = 2
 """Shards of a stream that are shuffled together, and so lie in a cache together. Streams are mixed beyond that."""
 
+MIN_CLIPS = 32
+"""A bucket has fewer streams where they would be shorter than this: what stands in line would not be random enough."""
+
 _BLOCK_BITS = 40  # of a sort key's 64 those that are drawn; the upper ones say what is shuffled together
+
+
+def fitting_streams(num_clips: int, num_streams: int) -> int:
+    """How many streams a bucket of so many clips has: the most that divide num_streams and are long enough."""
+    divisors = (n for n in range(1, num_streams + 1) if num_streams % n == 0)
+    return max(n for n in divisors if n == 1 or n * MIN_CLIPS <= num_clips)
 
 
 class Visits(NamedTuple):
