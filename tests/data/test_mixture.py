@@ -76,12 +76,20 @@ def test_sets_come_by_their_weights_with_images_among_videos(three):
     assert all(len(captions[f"c{n}"]) > 1 for n in range(10))  # a clip that is seen again is captioned anew
 
 
-def test_the_mixture_is_the_same_for_any_ranks_workers_and_start(three):
-    options = {"weights": [1.5, 0.7, 2.0]}
-    reference = rows_of([loader_of(three, **options)], 30)
-    assert reference == rows_of([loader_of(three, rank=rank, world=3, **options) for rank in range(3)], 30)
-    two = [loader_of(three, rank=rank, world=2, num_workers=1, cache_gib=0, **options) for rank in range(2)]
-    later = rows_of(two, 20, start=11)
+def test_the_mixture_is_the_same_for_any_ranks_workers_and_start(tmp_path):
+    """In four streams; 2 and 4 ranks own theirs, 3 share all, 8 share each."""
+    folders = [write_latents(tmp_path / "a", "a", 120), write_latents(tmp_path / "b", "b", 25)]
+    options = {"weights": [0.7, 2.0], "streams": 4}
+    loader = loader_of(folders, **options)
+    assert loader.order.batch(1).num_streams == 4
+    steps = loader.steps_per_epoch + 4
+    reference = rows_of([loader], steps)
+    for world in (3, 4, 8):
+        assert reference == rows_of(
+            [loader_of(folders, rank=rank, world=world, **options) for rank in range(world)], steps
+        )
+    two = [loader_of(folders, rank=rank, world=2, num_workers=1, cache_gib=0, **options) for rank in range(2)]
+    later = rows_of(two, steps - 10, start=11)
     assert later == {step: rows for step, rows in reference.items() if step > 10}
 
 

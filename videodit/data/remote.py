@@ -11,9 +11,11 @@ import fcntl
 import hashlib
 import json
 import os
+import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,7 @@ class ShardCache:
 
     def __init__(self, folder: RemoteFolder, limit_bytes: float) -> None:
         self._folder, self._limit = folder, limit_bytes
-        self._ahead: tuple[int, ThreadPoolExecutor, dict[str, Future[Path]]] | None = None
+        self._ahead: _Ahead | None = None
         largest = max((size for name, size in folder.sizes.items() if name.endswith(".tar")), default=0)
         if largest > limit_bytes:
             raise UserError(
@@ -148,15 +150,9 @@ class ShardCache:
 
     def fetch_ahead(self, shards: Sequence[str]) -> list[Future[Path]]:
         """Begins to fetch, in threads of this process, what is not here; failures are left to those who read."""
-        if self._ahead is None or self._ahead[0] != os.getpid():
-            self._ahead = os.getpid(), ThreadPoolExecutor(_THREADS, "fetch-shards"), {}
-        _, pool, running = self._ahead
-        for shard in [shard for shard, future in running.items() if future.done()]:
-            del running[shard]
-        for shard in dict.fromkeys(shards):
-            if shard not in running and not (self._folder.local / shard).exists():
-                running[shard] = pool.submit(self.local, shard)
-        return list(running.values())
+        if self._ahead is None or self._ahead.process != os.getpid():
+            self._ahead = _Ahead(self.local)
+        return self._ahead.add([shard for shard in dict.fromkeys(shards) if not (self._folder.local / shard).exists()])
 
     def _fetch(self, shard: str) -> None:
         room = self._folder.local / f"{shard}{_ROOM}"
@@ -199,6 +195,37 @@ class ShardCache:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shard.with_name(f"{shard.name}{PART}").unlink(missing_ok=True)
                 room.unlink(missing_ok=True)
+
+
+class _Ahead:
+    """Threads of one process that fetch shards. They are daemons: a process that ends does not wait for them, and what
+    they leave is removed by the next one that needs room.
+    """
+
+    def __init__(self, fetch: Callable[[str], Path]) -> None:
+        self.process = os.getpid()
+        self._fetch = fetch
+        self._queue: queue.SimpleQueue[tuple[str, Future[Path]]] = queue.SimpleQueue()
+        self._running: dict[str, Future[Path]] = {}
+        for _ in range(_THREADS):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def add(self, shards: Sequence[str]) -> list[Future[Path]]:
+        """What is on its way, with these."""
+        self._running = {shard: future for shard, future in self._running.items() if not future.done()}
+        for shard in shards:
+            if shard not in self._running:
+                self._running[shard] = Future()
+                self._queue.put((shard, self._running[shard]))
+        return list(self._running.values())
+
+    def _work(self) -> None:
+        while True:
+            shard, future = self._queue.get()
+            try:
+                future.set_result(self._fetch(shard))
+            except Exception as error:
+                future.set_exception(error)
 
 
 def open_remote(folder: RemoteFolder, limit_bytes: float) -> ShardSet:
