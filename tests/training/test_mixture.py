@@ -26,18 +26,10 @@ def test_both_models_train_on_two_sets_one_of_them_remote(tmp_path: Path, capsys
     assert run(*vae_run, "--run_dir", tmp_path / "v", "--max_steps=1") == 0
     assert json.loads((tmp_path / "v/order.json").read_text()) == {"data.streams": 64, "data.weights": [1.0, 2.0]}
     dit = ["train", "dit", "--data.shards", f"[{latents[0]},file://{latents[1]}]", *tiny.DIT_OPTIONS, *same]
-    dit += ["--run_dir", tmp_path / "d"]
-    for steps in (2, 3):  # an epoch is 4 + 3 clips
-        assert run(*dit, "--data.weights=[1,0.5]", f"--max_steps={steps}") == 0
-    assert len({line["data/digest"] for line in metrics(tmp_path / "d")}) == 3
-    capsys.readouterr()
-    for changes, words in (
-        (["--data.weights=[1,1]"], "data.weights: [1.0, 1.0], but run_dir"),
-        (["--data.weights=[1,0.5]", "--data.streams=8"], "data.streams: 8, but run_dir"),
-    ):
-        assert run(*dit, "--max_steps=4", *changes) == 2
-        assert words in capsys.readouterr().err
+    assert run(*dit, "--data.weights=[1,0.5]", "--run_dir", tmp_path / "d", "--max_steps=3") == 0
+    assert len({line["data/digest"] for line in metrics(tmp_path / "d")}) == 3  # an epoch: 4 + 3 clips
     encode = ["encode", *cache, bucket, "--vae", vae, "--out", tmp_path / "new", "--device=cpu"]
+    capsys.readouterr()
     assert run(*encode, "--data.shards", clips) == 2
     assert "encode takes one folder at a time" in capsys.readouterr().err
     assert run(*encode, "--data.shards", f"file://{far}") == 0

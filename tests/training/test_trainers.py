@@ -220,8 +220,10 @@ def test_a_refused_resume_leaves_the_config_as_it_was(latents: Path, tmp_path: P
     for change, words in (
         ({"ema_profiles": (0.1,)}, "set ema_profiles back"),
         ({"global_batch_size": 1}, "clips a step"),
-        ({"data": replace(config.data, streams=32)}, "data.streams: 32, but run_dir .* was trained with 64"),
-        ({"data": replace(config.data, weights=[2.0])}, r"data.weights: \[2.0\], but run_dir .* with \[1.0\]"),
+        (
+            {"data": replace(config.data, streams=32, weights=[2.0])},
+            "data.streams: 32, but run_dir .* was trained with 64",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             train_dit(replace(config, max_steps=2, **change))
