@@ -198,7 +198,7 @@ def test_a_download_that_ends_early_is_tried_again(store, tmp_path):
 def test_shards_are_fetched_before_they_are_read(store, tmp_path, monkeypatch):
     """The loader asks for what is two steps ahead; nothing of it is read yet."""
     _, address = store
-    monkeypatch.setattr("videodit.data.loader.FETCH_AHEAD_STEPS", 2)
+    monkeypatch.setattr("videodit.data.step_loader.FETCH_AHEAD_STEPS", 2)
     loader = loader_of(address, tmp_path / "cache")
     steps = loader.iterate()
     (cache,) = [part.cache for part in loader.shards.sets]
