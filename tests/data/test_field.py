@@ -290,7 +290,7 @@ def test_an_array_that_is_not_what_the_index_says_is_left_out(tmp_path: Path) ->
     rewrite_index(shards.root, [wrong, shards.entries[1]])
     shards = ShardSet.open(shards.root)
     reader = ClipReader(shards, data(shards, "5x8x8"), 0, False, read_statistics(shards.root))
-    rows = reader[Request(Bucket(5, 8, 8), 0, (0, 1))]
+    rows = reader[Request(Bucket(5, 8, 8), (0, 0), (0, 1))]
     assert rows.failures == {0: "an array of float32 (5, 8, 8, 2), the index says float32 (6, 8, 8, 2)"}
     assert not rows.tensors["clip"][0].any() and rows.tensors["clip"][1].any()
 

@@ -127,7 +127,7 @@ def test_batches_hold_what_fit_clip_makes_and_epochs_differ(clips):
     for plan, batches in islice(loader.iterate(), 2 * loader.steps_per_epoch):
         for batch in batches:
             assert batch.clip().shape == (2, 3, 5, 32, 32) and batch.bucket == (5, 32, 32)
-            assert batch.epoch == plan.epoch and batch.wait_s >= 0
+            assert batch.epochs == [plan.epoch] * 2 and batch.wait_s >= 0
             for row, (index, key) in enumerate(zip(batch.ids, batch.keys, strict=True)):
                 if key:
                     assert shards.entries[index].key == key

@@ -324,6 +324,10 @@ def test_a_refused_resume_leaves_the_config_as_it_was(latents: Path, tmp_path: P
     for change, words in (
         ({"ema_profiles": (0.1,)}, "set ema_profiles back"),
         ({"global_batch_size": 1}, "clips a step"),
+        (
+            {"data": replace(config.data, streams=32, weights=[2.0])},
+            "data.streams: 32, but run_dir .* was trained with 64",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             train_dit(replace(config, max_steps=2, **change))
@@ -371,7 +375,7 @@ def latent_batch(mean: torch.Tensor) -> LatentBatch:
         ids=list(range(rows)),
         keys=[f"clip-{row}" for row in range(rows)],
         weight=torch.ones(rows),
-        epoch=0,
+        epochs=[0] * rows,
         mean=mean,
         logvar=torch.full_like(mean, -60.0),
     )
@@ -387,7 +391,7 @@ def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents:
     # The latents are zero: what the model sees is the frame's own level of noise.
     seen = noisy.latents.square().mean(dim=(1, 3, 4)).sqrt() / noisy.sigma
     assert 0.9 < seen.mean() < 1.1
-    batch.keys, batch.mean, batch.logvar = batch.keys[9:], batch.mean[9:], batch.logvar[9:]
+    batch.keys, batch.epochs, batch.mean, batch.logvar = batch.keys[9:], [0] * 55, batch.mean[9:], batch.logvar[9:]
     # A clip's levels do not hang on the others.
     assert torch.equal(make_noisy(batch, config, noise).sigma, noisy.sigma[9:])
 

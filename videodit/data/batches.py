@@ -44,8 +44,8 @@ class Batch:
     """Sample key per row; "" for padding."""
     weight: Tensor
     """(b,) float32: 1 for a sample, 0 for padding and for samples that could not be read."""
-    epoch: int
-    """Epoch of the rows, from 0: with the key, what randomness of the sample hangs on."""
+    epochs: list[int]
+    """How often each row's clip was read before: with the key, what randomness of the sample hangs on."""
     wait_s: float = 0.0
     """Seconds that the consumer waited for this micro batch."""
 
@@ -80,7 +80,7 @@ class LatentBatch(Batch):
     def draw(self, seed: int) -> Tensor:
         """(b, c, t, h, w): a sample of each posterior, a function of (seed, epoch, key)."""
         b, c, t, h, w = self.mean.shape
-        noise = sample_noise(seed, self.epoch, self.keys, (c, t, h, w), "posterior")
+        noise = sample_noise(seed, self.epochs, self.keys, (c, t, h, w), "posterior")
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
@@ -89,10 +89,13 @@ class Request:
     """One micro batch to read."""
 
     bucket: Bucket
-    epoch: int
+    epochs: tuple[int, ...]
+    """Of each row."""
     ids: tuple[int, ...]
     windowed: bool = False
     """Windows of latents instead of whole ones."""
+    ahead: tuple[int, ...] = ()
+    """Clips that will be read in a while: time to fetch their shards, should these be far away."""
 
 
 @dataclass
@@ -206,7 +209,7 @@ def batch_fields(rows: Rows, keys: Sequence[str]) -> dict[str, Any]:
         "ids": ids,
         "keys": [keys[clip] if clip != PADDING else "" for clip in ids],
         "weight": torch.tensor(weight, dtype=torch.float32),
-        "epoch": rows.request.epoch,
+        "epochs": list(rows.request.epochs),
     }
 
 

@@ -80,8 +80,8 @@ def train_dit(config: DiTRunConfig) -> Path:
         run.start(model)
         if config.lora.rank:
             facts = frozen_facts(config) if world.is_main else {}
-            run.folder.freeze("frozen.json", facts, "the value", "set it back")
-        run.accept(loader.batch_sizes)
+            run.folder.freeze("frozen.json", facts)
+        run.accept(loader.batch_sizes, loader.order_settings)
         held_out = HeldOutLoss(config, mesh, layout_of) if config.eval_shards else None
         clip_flops = functools.cache(functools.partial(_clip_flops, config))
         evaluate = functools.partial(_evaluate, run, config, held_out, text_encoder)
@@ -143,18 +143,18 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
         config: of the run.
         levels: density of the noise levels in this step, see `DiTRunConfig.noise_at`.
     """
-    seed, epoch, keys = config.seed, batch.epoch, batch.keys
+    seed, epochs, keys = config.seed, batch.epochs, batch.keys
     b, c, t, h, w = batch.mean.shape
     shape = (c, t, h, w)
     x0 = batch.draw(seed) if config.sample_posterior else batch.mean
-    noise = sample_noise(seed, epoch, keys, shape, "noise")
-    sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), levels)
-    slope, focus = (sample_uniform(seed, epoch, keys, name) for name in ("frame slope", "focus frame"))
+    noise = sample_noise(seed, epochs, keys, shape, "noise")
+    sigma = sigma_from_uniform(sample_uniform(seed, epochs, keys, "sigma"), levels)
+    slope, focus = (sample_uniform(seed, epochs, keys, name) for name in ("frame slope", "focus frame"))
     sigma = frame_levels(sigma, t, slope, focus, levels)  # b t
     weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, levels)
     if config.condition_rate > 0:
-        given = sample_uniform(seed, epoch, keys, "condition") < config.condition_rate
-        count = (sample_uniform(seed, epoch, keys, "condition frames") * (t - 1)).long() + 1  # 1 … t - 1
+        given = sample_uniform(seed, epochs, keys, "condition") < config.condition_rate
+        count = (sample_uniform(seed, epochs, keys, "condition frames") * (t - 1)).long() + 1  # 1 … t - 1
         clean = given[:, None] & (torch.arange(t)[None] < count[:, None])
         sigma, weight = sigma.masked_fill(clean, 0.0), weight.masked_fill(clean, 0.0)
     level = sigma[:, None, :, None, None]

@@ -164,17 +164,19 @@ class TrainingRun:
         self._log.info(f"from step {self.step} of {self.config.max_steps}: {self.world.size} ranks, {version}")
         self.meter = StepMeter(self.world.device, self.world.size)
 
-    def accept(self, sizes: Mapping[str, BatchSize]) -> None:
-        """Writes down what the run goes on with, once its checkpoint has taken it: config, and clips of a step.
+    def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any]) -> None:
+        """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
 
         Args:
             sizes: of batches, by bucket; a run that goes on must see the same ones.
+            order: settings that the order of clips follows, by their names; as above.
         Raises:
             UserError: on every rank, if the batches are not those that the run began with.
             SystemExit: if a rank was told to stop.
         """
         clips = {name: size.total for name, size in sizes.items()}
         self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back")
+        self.folder.freeze("order.json", order)
         self.folder.accept_config()
         if self._stop.on_any_rank():  # before the wait for data
             self._leave()

@@ -72,13 +72,13 @@ class RunFolder:
         if self._is_main:
             _write_config(self.path, self._config_text)
 
-    def freeze(self, name: str, values: Mapping[str, Any], what: str, fix: str) -> None:
+    def freeze(self, name: str, values: Mapping[str, Any], what: str = "", fix: str = "set it back") -> None:
         """Writes values that must not change while the run goes on. Call on every rank.
 
         Args:
             name: of the file, JSON.
             values: what to keep; rank 0's count.
-            what: the values' name in messages.
+            what: the values' name in messages, if their keys are not enough.
             fix: what to do where they differ, in messages.
         Raises:
             UserError: on every rank, if the run has checkpoints and began with others.
@@ -90,8 +90,9 @@ class RunFolder:
             changed = differences("", old, dict(values))
             if changed:
                 key, before, after = changed[0]
+                name = f"{what} of {key.lstrip('.')}" if what else key.lstrip(".")
                 problem = (
-                    f"{what} of {key.lstrip('.')}: {after}, but run_dir {self.path} was trained with {before}: "
+                    f"{name}: {after}, but run_dir {self.path} was trained with {before}: "
                     f"{fix}, or choose another run_dir"
                 )
             else:

@@ -14,9 +14,9 @@ from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import DataConfig, measured_statistics
 from videodit.data.field import preview
 from videodit.data.loader import ClipLoader, clips_in_order
+from videodit.data.mixture import open_shards
 from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise
-from videodit.data.shards import ShardSet
 from videodit.data.transforms import to_pixels
 from videodit.errors import UserError
 from videodit.evaluation.reconstruction import psnr
@@ -98,7 +98,7 @@ def train_vae(config: VAERunConfig) -> Path:
     multiple, statistics = config.model.spatial_compression, ChannelStatistics.of_vae(config.model)
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
         vae = VideoVAE(config.model)
-        vae.fit_shortcut(_first_clips(config, config.data.shards, FIT_CLIPS))
+        vae.fit_shortcut(_first_clips(config, config.data, FIT_CLIPS))
         run.start(VAEObjective(vae, config.loss))
         loader = ClipLoader(
             config.data,
@@ -111,8 +111,11 @@ def train_vae(config: VAERunConfig) -> Path:
             multiple=multiple,
             statistics=statistics,
         )
-        run.accept(loader.batch_sizes)
-        held_out = None if config.eval_shards is None else _first_clips(config, config.eval_shards, config.eval_clips)
+        run.accept(loader.batch_sizes, loader.order_settings)
+        held_out = None
+        if config.eval_shards is not None:
+            eval_data = dataclasses.replace(config.data, shards=config.eval_shards, weights=[])
+            held_out = _first_clips(config, eval_data, config.eval_clips)
         if run.evaluation_was_cut() and held_out is not None:
             _reconstruct(run, held_out, fps=8.0)
         steps = loader.iterate(run.step + 1)
@@ -122,7 +125,7 @@ def train_vae(config: VAERunConfig) -> Path:
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
                 shape = config.model.latent_shape(*batch.bucket)
-                noise = sample_noise(config.seed, batch.epoch, batch.keys, shape, "posterior")
+                noise = sample_noise(config.seed, batch.epochs, batch.keys, shape, "posterior")
                 with run.meter.phase("forward"):
                     losses, squared = run.engine(batch.clip(world.device), noise.to(world.device))
                     weight = batch.weight.to(losses.device) / total
@@ -148,7 +151,7 @@ def follow_clips(config: VAERunConfig) -> VAERunConfig:
     Raises:
         UserError: if there are no clips, they are of several kinds, or ingest did not measure their channels.
     """
-    statistics = measured_statistics(ShardSet.open(config.data.shards))
+    statistics = measured_statistics(open_shards(config.data))
     model = dataclasses.replace(
         config.model,
         in_channels=len(statistics.mean) if statistics else 3,
@@ -192,7 +195,7 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
     positions = seen = 0
     device = vae.latent_mean.device
     statistics, multiple = ChannelStatistics.of_vae(vae.config), vae.config.spatial_compression
-    shards = ShardSet.open(data.shards)
+    shards = open_shards(data)
     for batch in clips_in_order(data, shards, batch_size, multiple=multiple, statistics=statistics):
         mean = vae.encode(batch.clip(device)[batch.weight > 0]).double().cpu()
         total += mean.sum(dim=(0, 2, 3, 4))
@@ -206,15 +209,15 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
     vae.set_latent_statistics(center.float().to(device), variance.sqrt().float().to(device))
 
 
-def _first_clips(config: VAERunConfig, shards: str, count: int) -> Tensor:
+def _first_clips(config: VAERunConfig, data: DataConfig, count: int) -> Tensor:
     """(n, c, t, h, w) as models see them: up to count clips of the first bucket, the same on every rank."""
-    data = dataclasses.replace(config.data, shards=shards, buckets=config.data.buckets[:1])
+    data = dataclasses.replace(data, buckets=data.buckets[:1])
     statistics, multiple = ChannelStatistics.of_vae(config.model), config.model.spatial_compression
-    batches = clips_in_order(data, ShardSet.open(shards), count, multiple=multiple, statistics=statistics)
+    batches = clips_in_order(data, open_shards(data), count, multiple=multiple, statistics=statistics)
     batch = next(iter(batches))
     clips = batch.clip()[batch.weight > 0]
     if not len(clips):
-        raise UserError(f"{shards} has no readable clip among its first {count}: check the shards")
+        raise UserError(f"{data.name} has no readable clip among its first {count}: check the shards")
     return clips
 
 
