@@ -22,9 +22,8 @@ def fingerprint(sources: list[Source]) -> str:
     """Changes when a file, a caption or anything else that goes into the shards does."""
     digest = hashlib.sha256()
     for s in sources:
-        digest.update(
-            json_bytes([s.name, s.captions, s.extra, s.problem, source_bytes(s), _mtime_ns(s), s.span]) + b"\n"
-        )
+        said = [s.captions.texts, s.captions.weights, s.extra]
+        digest.update(json_bytes([s.name, said, s.problem, source_bytes(s), _mtime_ns(s), s.span]) + b"\n")
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from videodit.data import video_io
+from videodit.data.captions import Captions, stored_captions
 from videodit.errors import UserError
 
 INDEX = "index.jsonl"
@@ -126,12 +127,24 @@ class ShardSet:
         return json.loads(self.read(i, "json")) if "json" in self.entries[i].members else {}
 
     def captions(self, i: int) -> list[str]:
-        """The sample's captions, from its json ("captions" or "caption") or its .txt; [""] if it has none."""
-        record = self.read_json(i)
-        found = record.get("captions") or record.get("caption")
-        if not found and "txt" in self.entries[i].members:
-            found = self.read(i, "txt").decode(errors="replace").strip()
-        return [found or ""] if not isinstance(found, list) else [str(caption) for caption in found]
+        """The texts of `weighted_captions`."""
+        return self.weighted_captions(i).texts
+
+    def weighted_captions(self, i: int) -> Captions:
+        """The sample's captions, from its json ("captions" or "caption") or its .txt; [""] if it has none.
+
+        Raises:
+            UserError: if its weights are none.
+        """
+        try:
+            found = stored_captions(self.read_json(i))
+        except ValueError as error:
+            entry = self.entries[i]
+            raise UserError(f"{self.root / entry.shard}: {entry.key}.json: {error}") from error
+        if not found.texts:
+            text = self.read(i, "txt").decode(errors="replace").strip() if "txt" in self.entries[i].members else ""
+            return Captions([text])
+        return found
 
 
 def plain_values(record: Any) -> dict[str, Any]:

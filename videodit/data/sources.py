@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from videodit.data.captions import CAPTION_NAMES, WEIGHT_NAMES, Captions, parse_captions
 from videodit.data.shards import read_span, tar_samples
 from videodit.errors import MissingExtra, UserError, user_error
 
@@ -22,7 +23,6 @@ FIELD_SUFFIXES = frozenset([".npy"])
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _SIDECAR_BYTES = 16 << 20  # of a caption in a tar
 _PATH_COLUMNS = ("path", "video", "file", "filename", "video_path")
-_CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Source:
 
     path: str
     """The file, or the tar that it lies in."""
-    captions: list[str]
+    captions: Captions
     """What is said of it, at least one; without any, the file's stem with _ and - as spaces."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Whatever else its sidecar or its table row says; it travels into the clips' json."""
@@ -56,11 +56,12 @@ class Source:
 def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images: bool = False) -> list[Source]:
     """Lists the videos and fields of a folder (all levels), a table, webdataset tars, or a single file.
 
-    Beside NAME.mp4 in a folder, NAME.json is read ({"caption": str} or {"captions": [str]}, other keys are carried
-    along) or NAME.txt (one caption); in a tar, as webdataset and video2dataset write them, KEY.json and KEY.txt beside
-    KEY.mp4. A table (.csv, .tsv, .jsonl, .parquet) has a column "path" (relative to the table) and "caption" or
-    "captions" (in a CSV: a JSON list); other columns are carried along. A path that comes in several rows is one source
-    with the captions of all. In a folder or tar, NAME.npy beside a video NAME (an embedding, say) is no field.
+    Beside NAME.mp4 in a folder, NAME.json is read ({"caption": str} or {"captions": [str]}, weights as in
+    `captions.py`; other keys are carried along) or NAME.txt (one caption); in a tar, as webdataset and video2dataset
+    write them, KEY.json and KEY.txt beside KEY.mp4. A table (.csv, .tsv, .jsonl, .parquet) has a column "path"
+    (relative to the table) and "caption" or "captions" (in a CSV: a JSON list); other columns are carried along. A path
+    that comes in several rows is one source with the captions of all. In a folder or tar, NAME.npy beside a video NAME
+    (an embedding, say) is no field.
 
     Args:
         src: folder, table, .tar, or file of a video or field.
@@ -100,7 +101,7 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
 def _complete(source: Source, root: Path, images: bool) -> Source:
     """With a name, a caption, and what is wrong with it."""
     problem = source.problem or ("a picture: --images takes it" if source.is_image and not images else "")
-    captions = source.captions or [_stem_caption(source.name or source.path)]
+    captions = source.captions if source.captions.texts else Captions([_stem_caption(source.name or source.path)])
     return replace(source, captions=captions, name=_name(source, root), problem=problem)
 
 
@@ -126,13 +127,13 @@ def _from_tar(path: Path, suffixes: frozenset[str]) -> Iterator[Source]:
             extension = name.removeprefix(f"{key}.")
             if f".{extension}" not in suffixes:
                 continue
-            source = Source(str(path), [], name=name, span=members[extension])
+            source = Source(str(path), Captions([]), name=name, span=members[extension])
             try:
                 if "json" in members:
                     captions, extra = _split(json.loads(_member(path, members["json"])))
                     source = replace(source, captions=captions, extra=extra)
-                if "txt" in members and not source.captions:
-                    source = replace(source, captions=[_member(path, members["txt"]).strip()])
+                if "txt" in members and not source.captions.texts:
+                    source = replace(source, captions=Captions([_member(path, members["txt"]).strip()]))
             except ValueError as error:
                 source = replace(source, problem=f"caption beside it: {error}")
             yield source
@@ -157,15 +158,15 @@ def _with_sidecar(path: Path) -> Source:
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
-            return Source(str(path), [], problem=f"caption file {sidecar.name} cannot be read: {error}")
+            return Source(str(path), Captions([]), problem=f"caption file {sidecar.name} cannot be read: {error}")
         if sidecar.suffix == ".txt":
-            return Source(str(path), [text.strip()] if text.strip() else [])
+            return Source(str(path), Captions([text.strip()] if text.strip() else []))
         try:
             captions, extra = _split(json.loads(text))
         except ValueError as error:
-            return Source(str(path), [], problem=f"caption file {sidecar.name}: {error}")
+            return Source(str(path), Captions([]), problem=f"caption file {sidecar.name}: {error}")
         return Source(str(path), captions, extra)
-    return Source(str(path), [])
+    return Source(str(path), Captions([]))
 
 
 def _from_table(table: Path) -> Iterator[Source]:
@@ -240,18 +241,12 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _split(record: Any) -> tuple[list[str], dict[str, Any]]:
+def _split(record: Any) -> tuple[Captions, dict[str, Any]]:
     """(captions, the rest) of a record; ValueError says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError('an object such as {"caption": ...} is needed')
-    captions: list[str] = []
-    for name in _CAPTION_COLUMNS:
-        value = record.get(name)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(caption, str) for caption in values):
-            raise ValueError(f"{name} is no text: {json.dumps(value)[:80]}")
-        captions += [caption.strip() for caption in values if caption.strip() and caption.strip() not in captions]
-    return captions, {name: value for name, value in record.items() if name not in _CAPTION_COLUMNS}
+    of_captions = CAPTION_NAMES + WEIGHT_NAMES
+    return parse_captions(record), {name: value for name, value in record.items() if name not in of_captions}
 
 
 def _stem_caption(path: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from videodit.data.captions import Captions
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latents import (
@@ -100,14 +101,18 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
         )
         for batch in batches:
             posterior = vae.posterior(batch.clip.to(device))
-            captions = [shards.captions(index) if weight else [] for index, weight in zip(batch.ids, batch.weight)]
-            text = embed_captions(text_encoder, captions)
+            captions = [
+                shards.weighted_captions(index) if weight else Captions([])
+                for index, weight in zip(batch.ids, batch.weight)
+            ]
+            text = embed_captions(text_encoder, [of_clip.texts for of_clip in captions])
             for row, index in enumerate(batch.ids):
                 if batch.weight[row] == 0:  # padding, or a clip that could not be read
                     continue
                 clip = shards.read_json(index)
                 kept: dict[str, Any] = {name: clip[name] for name in ("fps", "source", "extra") if name in clip}
-                kept["captions"] = captions[row]  # also those of a .txt member
+                kept["captions"] = captions[row].texts  # also those of a .txt member
+                kept |= captions[row].weights_record()
                 meta = {**kept, "bucket": batch.bucket.name, "clip": batch.keys[row]}
                 key = latent_key(batch.keys[row])
                 write_latent_sample(writer, key, posterior.mean[row], posterior.logvar[row], meta, text[row])
