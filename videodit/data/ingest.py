@@ -13,9 +13,9 @@ from typing import Any
 
 import av
 
-from videodit.data.clip_cutter import CutResult, CutRules, cut_source
-from videodit.data.field import cut_field
+from videodit.data.clip_cutter import CutResult, CutRules
 from videodit.data.filters import FilterConfig, Stage, mark
+from videodit.data.ingest_jobs import copy_file, cut_job, make_jobs, spool_file
 from videodit.data.ingest_output import ChannelTally, key_bases, write_clips, write_filtered, write_lines, write_rejects
 from videodit.data.ingest_record import (
     RECORD,
@@ -24,21 +24,18 @@ from videodit.data.ingest_record import (
     fingerprint,
     locked,
     read_rejects,
-    source_bytes,
     write_json,
 )
-from videodit.data.isolation import Beat, Failure, run_isolated
-from videodit.data.picture import cut_picture
+from videodit.data.isolation import Failure, run_isolated
 from videodit.data.shard_writer import ShardWriter, rewrite_index
-from videodit.data.shards import PART, Entry, ShardSet, read_span
+from videodit.data.shards import PART, Entry, ShardSet
 from videodit.data.sources import Source, list_sources
+from videodit.data.storage import is_remote, plain
 from videodit.errors import UserError, user_error
 
 SCORES_VERSION = 1
 """Goes up when scores are computed otherwise, so that old shards are scored anew."""
 _WORK = ".work"
-_CHUNK_BYTES = 4 << 20  # small files go to a worker by the chunk
-_CHUNK_FILES = 32
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,9 @@ def ingest(
     reason) and ingest.json (config, counts).
 
     Args:
-        src: a folder of videos and fields, a .csv or .jsonl table or one file; see `sources.list_sources`.
-        out: folder of the shards; made if missing, left out of the search if it lies below src.
+        src: a folder of videos and fields, a .csv or .jsonl table or one file, on this machine or, as an address that
+            fsspec knows, elsewhere; see `sources.list_sources`.
+        out: folder of the shards, on this machine; made if missing, left out of the search if it lies below src.
         config: how.
         progress: called as progress(sources done, all sources).
     Returns:
@@ -144,8 +142,10 @@ def ingest(
     """
     started = time.monotonic()
     config = config or IngestConfig()
-    src, out = Path(src), Path(out)
-    if src.resolve() == out.resolve():
+    if is_remote(out):
+        raise UserError(f"--out {out} is no folder of this machine: write there, then copy the folder")
+    src, out = plain(src), Path(plain(out))
+    if not is_remote(src) and Path(src).resolve() == out.resolve():
         raise UserError(f"--out {out} is the source itself: choose another folder")
     sources = list_sources(src, exclude=[out], images=config.images)
     work = partial(_run, sources, config=config, progress=progress or (lambda done, total: None))
@@ -224,13 +224,14 @@ def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Ca
     work.mkdir()
     rules = CutRules(**{field.name: getattr(config, field.name) for field in dataclasses.fields(CutRules)})
     results = run_isolated(
-        partial(_cut, rules=rules),
-        _chunks(sources, work),
+        partial(cut_job, rules=rules),
+        make_jobs(sources, work),
         workers=config.workers or _cores(),
         stall_limit_s=config.stall_limit_s,
         max_memory_gb=config.max_memory_gb,
     )
     counts = {"accepted": 0, "rejected": 0}
+    not_fetched = 0
     channels = ChannelTally()
     writer = ShardWriter(out, config.clips_per_shard)
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
@@ -239,17 +240,21 @@ def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Ca
             if isinstance(result, Failure):
                 result = CutResult(problem=result.reason)
             result = channels.take(source, result)
-            spool = _spool(work, done - 1)
+            spool = spool_file(work, done - 1)
             write_clips(writer, source, base, result, spool)
             write_rejects(rejects, source, result)
             spool.unlink(missing_ok=True)
+            copy_file(source, spool).unlink(missing_ok=True)  # of a worker that died
             counts["accepted" if result.clips else "rejected"] += 1
+            not_fetched += not result.fetched
             progress(done, len(sources))
         writer.entries, filtered = mark(writer.entries, config.filters)
         write_filtered(rejects, writer.entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
     writer.close()
     shutil.rmtree(work)
+    if not_fetched:
+        counts["not_fetched"] = not_fetched
     return counts | channels.record() | {"clips": _used(writer.entries)}, filtered
 
 
@@ -259,39 +264,3 @@ def _used(entries: Sequence[Entry]) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A source for a worker process."""
-
-    source: Source
-    spool: str
-
-
-def _cut(job: _Job, beat: Beat, rules: CutRules) -> CutResult:
-    """In a worker process."""
-    source, spool = job.source, Path(job.spool)
-    data = source.path if source.span is None else read_span(source.path, source.span[0], source.span[1])
-    if source.is_field:
-        return cut_field(data, spool, rules, source.extra.get("fps", 1.0), beat)
-    return cut_picture(data, spool, rules) if source.is_image else cut_source(data, spool, rules, beat)
-
-
-def _chunks(sources: list[Source], work: Path) -> list[list[_Job]]:
-    """The sources without a problem, small ones together."""
-    chunks: list[list[_Job]] = [[]]
-    size = 0
-    for number, source in enumerate(sources):
-        if source.problem:
-            continue
-        if len(chunks[-1]) >= _CHUNK_FILES or size >= _CHUNK_BYTES:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(_Job(source, str(_spool(work, number))))
-        size += source_bytes(source)
-    return chunks
-
-
-def _spool(work: Path, number: int) -> Path:
-    return work / f"{number:08d}.mp4s"

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from videodit.data import video_io
 from videodit.data.captions import Captions, stored_captions
@@ -157,15 +157,18 @@ def plain_values(record: Any) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if not (isinstance(value, str) and len(value) > _META_LENGTH)}
 
 
-def tar_samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def tar_samples(path: str | Path, file: BinaryIO | None = None) -> dict[str, dict[str, tuple[int, int]]]:
     """The samples of a webdataset tar, in its order: key -> extension -> (offset, size); only headers are read.
 
+    Args:
+        path: where it lies.
+        file: what to read of, if it is open already.
     Raises:
         UserError: if it is no tar, or damaged.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", fileobj=file) as tar:
             for info in tar:
                 match = _MEMBER.match(info.name)
                 if info.isfile() and match:
