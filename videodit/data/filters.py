@@ -33,6 +33,8 @@ class FilterConfig:
     """Mean optical flow, likewise; above 2 it is shaking or flicker. 0 for no limit."""
     max_static: float = 1.0
     """Share of neighbouring frames that are one picture; 0.5 leaves out slide shows."""
+    max_text: float = 1.0
+    """Share of the picture that titles, subtitles and logos cover; 0.005 leaves out most subtitled clips."""
     duplicate_bits: int = -1
     """Clips whose picture hashes differ in at most so many of their 192 bits are one; the first by name stays. 12 finds
     other encodings of the same pictures; -1 keeps all."""
@@ -41,7 +43,7 @@ class FilterConfig:
         for name in ("min_short_side", "min_duration_s", "min_sharpness", "min_motion", "max_motion"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"filters.{name} is {getattr(self, name)}: 0 (none) or more is needed")
-        for name in ("min_brightness", "max_brightness", "max_static"):
+        for name in ("min_brightness", "max_brightness", "max_static", "max_text"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"filters.{name} is {getattr(self, name)}: a number from 0 to 1 is needed")
         if self.min_brightness > self.max_brightness:
@@ -98,7 +100,7 @@ class Threshold:
 
 
 THRESHOLDS = tuple(
-    Threshold(setting, setting.removeprefix("min_").removeprefix("max_"))
+    Threshold(setting, "text_cover" if setting == "max_text" else setting.removeprefix("min_").removeprefix("max_"))
     for setting in (field.name for field in fields(FilterConfig))
     if setting != "duplicate_bits"
 )

@@ -33,7 +33,7 @@ from videodit.data.sources import Source, list_sources
 from videodit.data.storage import is_remote, plain
 from videodit.errors import UserError, user_error
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 """Goes up when scores are computed otherwise, so that old shards are scored anew."""
 _WORK = ".work"
 
