@@ -17,6 +17,8 @@ META |= {
     "motion": 0.2,
     "static": 0.1,
     "text_cover": 0.02,
+    "text_match": 0.25,
+    "aesthetic": 5.0,
     "picture_hash": "0" * 48,
 }
 LIMITS = {  # each as it just lets META pass, and as it just does not
@@ -29,6 +31,8 @@ LIMITS = {  # each as it just lets META pass, and as it just does not
     "max_motion": (0.2, 0.19),
     "max_static": (0.1, 0.09),
     "max_text": (0.02, 0.01),
+    "min_match": (0.25, 0.26),
+    "min_aesthetic": (5.0, 5.1),
 }
 
 

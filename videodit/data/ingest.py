@@ -27,6 +27,7 @@ from videodit.data.ingest_record import (
     write_json,
 )
 from videodit.data.isolation import Failure, run_isolated
+from videodit.data.models_config import SCORES, ModelsConfig
 from videodit.data.shard_writer import ShardWriter, rewrite_index
 from videodit.data.shards import PART, Entry, ShardSet
 from videodit.data.sources import Source, list_sources
@@ -66,6 +67,8 @@ class IngestConfig:
     """A file that yields no frame for so many seconds is given up."""
     max_memory_gb: float = 8.0
     """Address space of a decoding process; a file that needs more is rejected; 0 for no limit."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    """Models that score and caption the clips; changed later, nothing is decoded or cut again"""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Which clips training sees; changed later, nothing is decoded again"""
     dry_run: bool = False
@@ -86,12 +89,15 @@ class IngestConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: more than 0 is needed")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf is {self.crf}: 0 (best) to 51 (smallest) is possible")
+        for name in ("match", "aesthetic"):
+            if getattr(self.filters, f"min_{name}") is not None and not getattr(self.models, name):
+                raise ValueError(f"filters.min_{name} is set without a model: give --models.{name} FOLDER")
         if 0 < self.max_short_side < 16:
             raise ValueError(f"max_short_side is {self.max_short_side}: 0 (keep the size) or at least 16 is needed")
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that the shards depend on."""
-        others = ("workers", "stall_limit_s", "max_memory_gb", "filters", "dry_run")
+        others = ("workers", "stall_limit_s", "max_memory_gb", "models", "filters", "dry_run")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
@@ -123,7 +129,7 @@ def ingest(
 
     The same sources and config give the same bytes, however many workers and interruptions there were. Shards hold
     every clip; those that the filters leave out are marked in the index, so that the same command with other filters
-    only writes the index again.
+    only writes the index again; models look at the finished clips, and what they say goes into the index.
 
     Writes OUT/shard-*.tar, index.jsonl, rejects.jsonl (a line for each source, scene and clip left out, with the
     reason) and ingest.json (config, counts).
@@ -148,31 +154,38 @@ def ingest(
     if not is_remote(src) and Path(src).resolve() == out.resolve():
         raise UserError(f"--out {out} is the source itself: choose another folder")
     sources = list_sources(src, exclude=[out], images=config.images)
-    work = partial(_run, sources, config=config, progress=progress or (lambda done, total: None))
     record = {
         "config": config.result_fields(),
         "sources_sha256": fingerprint(sources),
         "av": av.__version__,
         "scores": SCORES_VERSION,
     }
-    filters = dataclasses.asdict(config.filters)
+    filters, models = dataclasses.asdict(config.filters), config.models.record()
+    marks: dict[str, Any] = {"filters": filters} | ({"models": models} if models else {})
+    progress = progress or (lambda done, total: None)
+    work = partial(_run, sources, config=config, progress=progress)
+    marked = partial(_marked, config=config, models=models, progress=progress)
     try:
         if config.dry_run:
-            counts, filtered = _rehearse(out, record, config.filters, work)
+            counts, filtered = _rehearse(out, record, work, marked)
             return _result(counts, filtered, started)
         with locked(out):
             earlier = earlier_run(out, record)
-            up_to_date = earlier is not None and earlier.get("filters") == filters
-            if earlier:
-                counts, filtered = _filter_again(out, earlier, config.filters)
-            else:
+            up_to_date = earlier is not None and all(earlier.get(k) == marks.get(k) for k in ("filters", "models"))
+            if not earlier:
                 write_json(out / RECORD, record | {"complete": False})
                 counts, filtered = work(out)
+                if models and (counts["clips"] or filtered):
+                    # From here on an interruption costs what models have still to do, and no decoding.
+                    earlier = record | counts | {"complete": True}
+                    write_json(out / RECORD, earlier)
+            if earlier:
+                counts, filtered = _mark_again(out, earlier, marked)
             if not counts["clips"] and not filtered:
                 raise UserError(
                     f"none of the {len(sources)} videos of {src} gave a clip: see {out / REJECTS} for the reasons"
                 )
-            write_json(out / RECORD, record | counts | {"filters": filters, "complete": True})
+            write_json(out / RECORD, record | counts | marks | {"complete": True})
             if not counts["clips"]:
                 most = max(filtered, key=lambda setting: filtered[setting].clips)
                 raise UserError(
@@ -184,6 +197,8 @@ def ingest(
     return _result(counts, filtered, started, up_to_date)
 
 
+Progress = Callable[[int, int], None]
+Marked = Callable[[Path], tuple[list[Entry], dict[str, Stage]]]
 # Sources accepted and rejected, clips, statistics of channels, as ingest.json has them; and what filters left out.
 Outcome = tuple[dict[str, Any], dict[str, Stage]]
 
@@ -195,30 +210,46 @@ def _result(
     return IngestResult(counts["accepted"], counts["rejected"], counts["clips"], filtered, seconds, up_to_date)
 
 
-def _rehearse(out: Path, record: dict[str, Any], filters: FilterConfig, work: Callable[[Path], Outcome]) -> Outcome:
+def _rehearse(out: Path, record: dict[str, Any], work: Callable[[Path], Outcome], marked: Marked) -> Outcome:
     """What ingest would do: told from the scores where they are there already, else done and thrown away."""
     earlier = earlier_run(out, record) if out.is_dir() else None
     if earlier:
-        entries, filtered = mark(ShardSet.open(out, dropped=True).entries, filters)
+        entries, filtered = marked(out)
         return earlier | {"clips": _used(entries)}, filtered
     beside = next(folder for folder in out.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".videodit-dry-run-", dir=beside) as folder:
-        return work(Path(folder))
+        counts, filtered = work(Path(folder))
+        if counts["clips"] or filtered:
+            entries, filtered = marked(Path(folder))
+            counts["clips"] = _used(entries)
+        return counts, filtered
 
 
-def _filter_again(out: Path, earlier: dict[str, Any], filters: FilterConfig) -> Outcome:
-    entries, filtered = mark(ShardSet.open(out, dropped=True).entries, filters)
+def _marked(
+    out: Path, config: IngestConfig, models: dict[str, Any], progress: Progress
+) -> tuple[list[Entry], dict[str, Stage]]:
+    """The entries of a complete set, with models' scores and captions and the filters' verdicts."""
+    entries = ShardSet.open(out, dropped=True).entries
+    if models or any(entry.captions or SCORES & entry.meta.keys() for entry in entries):
+        from videodit.data.model_scores import apply_models  # it needs torch, which few runs do
+
+        entries = apply_models(out, entries, config.models, models, progress, keep=not config.dry_run)
+    return mark(entries, config.filters)
+
+
+def _mark_again(out: Path, earlier: dict[str, Any], marked: Marked) -> Outcome:
+    entries, filtered = marked(out)
     before = [reject for reject in read_rejects(out) if "key" not in reject]  # what no filter decided
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
         write_lines(rejects, before)
         write_filtered(rejects, entries)
     rewrite_index(out, entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
-    kept = {name: earlier[name] for name in ("accepted", "rejected", "channels") if name in earlier}
+    kept = {name: earlier[name] for name in ("accepted", "rejected", "channels", "not_fetched") if name in earlier}
     return kept | {"clips": _used(entries)}, filtered
 
 
-def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Callable[[int, int], None]) -> Outcome:
+def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Progress) -> Outcome:
     work = out / _WORK
     shutil.rmtree(work, ignore_errors=True)  # of an interrupted run
     work.mkdir()

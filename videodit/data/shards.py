@@ -2,7 +2,8 @@
 
 A sample is a key and its members: KEY.mp4, KEY.json, KEY.npy, KEY.safetensors. Beside the tars lies index.jsonl, one
 line a sample in the order of writing: {"key", "shard", "members": {extension: [offset, size]}, "meta": {the json
-member's plain values}}, and "dropped": why, for a sample that is there but not to be used. A reader needs one pread a
+member's plain values}}, "dropped": why, for a sample that is there but not to be used, and "captions": {...}, where a
+model wrote some, in the place of the json's. A reader needs one pread a
 member. Folders without an index (any plain webdataset) are scanned instead.
 """
 
@@ -12,7 +13,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,6 +41,8 @@ class Entry:
     """The plain values of its json but the caption: num_frames, height, width, fps, source, ..."""
     dropped: str = ""
     """Why it is not to be used; empty if it is."""
+    captions: dict[str, Any] = field(default_factory=dict)
+    """What is read in the place of its json's captions, in the same form; empty for those."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -131,13 +134,13 @@ class ShardSet:
         return self.weighted_captions(i).texts
 
     def weighted_captions(self, i: int) -> Captions:
-        """The sample's captions, from its json ("captions" or "caption") or its .txt; [""] if it has none.
+        """The sample's captions, from the index, its json ("captions" or "caption") or its .txt; [""] if it has none.
 
         Raises:
             UserError: if its weights are none.
         """
         try:
-            found = stored_captions(self.read_json(i))
+            found = stored_captions(self.entries[i].captions or self.read_json(i))
         except ValueError as error:
             entry = self.entries[i]
             raise UserError(f"{self.root / entry.shard}: {entry.key}.json: {error}") from error
@@ -198,9 +201,8 @@ def _read_index(path: Path) -> list[Entry]:
             try:
                 record = json.loads(line)
                 members = {extension: (int(place[0]), int(place[1])) for extension, place in record["members"].items()}
-                entries.append(
-                    Entry(record["key"], record["shard"], members, record["meta"], record.get("dropped", ""))
-                )
+                more = record.get("dropped", ""), record.get("captions", {})
+                entries.append(Entry(record["key"], record["shard"], members, record["meta"], *more))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise UserError(
                     f"{path}, line {number} is damaged: remove the index to scan the tars, or write the shards again"
