@@ -15,10 +15,12 @@ import fsspec
 import numpy as np
 import pytest
 
+from videodit.data.captions import Captions
 from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.ingest_jobs import copy_file, is_fetched, remove_copy, spool_file
 from videodit.data.mp4 import write_mp4
 from videodit.data.shards import ShardSet
-from videodit.data.sources import list_sources
+from videodit.data.sources import Source, list_sources
 from videodit.data.storage import beside, is_remote, relative_name, split_suffix, state
 from videodit.errors import UserError
 
@@ -201,3 +203,17 @@ def test_over_http(server: str, videos: Path, here: Path, tmp_path: Path) -> Non
     assert found["y"].problem == "no such file" and found["x"].state == state(f"{server}/sub/b.mp4?key=1")
     assert found["x"].state.size == (videos / "sub" / "b.mp4").stat().st_size
     assert ingest(tmp_path / "list.csv", tmp_path / "listed", CONFIG).accepted == 1
+
+
+def test_a_worker_that_dies_tells_whether_the_file_was_there(tmp_path: Path) -> None:
+    """Killed while it fetched, the source is asked for again by the next run; killed while it decoded, it is not."""
+    here, there = Source(str(tmp_path / "a.mp4"), Captions([])), Source("s3://b/a.mp4", Captions([]), name="a.mp4")
+    spool = spool_file(tmp_path, 0)
+    copy = copy_file(there, spool)
+    assert is_fetched(here, spool) and not is_fetched(there, spool)
+    copy.with_name(f"{copy.name}.part").touch()
+    assert not is_fetched(there, spool)
+    copy.touch()
+    assert is_fetched(there, spool)
+    remove_copy(there, spool)
+    assert list(tmp_path.iterdir()) == []

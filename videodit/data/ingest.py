@@ -15,7 +15,7 @@ import av
 
 from videodit.data.clip_cutter import CutResult, CutRules
 from videodit.data.filters import FilterConfig, Stage, mark
-from videodit.data.ingest_jobs import copy_file, cut_job, make_jobs, spool_file
+from videodit.data.ingest_jobs import cut_job, is_fetched, make_jobs, remove_copy, spool_file
 from videodit.data.ingest_output import ChannelTally, key_bases, write_clips, write_filtered, write_lines, write_rejects
 from videodit.data.ingest_record import (
     RECORD,
@@ -268,14 +268,14 @@ def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Pr
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
         for done, (source, base) in enumerate(zip(sources, key_bases(sources), strict=True), 1):
             result = CutResult(problem=source.problem) if source.problem else next(results)
-            if isinstance(result, Failure):
-                result = CutResult(problem=result.reason)
-            result = channels.take(source, result)
             spool = spool_file(work, done - 1)
+            if isinstance(result, Failure):
+                result = CutResult(problem=result.reason, fetched=is_fetched(source, spool))
+            result = channels.take(source, result)
             write_clips(writer, source, base, result, spool)
             write_rejects(rejects, source, result)
             spool.unlink(missing_ok=True)
-            copy_file(source, spool).unlink(missing_ok=True)  # of a worker that died
+            remove_copy(source, spool)  # of a worker that died
             counts["accepted" if result.clips else "rejected"] += 1
             not_fetched += not result.fetched
             progress(done, len(sources))

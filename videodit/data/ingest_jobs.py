@@ -8,7 +8,7 @@ from videodit.data.field import cut_field
 from videodit.data.ingest_record import source_bytes
 from videodit.data.isolation import Beat
 from videodit.data.picture import cut_picture
-from videodit.data.shards import read_span
+from videodit.data.shards import PART, read_span
 from videodit.data.sources import Source
 from videodit.data.storage import FetchError, fetch, in_this_process, is_remote
 from videodit.errors import user_error
@@ -44,12 +44,14 @@ def cut_job(job: Job, beat: Beat, rules: CutRules) -> CutResult:
     except FetchError as error:
         return CutResult(problem=str(error), fetched=False)
     finally:
-        copy.unlink(missing_ok=True)
+        remove_copy(source, spool)
 
 
 def _fetch(source: Source, copy: Path, beat: Beat) -> None:
+    part = copy.with_name(copy.name + PART)
     try:
-        fetch(source.path, copy, beat, source.span)
+        fetch(source.path, part, beat, source.span)
+        part.replace(copy)
     except OSError as error:
         raise user_error(error, copy) from error
 
@@ -80,6 +82,18 @@ def make_jobs(sources: list[Source], work: Path) -> list[list[Job]]:
 def spool_file(work: Path, number: int) -> Path:
     """Where the clips of a source go first."""
     return work / f"{number:08d}.mp4s"
+
+
+def is_fetched(source: Source, spool: Path) -> bool:
+    """Whether a source whose worker died was there to be cut, and not still on its way from elsewhere."""
+    return not is_remote(source.path) or copy_file(source, spool).exists()
+
+
+def remove_copy(source: Source, spool: Path) -> None:
+    """Removes what was fetched of a source, if anything was."""
+    copy = copy_file(source, spool)
+    copy.unlink(missing_ok=True)
+    copy.with_name(copy.name + PART).unlink(missing_ok=True)
 
 
 def copy_file(source: Source, spool: Path) -> Path:

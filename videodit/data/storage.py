@@ -4,6 +4,7 @@ fsspec and what a kind of address needs beside it come with the extra `remote`.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from videodit.errors import MissingExtra, UserError
 
 _REQUESTS = 32  # at a time: each of them waits for the network
 _BLOCK_BYTES = 1 << 16  # read ahead between the headers of a tar
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PAUSES_S = (0.5, 2.0)  # before a file is asked for again
 # Names under which file systems tell that a file has changed, the best first.
 _VERSIONS = "ETag etag md5Hash md5 CRC mtime LastModified Last-Modified last_modified updated modified created".split()
@@ -206,7 +208,7 @@ def fetch(address: str, copy: Path, beat: Callable[[], None], span: tuple[int, i
         except FileNotFoundError as error:
             raise FetchError("no such file") from error
         except Exception as error:  # every file system has errors of its own
-            if isinstance(error, OSError) and error.filename == str(copy):
+            if isinstance(error, OSError) and (error.errno in _FULL or error.filename == str(copy)):
                 raise
             if pause_s is None:
                 raise FetchError(f"cannot be fetched: {_reason(error)}") from error

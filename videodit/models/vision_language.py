@@ -175,7 +175,8 @@ def _load_processor(source: str, auto_class: str) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, auto_class).from_pretrained(source, local_files_only=True)
+        with _quiet(transformers.utils.logging):  # it would ask for torchvision, and does without
+            return getattr(transformers, auto_class).from_pretrained(source, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         kind = auto_class.removeprefix("Auto")
         raise UserError(f"{source} has no usable {kind}: {' '.join(str(error).split())[:300]}") from None
