@@ -46,7 +46,8 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.data.ingest import IngestConfig
     from videodit.data.ingest import ingest as run
 
-    source = Argument("src", "Folder of videos or tars, a .csv, .jsonl or .parquet list, or one file.", positional=True)
+    what = "Folder of videos or tars, a .csv, .jsonl or .parquet list, or one file; here or, as s3://…, elsewhere."
+    source = Argument("src", what, positional=True)
     example = "videodit ingest my_videos --out runs/a/shards"
     arguments = [source, Argument("out", "Shard folder to write.")]
     config, given = parse_command(IngestConfig, argv, prog, summary, example, arguments)

@@ -11,7 +11,16 @@ from videodit.data.filters import THRESHOLDS, FilterConfig, duplicates, funnel, 
 from videodit.data.scores import HASH_BITS, ClipScores, hash_distance
 
 META: dict[str, Any] = {"height": 240, "width": 320, "num_frames": 40, "fps": 8.0}
-META |= {"brightness": 0.5, "sharpness": 100.0, "motion": 0.2, "static": 0.1, "picture_hash": "0" * 48}
+META |= {
+    "brightness": 0.5,
+    "sharpness": 100.0,
+    "motion": 0.2,
+    "static": 0.1,
+    "text_cover": 0.02,
+    "text_match": 0.25,
+    "aesthetic": 5.0,
+    "picture_hash": "0" * 48,
+}
 LIMITS = {  # each as it just lets META pass, and as it just does not
     "min_short_side": (240, 241),
     "min_duration_s": (5.0, 5.1),
@@ -21,6 +30,9 @@ LIMITS = {  # each as it just lets META pass, and as it just does not
     "min_motion": (0.2, 0.21),
     "max_motion": (0.2, 0.19),
     "max_static": (0.1, 0.09),
+    "max_text": (0.02, 0.01),
+    "min_match": (0.25, 0.26),
+    "min_aesthetic": (5.0, 5.1),
 }
 
 

@@ -105,8 +105,8 @@ def test_clips_of_videos_and_pictures_from_two_folders(tmp_path):
     loader = ClipLoader(config, seed=0, global_batch_size=2, micro_batch_size=2)
     frames = Counter()
     for _, (batch,) in islice(loader.iterate(), loader.steps_per_epoch):
-        frames[batch.clip.shape[2]] += int(batch.weight.sum())
-        assert all((caption == "a still") == (batch.clip.shape[2] == 1) for caption in batch.captions if caption)
+        frames[batch.bucket.frames] += int(batch.weight.sum())
+        assert all((caption == "a still") == (batch.bucket.frames == 1) for caption in batch.captions if caption)
     assert frames == {5: 5, 1: 8}
     first = next(iter(clips_in_order(DataConfig(shards=folders, buckets=["1x32x32"]), loader.shards, 4)))
     assert sorted(first.keys) == ["1/c000", "1/c001", "c000", "c001"]  # measured on a few, both count

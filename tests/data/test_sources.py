@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+from videodit.data.captions import Captions
 from videodit.data.sources import Source, list_sources
 from videodit.errors import UserError
 
@@ -30,9 +31,9 @@ def test_folder_with_sidecars(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text(" a dog\n")
     (tmp_path / "a/c.json").write_text(json.dumps({"captions": ["one", "two"], "spec": {"n": 1}}))
     assert list_sources(tmp_path) == [
-        Source(str(tmp_path / "a/c.MKV"), ["one", "two"], {"spec": {"n": 1}}, "a/c.MKV"),
-        Source(str(tmp_path / "b.mp4"), ["a dog"], {}, "b.mp4"),
-        Source(str(tmp_path / "two_red-cats.mov"), ["two red cats"], {}, "two_red-cats.mov"),
+        Source(str(tmp_path / "a/c.MKV"), Captions(["one", "two"]), {"spec": {"n": 1}}, "a/c.MKV"),
+        Source(str(tmp_path / "b.mp4"), Captions(["a dog"]), {}, "b.mp4"),
+        Source(str(tmp_path / "two_red-cats.mov"), Captions(["two red cats"]), {}, "two_red-cats.mov"),
     ]
 
 
@@ -50,8 +51,8 @@ def test_tars_of_webdataset(tmp_path: Path) -> None:
     found = {source.name: source for source in list_sources(tmp_path / "set")}
     assert list(found) == ["00000.tar/00001.mp4", "00000.tar/c.mp4", "00000.tar/sub/b.webm", "a.mp4"]
     one, two = found["00000.tar/00001.mp4"], found["00000.tar/sub/b.webm"]
-    assert (one.captions, one.extra) == (["a cat"], {"url": "u"})
-    assert (two.captions, two.extra) == (["x", "y"], {})
+    assert (one.captions, one.extra) == (Captions(["a cat"]), {"url": "u"})
+    assert (two.captions, two.extra) == (Captions(["x", "y"]), {})
     assert "caption beside it" in found["00000.tar/c.mp4"].problem
     data = (tmp_path / "set" / "00000.tar").read_bytes()
     for source, content in ((one, b"one"), (two, b"two")):
@@ -95,19 +96,29 @@ def test_tables(tmp_path: Path, kind: str) -> None:
     if text is not None:
         (tmp_path / f"list.{kind}").write_text(text)
     assert list_sources(tmp_path / f"list.{kind}") == [
-        Source(str(tmp_path / "b.mp4"), ["a b"], {"score": "8"}, "b.mp4"),
-        Source(str(tmp_path / "gone.mp4"), ["x"], {"score": "7"}, "gone.mp4", "no such file"),
-        Source(str(tmp_path / "v/a.mp4"), ["first, a", "second"], {"score": "9"}, "v/a.mp4"),
+        Source(str(tmp_path / "b.mp4"), Captions(["a b"]), {"score": "8"}, "b.mp4"),
+        Source(str(tmp_path / "gone.mp4"), Captions(["x"]), {"score": "7"}, "gone.mp4", "no such file"),
+        Source(str(tmp_path / "v/a.mp4"), Captions(["first, a", "second"]), {"score": "9"}, "v/a.mp4"),
     ]
 
 
 def test_a_csv_cell_may_hold_a_list(tmp_path: Path) -> None:
     touch(tmp_path / "a.mp4")
     (tmp_path / "list.csv").write_text('video,captions\na.mp4,"[""one"", ""two""]"\n')
-    assert list_sources(tmp_path / "list.csv")[0].captions == ["one", "two"]
+    assert list_sources(tmp_path / "list.csv")[0].captions == Captions(["one", "two"])
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"caption": 3}', '{"captions": ["a", 3]}'])
+def test_weights_of_a_table_are_joined_over_its_rows(tmp_path: Path) -> None:
+    touch(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    rows = ["path,caption,caption_weight", "a.mp4,one,2.5", "a.mp4,two,", 'b.mp4,"[""x"", ""y""]","[1, 4]"']
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    assert [source.captions for source in list_sources(tmp_path / "list.csv")] == [
+        Captions(["one", "two"], [2.5, 1]),
+        Captions(["x", "y"], [1, 4]),
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"caption": 3}', '{"captions": ["a", 3]}', '{"caption_weights": 2}'])
 def test_a_bad_sidecar_costs_its_video_only(tmp_path: Path, text: str) -> None:
     touch(tmp_path / "a.mp4", tmp_path / "b.mp4")
     (tmp_path / "a.json").write_text(text)

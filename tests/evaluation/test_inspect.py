@@ -74,7 +74,7 @@ def test_the_page_says_what_there_is(shards: Path, capsys: pytest.CaptureFixture
     assert "cannot be opened" in page and "broken.mp4" in page
     assert "duration_s 2.125 is below min_duration_s 3" in page
     assert "a &lt;b&gt;caption&lt;/b&gt; &amp; more" in page and "<b>caption</b>" not in page
-    assert page.count('<svg class="chart"') == 6
+    assert page.count('<svg class="chart"') == 7
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert len(ShardSet.open(shards)) == 4  # the page beside the shards is none of them
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.models.tiny import randomize, tiny_vae
+from videodit.data.captions import Captions
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latents import read_latent_sample, read_manifest
 from videodit.data.mp4 import encode_mp4
@@ -30,9 +31,9 @@ def write_clips(folder: Path, broken: tuple[int, ...] = (), with_txt: bool = Fal
             frames = rng.integers(0, 256, (5, 2, 2, 3), dtype=np.uint8).repeat(16, axis=1).repeat(16, axis=2)
             data = encode_mp4(frames, 8)
             record = {"num_frames": 5, "height": 32, "width": 32, "fps": 8.0, "source": f"{number}.mp4"}
-            record |= {"extra": {"spec": number}} | (
-                {} if with_txt else {"captions": [f"{noun} {number}", f"no {number}"]}
-            )
+            record["extra"] = {"spec": number}
+            if not with_txt:
+                record |= {"captions": [f"{noun} {number}", f"no {number}"], "caption_weights": [1, number + 1]}
             members = {"mp4": data[: len(data) // 3] if number in broken else data, "json": json.dumps(record).encode()}
             if with_txt:
                 members["txt"] = f"text {number}".encode()
@@ -67,7 +68,8 @@ def test_captions_and_facts_travel_along(config: EncodeConfig) -> None:
     encode_clips(config)
     latents = ShardSet.open(config.out)
     for index in range(NUM_CLIPS):
-        assert latents.captions(index) == [f"clip {index}", f"no {index}"]
+        captions = Captions([f"clip {index}", f"no {index}"], [1, index + 1] if index else [])
+        assert latents.weighted_captions(index) == captions
         record = latents.read_json(index)
         assert (record["clip"], record["bucket"], record["fps"]) == (f"c{index}", "5x32x32", 8.0)
         assert record["extra"] == {"spec": index} and record["latent_shape"] == [4, 2, 4, 4]

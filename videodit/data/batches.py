@@ -10,8 +10,10 @@ import atexit
 import logging
 import multiprocessing
 import signal
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from videodit.data.buckets import Bucket
+from videodit.data.captions import Captions
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_noise, sample_unit
 from videodit.data.transforms import to_model_range
@@ -213,23 +216,21 @@ def batch_fields(rows: Rows, keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def choose_caption(captions: list[str], seed: int, epoch: int, key: str, drop: float = 0.0) -> str:
-    """One of a sample's captions, or "" for a share of the epochs.
+def choose_caption(captions: Captions, seed: int, epoch: int, key: str, drop: float = 0.0) -> int | None:
+    """Which of a sample's captions is read, as often as its weight says; None, for "", in a share of the epochs.
 
     Args:
         captions: at least one.
         seed, epoch, key: what the choice is a function of.
         drop: probability of "".
     """
-    number = choose_caption_number(len(captions), seed, epoch, key, drop)
-    return "" if number is None else captions[number]
-
-
-def choose_caption_number(count: int, seed: int, epoch: int, key: str, drop: float = 0.0) -> int | None:
-    """As `choose_caption`, by number: which of `count` captions, None for ""; see there."""
     if drop > 0 and sample_unit(seed, epoch, key, "caption_drop") < drop:
         return None
-    return int(sample_unit(seed, epoch, key, "caption") * count)
+    unit = sample_unit(seed, epoch, key, "caption")
+    if len(set(captions.weights)) < 2:
+        return int(unit * len(captions.texts))
+    edges = list(accumulate(captions.weights))
+    return min(bisect(edges, unit * edges[-1]), len(edges) - 1)
 
 
 def check_workers(num_workers: int, prefetch: int) -> None:

@@ -95,6 +95,8 @@ class CutResult:
     dropped: list[Dropped] = field(default_factory=list)
     problem: str = ""
     """Why the source as a whole was refused; empty if it was not."""
+    fetched: bool = True
+    """Whether its bytes could be had; if not, the next run tries again."""
 
 
 def cut_source(source: str | bytes, spool: Path, rules: CutRules, beat: Callable[[], None] = lambda: None) -> CutResult:

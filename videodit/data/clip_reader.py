@@ -191,7 +191,9 @@ class ClipReader:
             try:
                 clips[row] = self._clip(index, bucket, request.epochs[row])
                 key = self.shards.entries[index].key
-                rows.captions[row] = choose_caption(self.shards.captions(index), self.seed, request.epochs[row], key)
+                captions = self.shards.weighted_captions(index)
+                number = choose_caption(captions, self.seed, request.epochs[row], key)
+                rows.captions[row] = "" if number is None else captions.texts[number]
             except (VideoError, UserError, OSError, ValueError) as error:
                 rows.failures[row] = str(error)
                 clips[row] = 0

@@ -4,6 +4,7 @@ Clips that are filtered out stay in the shards, and the index says why they are 
 seconds and no decoding.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,6 +34,12 @@ class FilterConfig:
     """Mean optical flow, likewise; above 2 it is shaking or flicker. 0 for no limit."""
     max_static: float = 1.0
     """Share of neighbouring frames that are one picture; 0.5 leaves out slide shows."""
+    max_text: float = 1.0
+    """Share of the picture that titles, subtitles and logos cover; 0.005 leaves out most subtitled clips."""
+    min_match: float | None = None
+    """Cosine of captions and frames, -1 to 1, by `models.match`; null for no limit."""
+    min_aesthetic: float | None = None
+    """Score by `models.aesthetic`, in its own units; null for no limit."""
     duplicate_bits: int = -1
     """Clips whose picture hashes differ in at most so many of their 192 bits are one; the first by name stays. 12 finds
     other encodings of the same pictures; -1 keeps all."""
@@ -41,7 +48,7 @@ class FilterConfig:
         for name in ("min_short_side", "min_duration_s", "min_sharpness", "min_motion", "max_motion"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"filters.{name} is {getattr(self, name)}: 0 (none) or more is needed")
-        for name in ("min_brightness", "max_brightness", "max_static"):
+        for name in ("min_brightness", "max_brightness", "max_static", "max_text"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"filters.{name} is {getattr(self, name)}: a number from 0 to 1 is needed")
         if self.min_brightness > self.max_brightness:
@@ -53,6 +60,10 @@ class FilterConfig:
             raise ValueError(
                 f"filters.min_motion {self.min_motion} is above max_motion {self.max_motion}: no clip would be left"
             )
+        for name in ("min_match", "min_aesthetic"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"filters.{name} is {value}: a number, or null for no limit, is needed")
         if not -1 <= self.duplicate_bits < HASH_BITS // 4:
             raise ValueError(
                 f"filters.duplicate_bits is {self.duplicate_bits}: -1 (keep all) to {HASH_BITS // 4 - 1} is possible"
@@ -75,7 +86,7 @@ class Threshold:
 
     def limit(self, config: FilterConfig) -> float | None:
         """The bound; None if it lets everything pass."""
-        value: float = getattr(config, self.setting)
+        value: float | None = getattr(config, self.setting)
         neutral = next(field.default for field in fields(config) if field.name == self.setting)
         return None if value == neutral else value
 
@@ -97,8 +108,9 @@ class Threshold:
         return meta.get(self.score)
 
 
+_SCORE_OF = {"max_text": "text_cover", "min_match": "text_match"}
 THRESHOLDS = tuple(
-    Threshold(setting, setting.removeprefix("min_").removeprefix("max_"))
+    Threshold(setting, _SCORE_OF.get(setting) or setting.removeprefix("min_").removeprefix("max_"))
     for setting in (field.name for field in fields(FilterConfig))
     if setting != "duplicate_bits"
 )

@@ -8,6 +8,8 @@ from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from videodit.data.tone_mapping import needs_mapping, to_standard_range
+
 _SWSCALE = {
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
@@ -41,7 +43,7 @@ class ToRGB:
         Args:
             frame: as decoded, of any pixel format.
         Returns:
-            (h, w, 3) uint8, full range, rotation applied.
+            (h, w, 3) uint8, full range, rotation applied; standard range and BT.709, whatever the frame is tagged as.
         """
         matrix = display_matrix(frame)
         if self._size is None:
@@ -49,11 +51,12 @@ class ToRGB:
             turned = self._displayed is not None and is_transposed(matrix)
             self._size = (height, width) if turned else (width, height)
         colorspace = _colorspace(frame)
+        wide = needs_mapping(frame.color_trc, frame.color_primaries)
         rgb = self._reformatter.reformat(
             frame,
             width=self._size[0],
             height=self._size[1],
-            format="rgb24",
+            format="rgb48le" if wide else "rgb24",
             src_colorspace=colorspace,
             dst_colorspace=colorspace,
             src_color_range=ColorRange.JPEG if frame.color_range == ColorRange.JPEG else ColorRange.MPEG,
@@ -61,7 +64,10 @@ class ToRGB:
             interpolation=Interpolation.BICUBIC,
             threads=1,
         )
-        return turn(rgb.to_ndarray(), matrix)
+        image = rgb.to_ndarray()
+        if wide:
+            image = to_standard_range(image, frame.color_trc, frame.color_primaries)
+        return turn(image, matrix)
 
 
 class ToYUV:

@@ -13,9 +13,9 @@ from typing import Any
 
 import av
 
-from videodit.data.clip_cutter import CutResult, CutRules, cut_source
-from videodit.data.field import cut_field
+from videodit.data.clip_cutter import CutResult, CutRules
 from videodit.data.filters import FilterConfig, Stage, mark
+from videodit.data.ingest_jobs import cut_job, is_fetched, make_jobs, remove_copy, spool_file
 from videodit.data.ingest_output import ChannelTally, key_bases, write_clips, write_filtered, write_lines, write_rejects
 from videodit.data.ingest_record import (
     RECORD,
@@ -24,21 +24,19 @@ from videodit.data.ingest_record import (
     fingerprint,
     locked,
     read_rejects,
-    source_bytes,
     write_json,
 )
-from videodit.data.isolation import Beat, Failure, run_isolated
-from videodit.data.picture import cut_picture
+from videodit.data.isolation import Failure, run_isolated
+from videodit.data.models_config import SCORES, ModelsConfig
 from videodit.data.shard_writer import ShardWriter, rewrite_index
-from videodit.data.shards import PART, Entry, ShardSet, read_span
+from videodit.data.shards import PART, Entry, ShardSet
 from videodit.data.sources import Source, list_sources
+from videodit.data.storage import is_remote, plain
 from videodit.errors import UserError, user_error
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 """Goes up when scores are computed otherwise, so that old shards are scored anew."""
 _WORK = ".work"
-_CHUNK_BYTES = 4 << 20  # small files go to a worker by the chunk
-_CHUNK_FILES = 32
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,8 @@ class IngestConfig:
     """A file that yields no frame for so many seconds is given up."""
     max_memory_gb: float = 8.0
     """Address space of a decoding process; a file that needs more is rejected; 0 for no limit."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    """Models that score and caption the clips; changed later, nothing is decoded or cut again"""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Which clips training sees; changed later, nothing is decoded again"""
     dry_run: bool = False
@@ -89,12 +89,15 @@ class IngestConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: more than 0 is needed")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf is {self.crf}: 0 (best) to 51 (smallest) is possible")
+        for name in ("match", "aesthetic"):
+            if getattr(self.filters, f"min_{name}") is not None and not getattr(self.models, name):
+                raise ValueError(f"filters.min_{name} is set without a model: give --models.{name} FOLDER")
         if 0 < self.max_short_side < 16:
             raise ValueError(f"max_short_side is {self.max_short_side}: 0 (keep the size) or at least 16 is needed")
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that the shards depend on."""
-        others = ("workers", "stall_limit_s", "max_memory_gb", "filters", "dry_run")
+        others = ("workers", "stall_limit_s", "max_memory_gb", "models", "filters", "dry_run")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
@@ -126,14 +129,15 @@ def ingest(
 
     The same sources and config give the same bytes, however many workers and interruptions there were. Shards hold
     every clip; those that the filters leave out are marked in the index, so that the same command with other filters
-    only writes the index again.
+    only writes the index again; models look at the finished clips, and what they say goes into the index.
 
     Writes OUT/shard-*.tar, index.jsonl, rejects.jsonl (a line for each source, scene and clip left out, with the
     reason) and ingest.json (config, counts).
 
     Args:
-        src: a folder of videos and fields, a .csv or .jsonl table or one file; see `sources.list_sources`.
-        out: folder of the shards; made if missing, left out of the search if it lies below src.
+        src: a folder of videos and fields, a .csv or .jsonl table or one file, on this machine or, as an address that
+            fsspec knows, elsewhere; see `sources.list_sources`.
+        out: folder of the shards, on this machine; made if missing, left out of the search if it lies below src.
         config: how.
         progress: called as progress(sources done, all sources).
     Returns:
@@ -144,35 +148,44 @@ def ingest(
     """
     started = time.monotonic()
     config = config or IngestConfig()
-    src, out = Path(src), Path(out)
-    if src.resolve() == out.resolve():
+    if is_remote(out):
+        raise UserError(f"--out {out} is no folder of this machine: write there, then copy the folder")
+    src, out = plain(src), Path(plain(out))
+    if not is_remote(src) and Path(src).resolve() == out.resolve():
         raise UserError(f"--out {out} is the source itself: choose another folder")
     sources = list_sources(src, exclude=[out], images=config.images)
-    work = partial(_run, sources, config=config, progress=progress or (lambda done, total: None))
     record = {
         "config": config.result_fields(),
         "sources_sha256": fingerprint(sources),
         "av": av.__version__,
         "scores": SCORES_VERSION,
     }
-    filters = dataclasses.asdict(config.filters)
+    filters, models = dataclasses.asdict(config.filters), config.models.record()
+    marks: dict[str, Any] = {"filters": filters} | ({"models": models} if models else {})
+    progress = progress or (lambda done, total: None)
+    work = partial(_run, sources, config=config, progress=progress)
+    marked = partial(_marked, config=config, models=models, progress=progress)
     try:
         if config.dry_run:
-            counts, filtered = _rehearse(out, record, config.filters, work)
+            counts, filtered = _rehearse(out, record, work, marked)
             return _result(counts, filtered, started)
         with locked(out):
             earlier = earlier_run(out, record)
-            up_to_date = earlier is not None and earlier.get("filters") == filters
-            if earlier:
-                counts, filtered = _filter_again(out, earlier, config.filters)
-            else:
+            up_to_date = earlier is not None and all(earlier.get(k) == marks.get(k) for k in ("filters", "models"))
+            if not earlier:
                 write_json(out / RECORD, record | {"complete": False})
                 counts, filtered = work(out)
+                if models and (counts["clips"] or filtered):
+                    # From here on an interruption costs what models have still to do, and no decoding.
+                    earlier = record | counts | {"complete": True}
+                    write_json(out / RECORD, earlier)
+            if earlier:
+                counts, filtered = _mark_again(out, earlier, marked)
             if not counts["clips"] and not filtered:
                 raise UserError(
                     f"none of the {len(sources)} videos of {src} gave a clip: see {out / REJECTS} for the reasons"
                 )
-            write_json(out / RECORD, record | counts | {"filters": filters, "complete": True})
+            write_json(out / RECORD, record | counts | marks | {"complete": True})
             if not counts["clips"]:
                 most = max(filtered, key=lambda setting: filtered[setting].clips)
                 raise UserError(
@@ -184,6 +197,8 @@ def ingest(
     return _result(counts, filtered, started, up_to_date)
 
 
+Progress = Callable[[int, int], None]
+Marked = Callable[[Path], tuple[list[Entry], dict[str, Stage]]]
 # Sources accepted and rejected, clips, statistics of channels, as ingest.json has them; and what filters left out.
 Outcome = tuple[dict[str, Any], dict[str, Stage]]
 
@@ -195,61 +210,82 @@ def _result(
     return IngestResult(counts["accepted"], counts["rejected"], counts["clips"], filtered, seconds, up_to_date)
 
 
-def _rehearse(out: Path, record: dict[str, Any], filters: FilterConfig, work: Callable[[Path], Outcome]) -> Outcome:
+def _rehearse(out: Path, record: dict[str, Any], work: Callable[[Path], Outcome], marked: Marked) -> Outcome:
     """What ingest would do: told from the scores where they are there already, else done and thrown away."""
     earlier = earlier_run(out, record) if out.is_dir() else None
     if earlier:
-        entries, filtered = mark(ShardSet.open(out, dropped=True).entries, filters)
+        entries, filtered = marked(out)
         return earlier | {"clips": _used(entries)}, filtered
     beside = next(folder for folder in out.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".videodit-dry-run-", dir=beside) as folder:
-        return work(Path(folder))
+        counts, filtered = work(Path(folder))
+        if counts["clips"] or filtered:
+            entries, filtered = marked(Path(folder))
+            counts["clips"] = _used(entries)
+        return counts, filtered
 
 
-def _filter_again(out: Path, earlier: dict[str, Any], filters: FilterConfig) -> Outcome:
-    entries, filtered = mark(ShardSet.open(out, dropped=True).entries, filters)
+def _marked(
+    out: Path, config: IngestConfig, models: dict[str, Any], progress: Progress
+) -> tuple[list[Entry], dict[str, Stage]]:
+    """The entries of a complete set, with models' scores and captions and the filters' verdicts."""
+    entries = ShardSet.open(out, dropped=True).entries
+    if models or any(entry.captions or SCORES & entry.meta.keys() for entry in entries):
+        from videodit.data.model_scores import apply_models  # it needs torch, which few runs do
+
+        entries = apply_models(out, entries, config.models, models, progress, keep=not config.dry_run)
+    return mark(entries, config.filters)
+
+
+def _mark_again(out: Path, earlier: dict[str, Any], marked: Marked) -> Outcome:
+    entries, filtered = marked(out)
     before = [reject for reject in read_rejects(out) if "key" not in reject]  # what no filter decided
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
         write_lines(rejects, before)
         write_filtered(rejects, entries)
     rewrite_index(out, entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
-    kept = {name: earlier[name] for name in ("accepted", "rejected", "channels") if name in earlier}
+    kept = {name: earlier[name] for name in ("accepted", "rejected", "channels", "not_fetched") if name in earlier}
     return kept | {"clips": _used(entries)}, filtered
 
 
-def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Callable[[int, int], None]) -> Outcome:
+def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Progress) -> Outcome:
     work = out / _WORK
     shutil.rmtree(work, ignore_errors=True)  # of an interrupted run
     work.mkdir()
     rules = CutRules(**{field.name: getattr(config, field.name) for field in dataclasses.fields(CutRules)})
     results = run_isolated(
-        partial(_cut, rules=rules),
-        _chunks(sources, work),
+        partial(cut_job, rules=rules),
+        make_jobs(sources, work),
         workers=config.workers or _cores(),
         stall_limit_s=config.stall_limit_s,
         max_memory_gb=config.max_memory_gb,
     )
     counts = {"accepted": 0, "rejected": 0}
+    not_fetched = 0
     channels = ChannelTally()
     writer = ShardWriter(out, config.clips_per_shard)
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
         for done, (source, base) in enumerate(zip(sources, key_bases(sources), strict=True), 1):
             result = CutResult(problem=source.problem) if source.problem else next(results)
+            spool = spool_file(work, done - 1)
             if isinstance(result, Failure):
-                result = CutResult(problem=result.reason)
+                result = CutResult(problem=result.reason, fetched=is_fetched(source, spool))
             result = channels.take(source, result)
-            spool = _spool(work, done - 1)
             write_clips(writer, source, base, result, spool)
             write_rejects(rejects, source, result)
             spool.unlink(missing_ok=True)
+            remove_copy(source, spool)  # of a worker that died
             counts["accepted" if result.clips else "rejected"] += 1
+            not_fetched += not result.fetched
             progress(done, len(sources))
         writer.entries, filtered = mark(writer.entries, config.filters)
         write_filtered(rejects, writer.entries)
     os.replace(out / (REJECTS + PART), out / REJECTS)
     writer.close()
     shutil.rmtree(work)
+    if not_fetched:
+        counts["not_fetched"] = not_fetched
     return counts | channels.record() | {"clips": _used(writer.entries)}, filtered
 
 
@@ -259,39 +295,3 @@ def _used(entries: Sequence[Entry]) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A source for a worker process."""
-
-    source: Source
-    spool: str
-
-
-def _cut(job: _Job, beat: Beat, rules: CutRules) -> CutResult:
-    """In a worker process."""
-    source, spool = job.source, Path(job.spool)
-    data = source.path if source.span is None else read_span(source.path, source.span[0], source.span[1])
-    if source.is_field:
-        return cut_field(data, spool, rules, source.extra.get("fps", 1.0), beat)
-    return cut_picture(data, spool, rules) if source.is_image else cut_source(data, spool, rules, beat)
-
-
-def _chunks(sources: list[Source], work: Path) -> list[list[_Job]]:
-    """The sources without a problem, small ones together."""
-    chunks: list[list[_Job]] = [[]]
-    size = 0
-    for number, source in enumerate(sources):
-        if source.problem:
-            continue
-        if len(chunks[-1]) >= _CHUNK_FILES or size >= _CHUNK_BYTES:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(_Job(source, str(_spool(work, number))))
-        size += source_bytes(source)
-    return chunks
-
-
-def _spool(work: Path, number: int) -> Path:
-    return work / f"{number:08d}.mp4s"

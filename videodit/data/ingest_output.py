@@ -20,12 +20,9 @@ def write_clips(writer: ShardWriter, source: Source, base: str, result: CutResul
     """A source's clips, whose bytes lie in the spool file, as samples BASE-0000 and so on."""
     if not result.clips:
         return
-    captions: dict[str, Any] = (
-        {"captions": source.captions} if len(source.captions) > 1 else {"caption": source.captions[0]}
-    )
     with open(spool, "rb") as file:
         for scene, clip in enumerate(result.clips):
-            record = captions | {
+            record = source.captions.record() | {
                 "source": source.name,
                 "num_frames": clip.num_frames,
                 "height": clip.height,

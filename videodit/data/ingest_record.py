@@ -22,9 +22,8 @@ def fingerprint(sources: list[Source]) -> str:
     """Changes when a file, a caption or anything else that goes into the shards does."""
     digest = hashlib.sha256()
     for s in sources:
-        digest.update(
-            json_bytes([s.name, s.captions, s.extra, s.problem, source_bytes(s), _mtime_ns(s), s.span]) + b"\n"
-        )
+        said = [s.captions.texts, s.captions.weights, s.extra]
+        digest.update(json_bytes([s.name, said, s.problem, source_bytes(s), _version(s), s.span]) + b"\n")
     return digest.hexdigest()
 
 
@@ -32,10 +31,14 @@ def source_bytes(source: Source) -> int:
     """How large it is; 0 if it is not there."""
     if source.span:
         return source.span[1]
+    if source.state:
+        return source.state.size
     return os.stat(source.path).st_size if os.path.exists(source.path) else 0
 
 
-def _mtime_ns(source: Source) -> int:
+def _version(source: Source) -> int | str:
+    if source.state:
+        return source.state.version
     return os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0
 
 
@@ -84,7 +87,7 @@ def earlier_run(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
             f"{out} holds shards made with other settings ({'; '.join(changed)}): choose another --out or remove it"
         )
     same = all(earlier.get(name) == record[name] for name in ("sources_sha256", "scores"))
-    return earlier if same else None
+    return earlier if same and not earlier.get("not_fetched") else None
 
 
 def read_record(out: Path) -> dict[str, Any] | None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from videodit.data.batches import Request, Rows, choose_caption_number
+from videodit.data.batches import Request, Rows, choose_caption
 from videodit.data.buckets import Bucket, parse_bucket
+from videodit.data.captions import Captions
 from videodit.data.latent_crop import LatentCropConfig, crop, draw_windows, window_weights
 from videodit.data.latents import LatentSample, read_empty_text, read_latent_sample, read_manifest
 from videodit.data.mixture import ShardsConfig
@@ -66,7 +67,7 @@ class LatentReader:
         has_text = bool((read_manifest(root) or {}).get("text_encoder"))
         self.empty_text = read_empty_text(root) if has_text else None
         self.in_memory = sum(sizes) <= config.cache_gib * 2**30
-        self._kept: dict[int, tuple[LatentSample, list[str]]] = {}
+        self._kept: dict[int, tuple[LatentSample, Captions]] = {}
         self.members: dict[Bucket, list[int]] = {}
         try:
             if len(sizes) != len(shards):
@@ -100,17 +101,16 @@ class LatentReader:
         text = [] if self.empty_text is None else [self.empty_text] * len(request.ids)
         for row, (sample, captions) in samples.items():
             key = self.shards.entries[request.ids[row]].key
-            drop = self.config.caption_drop
-            number = choose_caption_number(len(captions), self.seed, request.epochs[row], key, drop)
+            number = choose_caption(captions, self.seed, request.epochs[row], key, self.config.caption_drop)
             if number is not None:
-                rows.captions[row] = captions[number]
+                rows.captions[row] = captions.texts[number]
                 if text:
                     text[row] = sample.text[number]
         if text:
             rows.tensors["text"], rows.tensors["text_mask"] = _pad(text)
         return rows
 
-    def _samples(self, request: Request, failures: dict[int, str]) -> dict[int, tuple[LatentSample, list[str]]]:
+    def _samples(self, request: Request, failures: dict[int, str]) -> dict[int, tuple[LatentSample, Captions]]:
         """By row; what cannot be read is put into `failures`."""
         shape, samples = self.latent_shapes[request.bucket], {}
         for row, index in enumerate(request.ids):
@@ -120,7 +120,7 @@ class LatentReader:
                 sample, captions = self._sample(index)
                 if sample.mean.shape != shape or sample.logvar.shape != shape:
                     raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
-                self._check_text(sample, captions)
+                self._check_text(sample, captions.texts)
             except (UserError, OSError, ValueError) as error:
                 failures[row] = str(error)
                 continue
@@ -128,7 +128,7 @@ class LatentReader:
         return samples
 
     def _read_windows(
-        self, rows: Rows, samples: Mapping[int, tuple[LatentSample, list[str]]], size: tuple[int, int]
+        self, rows: Rows, samples: Mapping[int, tuple[LatentSample, Captions]], size: tuple[int, int]
     ) -> None:
         """Each sample's window into its row; where it lies is a function of (seed, epoch, key)."""
         if not samples:
@@ -160,10 +160,10 @@ class LatentReader:
         if any(text.ndim != 2 or text.shape[1] != self.empty_text.shape[1] for text in sample.text):
             raise ValueError(f"embeddings of other channels than the {self.empty_text.shape[1]} of the empty caption")
 
-    def _sample(self, index: int) -> tuple[LatentSample, list[str]]:
+    def _sample(self, index: int) -> tuple[LatentSample, Captions]:
         kept = self._kept.get(index)
         if kept is None:
-            kept = read_latent_sample(self.shards, index), self.shards.captions(index)
+            kept = read_latent_sample(self.shards, index), self.shards.weighted_captions(index)
             if self.in_memory:
                 self._kept[index] = kept
         return kept

@@ -140,6 +140,8 @@ def shards_fingerprint(shards: ShardSet) -> str:
     digest = hashlib.sha256()
     for index, entry in enumerate(shards.entries):
         digest.update(json_bytes([entry.key, entry.shard, entry.members, entry.meta]) + b"\n")
+        if entry.captions:
+            digest.update(json_bytes(entry.captions) + b"\n")
         # Not from the index: a caption may be edited to one of the same length.
         for extension in ("json", "txt"):
             if extension in entry.members:

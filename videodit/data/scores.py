@@ -1,4 +1,4 @@
-"""What a clip looks like, in five numbers: measured while it is cut, kept beside it, so that a threshold may change
+"""What a clip looks like, in a few numbers: measured while it is cut, kept beside it, so that a threshold may change
 later without decoding anything again.
 """
 
@@ -8,9 +8,11 @@ from typing import Any
 import cv2
 import numpy as np
 
+from videodit.data.text_overlay import TextCover
+
 _PAIRS_PER_S = 2  # pairs of neighbouring frames that are looked at
 _SMALL = 96  # short side, in pixels, of the pictures that motion and stillness are measured on
-_SHARP = 256  # short side that sharpness is measured on, so that a threshold means the same at every size
+_SHARP = 256  # short side that sharpness and text are measured on, so that a threshold means the same at every size
 _SAME = 0.5  # mean difference, of 255 grey levels, below which two frames are one picture
 _HASHED = (0.1, 0.5, 0.9)  # moments of a clip, in parts of its length, that its hash sees
 _HASH_SIDE, _HASH_KEPT = 32, 8
@@ -29,6 +31,8 @@ class ClipScores:
     """Mean length of the optical flow, in short sides a second."""
     static: float
     """Share of neighbouring frames that are one picture: 1 for a still shown as a video."""
+    text_cover: float
+    """Share of the picture that writing covers which stays in its place: titles, subtitles, logos."""
     picture_hash: str
     """192 bits as hexadecimal digits, of which two encodings of the same pictures differ in a few."""
 
@@ -53,6 +57,7 @@ class ClipScorer:
         self._sharpness: list[float] = []
         self._motion: list[float] = []
         self._same: list[bool] = []
+        self._text = TextCover()
         self._pictures: list[np.ndarray] = []
 
     def push(self, frame: np.ndarray) -> None:
@@ -70,7 +75,9 @@ class ClipScorer:
         self._before = small if place == 0 else None
         if place == 0:
             self._brightness.append(float(gray.mean()) / 255)
-            self._sharpness.append(float(cv2.Laplacian(_shrink(gray, _SHARP), cv2.CV_32F).var()))
+            sharp = _shrink(gray, _SHARP)
+            self._sharpness.append(float(cv2.Laplacian(sharp, cv2.CV_32F).var()))
+            self._text.push(sharp)
             self._pictures.append(cv2.resize(small, (_HASH_SIDE, _HASH_SIDE), interpolation=cv2.INTER_AREA))
 
     def finish(self) -> ClipScores:
@@ -80,6 +87,7 @@ class ClipScorer:
             sharpness=_rounded(self._sharpness),
             motion=_rounded(self._motion),
             static=_rounded(self._same) if self._same else 1.0,
+            text_cover=round(self._text.share(), 4),
             picture_hash="".join(_hash(self._pictures[int(part * len(self._pictures))]) for part in _HASHED),
         )
 

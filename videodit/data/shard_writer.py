@@ -142,7 +142,8 @@ def _write_index(path: Path, entries: Sequence[Entry]) -> None:
     with open(path, "wb") as file:
         for entry in entries:
             line = {"key": entry.key, "shard": entry.shard, "members": entry.members, "meta": entry.meta}
-            file.write(json_bytes(line | ({"dropped": entry.dropped} if entry.dropped else {})) + b"\n")
+            more = {"dropped": entry.dropped, "captions": entry.captions}
+            file.write(json_bytes(line | {name: value for name, value in more.items() if value}) + b"\n")
         _sync(file)
 
 

@@ -2,7 +2,8 @@
 
 A sample is a key and its members: KEY.mp4, KEY.json, KEY.npy, KEY.safetensors. Beside the tars lies index.jsonl, one
 line a sample in the order of writing: {"key", "shard", "members": {extension: [offset, size]}, "meta": {the json
-member's plain values}}, and "dropped": why, for a sample that is there but not to be used. A reader needs one pread a
+member's plain values}}, "dropped": why, for a sample that is there but not to be used, and "captions": {...}, where a
+model wrote some, in the place of the json's. A reader needs one pread a
 member. Folders without an index (any plain webdataset) are scanned instead.
 """
 
@@ -13,11 +14,12 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from videodit.data import video_io
+from videodit.data.captions import Captions, stored_captions
 from videodit.errors import UserError
 
 INDEX = "index.jsonl"
@@ -43,6 +45,8 @@ class Entry:
     """The plain values of its json but the caption: num_frames, height, width, fps, source, ..."""
     dropped: str = ""
     """Why it is not to be used; empty if it is."""
+    captions: dict[str, Any] = field(default_factory=dict)
+    """What is read in the place of its json's captions, in the same form; empty for those."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -158,12 +162,24 @@ class ShardSet:
         return json.loads(self.read(i, "json")) if "json" in self.entries[i].members else {}
 
     def captions(self, i: int) -> list[str]:
-        """The sample's captions, from its json ("captions" or "caption") or its .txt; [""] if it has none."""
-        record = self.read_json(i)
-        found = record.get("captions") or record.get("caption")
-        if not found and "txt" in self.entries[i].members:
-            found = self.read(i, "txt").decode(errors="replace").strip()
-        return [found or ""] if not isinstance(found, list) else [str(caption) for caption in found]
+        """The texts of `weighted_captions`."""
+        return self.weighted_captions(i).texts
+
+    def weighted_captions(self, i: int) -> Captions:
+        """The sample's captions, from the index, its json ("captions" or "caption") or its .txt; [""] if it has none.
+
+        Raises:
+            UserError: if its weights are none.
+        """
+        try:
+            found = stored_captions(self.entries[i].captions or self.read_json(i))
+        except ValueError as error:
+            entry = self.entries[i]
+            raise UserError(f"{self.root / entry.shard}: {entry.key}.json: {error}") from error
+        if not found.texts:
+            text = self.read(i, "txt").decode(errors="replace").strip() if "txt" in self.entries[i].members else ""
+            return Captions([text])
+        return found
 
 
 def plain_values(record: Any) -> dict[str, Any]:
@@ -176,15 +192,18 @@ def plain_values(record: Any) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if not (isinstance(value, str) and len(value) > _META_LENGTH)}
 
 
-def tar_samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def tar_samples(path: str | Path, file: BinaryIO | None = None) -> dict[str, dict[str, tuple[int, int]]]:
     """The samples of a webdataset tar, in its order: key -> extension -> (offset, size); only headers are read.
 
+    Args:
+        path: where it lies.
+        file: what to read of, if it is open already.
     Raises:
         UserError: if it is no tar, or damaged.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", fileobj=file) as tar:
             for info in tar:
                 match = _MEMBER.match(info.name)
                 # No links, devices or holes, and no way out of a folder, should anyone unpack by these names.
@@ -223,9 +242,8 @@ def read_index(path: Path) -> list[Entry]:
                 members = {extension: (int(place[0]), int(place[1])) for extension, place in record["members"].items()}
                 if Path(record["shard"]).name != record["shard"] or min(map(min, members.values()), default=0) < 0:
                     raise ValueError(record["shard"])  # it could name any file
-                entries.append(
-                    Entry(record["key"], record["shard"], members, record["meta"], record.get("dropped", ""))
-                )
+                more = record.get("dropped", ""), record.get("captions", {})
+                entries.append(Entry(record["key"], record["shard"], members, record["meta"], *more))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise UserError(
                     f"{path}, line {number} is damaged: remove the index to scan the tars, or write the shards again"

@@ -2,17 +2,33 @@
 webdataset tars, one file.
 """
 
-import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from videodit.data.shards import read_span, tar_samples
-from videodit.errors import MissingExtra, UserError, user_error
+from videodit.data.captions import CAPTION_NAMES, WEIGHT_NAMES, Captions, parse_captions
+from videodit.data.shards import tar_samples
+from videodit.data.storage import (
+    FileState,
+    Found,
+    beside,
+    is_remote,
+    map_all,
+    open_file,
+    plain,
+    read_bytes,
+    relative_name,
+    split_suffix,
+    state,
+    walk,
+)
+from videodit.data.tables import table_rows
+from videodit.errors import UserError, user_error
 
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .mxf .gif .y4m".split()
@@ -22,7 +38,6 @@ FIELD_SUFFIXES = frozenset([".npy"])
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _SIDECAR_BYTES = 16 << 20  # of a caption in a tar
 _PATH_COLUMNS = ("path", "video", "file", "filename", "video_path")
-_CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")
 
 
 @dataclass(frozen=True)
@@ -30,8 +45,8 @@ class Source:
     """One video, picture or field to ingest."""
 
     path: str
-    """The file, or the tar that it lies in."""
-    captions: list[str]
+    """The file, or the tar that it lies in; an address for fsspec if it is not on this machine."""
+    captions: Captions
     """What is said of it, at least one; without any, the file's stem with _ and - as spaces."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Whatever else its sidecar or its table row says; it travels into the clips' json."""
@@ -41,6 +56,8 @@ class Source:
     """Why it cannot be taken, as in "caption file is no JSON"; empty if nothing is wrong so far."""
     span: tuple[int, int] | None = None
     """(offset, size) within the tar; None for a file of its own."""
+    state: FileState | None = None
+    """Of a file that is not on this machine."""
 
     @property
     def is_image(self) -> bool:
@@ -56,133 +73,156 @@ class Source:
 def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images: bool = False) -> list[Source]:
     """Lists the videos and fields of a folder (all levels), a table, webdataset tars, or a single file.
 
-    Beside NAME.mp4 in a folder, NAME.json is read ({"caption": str} or {"captions": [str]}, other keys are carried
-    along) or NAME.txt (one caption); in a tar, as webdataset and video2dataset write them, KEY.json and KEY.txt beside
-    KEY.mp4. A table (.csv, .tsv, .jsonl, .parquet) has a column "path" (relative to the table) and "caption" or
-    "captions" (in a CSV: a JSON list); other columns are carried along. A path that comes in several rows is one source
-    with the captions of all. In a folder or tar, NAME.npy beside a video NAME (an embedding, say) is no field.
+    Beside NAME.mp4 in a folder, NAME.json is read ({"caption": str} or {"captions": [str]}, weights as in
+    `captions.py`; other keys are carried along) or NAME.txt (one caption); in a tar, as webdataset and video2dataset
+    write them, KEY.json and KEY.txt beside KEY.mp4. A table (.csv, .tsv, .jsonl, .parquet) has a column "path"
+    (relative to the table) and "caption" or "captions" (in a CSV: a JSON list); other columns are carried along. A path
+    that comes in several rows is one source with the captions of all. In a folder or tar, NAME.npy beside a video NAME
+    (an embedding, say) is no field.
 
     Args:
-        src: folder, table, .tar, or file of a video or field.
+        src: folder, table, .tar, or file of a video or field; also an address that fsspec knows, such as s3://bucket/a.
         exclude: folders to leave out, such as the output's.
         images: whether pictures are taken too.
     Returns:
         Sources sorted by name.
     Raises:
         UserError: if src is not there, is of no known kind or holds no video.
+        MissingExtra: if it needs fsspec and that is not installed.
     """
-    src = Path(src)
+    given = plain(src)
     suffixes = VIDEO_SUFFIXES | FIELD_SUFFIXES | (IMAGE_SUFFIXES if images else frozenset())
+    suffix = split_suffix(given)[1].lower()
+    root = beside(given, "").removesuffix("/") if is_remote(given) else str(Path(given).parent)
     try:
-        if src.is_dir():
-            root, found = src, list(_from_folder(src, {Path(folder).resolve() for folder in exclude}, suffixes))
-        elif not src.exists():
-            raise UserError(f"{src}: no such file or folder: give a folder of videos, a .tar, .csv, .jsonl or .parquet")
-        elif src.suffix.lower() in _TABLES:
-            root, found = src.parent, list(_from_table(src))
-        elif src.suffix.lower() == ".tar":
-            root, found = src.parent, list(_from_tar(src, suffixes))
-        elif src.suffix.lower() in suffixes:
-            root, found = src.parent, [_with_sidecar(src)]
+        if Path(given).is_dir() or (is_remote(given) and suffix not in {*_TABLES, ".tar", *suffixes}):
+            root, found = given, list(_from_folder(given, {Path(folder).resolve() for folder in exclude}, suffixes))
+        elif not is_remote(given) and not Path(given).exists():
+            raise FileNotFoundError
+        elif suffix in _TABLES:
+            found = list(_from_table(given))
+        elif suffix == ".tar":
+            found = list(_from_tar(Found(given), suffixes))
+        elif suffix in suffixes:
+            found = [_with_sidecar(Found(given))]
         else:
             kinds = (
                 f"{' '.join(_TABLES)}, .tar or a video or field ({' '.join(sorted(VIDEO_SUFFIXES | FIELD_SUFFIXES))})"
             )
-            raise UserError(f"{src}: neither a folder nor {kinds}{'' if images else '; pictures need --images'}")
+            raise UserError(f"{given}: neither a folder nor {kinds}{'' if images else '; pictures need --images'}")
+    except FileNotFoundError as error:
+        kinds = "a folder of videos, a .tar, .csv, .jsonl or .parquet"
+        raise UserError(f"{error.filename or given}: no such file or folder: give {kinds}") from error
     except OSError as error:
-        raise user_error(error, error.filename or src) from error
+        raise user_error(error, error.filename or given) from error
     if not found:
         kinds = " ".join(sorted(suffixes))
-        raise UserError(f"{src} has no videos: {kinds} are looked for, also in the folders and tars in it")
-    return sorted((_complete(source, root, images) for source in found), key=lambda source: source.name)
+        raise UserError(f"{given} has no videos: {kinds} are looked for, also in the folders and tars in it")
+    unknown = any(is_remote(source.path) and not source.state for source in found)
+    complete = partial(_complete, root=root, images=images)
+    return sorted(map_all(complete, found, at_once=unknown), key=lambda source: source.name)
 
 
-def _complete(source: Source, root: Path, images: bool) -> Source:
-    """With a name, a caption, and what is wrong with it."""
+def _complete(source: Source, root: str, images: bool) -> Source:
+    """With a name, a caption, its state if it lies elsewhere, and what is wrong with it."""
+    name = relative_name(source.path, root)
+    source = replace(source, name=f"{name}/{source.name}" if source.span else name)
     problem = source.problem or ("a picture: --images takes it" if source.is_image and not images else "")
-    captions = source.captions or [_stem_caption(source.name or source.path)]
-    return replace(source, captions=captions, name=_name(source, root), problem=problem)
+    where = source.state
+    if is_remote(source.path) and not where and not problem:
+        try:
+            where = state(source.path)
+        except FileNotFoundError:
+            problem = "no such file"
+        except UserError as error:
+            problem = str(error)
+    captions = source.captions if source.captions.texts else Captions([_stem_caption(source.name)])
+    return replace(source, captions=captions, problem=problem, state=where)
 
 
-def _from_folder(root: Path, exclude: set[Path], suffixes: frozenset[str]) -> Iterator[Source]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for folder, below, files in os.walk(root, onerror=refuse):
-        below[:] = [
-            name for name in below if not name.startswith(".") and (Path(folder) / name).resolve() not in exclude
-        ]
-        for name in _unattached(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
-                yield _with_sidecar(Path(folder) / name)
-            elif not name.startswith(".") and name.lower().endswith(".tar"):
-                yield from _from_tar(Path(folder) / name, suffixes)
+def _from_folder(root: str, exclude: set[Path], suffixes: frozenset[str]) -> Iterator[Source]:
+    for files in walk(root, exclude):
+        names = [name for name in _unattached(files) if Path(name).suffix.lower() in suffixes]
+        videos = [files[name] for name in names]
+        yield from map_all(partial(_with_sidecar, files=files), videos, at_once=is_remote(root))
+        for name in files:
+            if name.lower().endswith(".tar"):
+                yield from _from_tar(files[name], suffixes)
 
 
-def _from_tar(path: Path, suffixes: frozenset[str]) -> Iterator[Source]:
+def _from_tar(tar: Found, suffixes: frozenset[str]) -> Iterator[Source]:
     """Videos of a webdataset tar; their names begin with the tar's."""
-    for key, members in tar_samples(path).items():
-        for name in _unattached([f"{key}.{extension}" for extension in members]):
-            extension = name.removeprefix(f"{key}.")
-            if f".{extension}" not in suffixes:
-                continue
-            source = Source(str(path), [], name=name, span=members[extension])
-            try:
-                if "json" in members:
-                    captions, extra = _split(json.loads(_member(path, members["json"])))
-                    source = replace(source, captions=captions, extra=extra)
-                if "txt" in members and not source.captions:
-                    source = replace(source, captions=[_member(path, members["txt"]).strip()])
-            except ValueError as error:
-                source = replace(source, problem=f"caption beside it: {error}")
-            yield source
+    with open_file(tar.address) as file:
+        for key, members in tar_samples(tar.address, file).items():
+            for name in _unattached([f"{key}.{extension}" for extension in members]):
+                extension = name.removeprefix(f"{key}.")
+                if f".{extension}" not in suffixes:
+                    continue
+                source = Source(tar.address, Captions([]), name=name, span=members[extension], state=tar.state)
+                try:
+                    if "json" in members:
+                        captions, extra = _split(json.loads(_member(file, members["json"])))
+                        source = replace(source, captions=captions, extra=extra)
+                    if "txt" in members and not source.captions.texts:
+                        source = replace(source, captions=Captions([_member(file, members["txt"]).strip()]))
+                except ValueError as error:
+                    source = replace(source, problem=f"caption beside it: {error}")
+                yield source
 
 
-def _unattached(names: Sequence[str]) -> list[str]:
+def _unattached(names: Collection[str]) -> list[str]:
     """The files of a folder without the arrays that belong to a video of the same name."""
     videos = {Path(name).stem for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES}
     return [name for name in names if Path(name).suffix.lower() not in FIELD_SUFFIXES or Path(name).stem not in videos]
 
 
-def _member(path: Path, span: tuple[int, int]) -> str:
+def _member(tar: BinaryIO, span: tuple[int, int]) -> str:
     if span[1] > _SIDECAR_BYTES:
         raise ValueError(f"{span[1]} bytes are too many for a caption")
-    return read_span(path, *span).decode("utf-8")
+    tar.seek(span[0])
+    return tar.read(span[1]).decode("utf-8")
 
 
-def _with_sidecar(path: Path) -> Source:
-    for sidecar in (path.with_suffix(".json"), path.with_suffix(".txt")):
+def _with_sidecar(video: Found, files: Mapping[str, Found] | None = None) -> Source:
+    """With the captions beside it, among the files of its folder as far as they are known."""
+    source = Source(video.address, Captions([]), state=video.state)
+    stem = split_suffix(video.address)[0].rpartition("/" if is_remote(video.address) else os.sep)[2]
+    for name in (f"{stem}.json", f"{stem}.txt"):
+        if files is not None and name not in files:
+            continue
         try:
-            text = sidecar.read_text(encoding="utf-8")
+            text = read_bytes(files[name].address if files else beside(video.address, name)).decode("utf-8")
         except FileNotFoundError:
             continue
-        except (OSError, UnicodeDecodeError) as error:
-            return Source(str(path), [], problem=f"caption file {sidecar.name} cannot be read: {error}")
-        if sidecar.suffix == ".txt":
-            return Source(str(path), [text.strip()] if text.strip() else [])
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            return replace(source, problem=f"caption file {name} cannot be read: {error}")
+        if name.endswith(".txt"):
+            return replace(source, captions=Captions([text.strip()] if text.strip() else []))
         try:
             captions, extra = _split(json.loads(text))
         except ValueError as error:
-            return Source(str(path), [], problem=f"caption file {sidecar.name}: {error}")
-        return Source(str(path), captions, extra)
-    return Source(str(path), [])
+            return replace(source, problem=f"caption file {name}: {error}")
+        return replace(source, captions=captions, extra=extra)
+    return source
 
 
-def _from_table(table: Path) -> Iterator[Source]:
+def _from_table(table: str) -> Iterator[Source]:
     sources: dict[str, Source] = {}
-    for line, row in _rows(table):
+    for line, row in table_rows(table):
         column = next((name for name in _PATH_COLUMNS if row.get(name)), None)
         if column is None:
             raise UserError(
                 f"{table}, line {line} has no path: a column 'path' is needed, "
                 f"there are {', '.join(map(str, row)) or 'none'}"
             )
-        path = str(table.parent / str(row[column]))
+        path = plain(str(row[column]))
+        if not is_remote(path) and not os.path.isabs(path):
+            path = beside(table, path)
         try:
             captions, extra = _split({name: value for name, value in row.items() if name != column})
         except ValueError as error:
             raise UserError(f"{table}, line {line}: {error}") from error
-        problem = "" if Path(path).is_file() else "no such file"
+        problem = "" if is_remote(path) or Path(path).is_file() else "no such file"
         if path in sources:
             captions = sources[path].captions + captions
             extra = sources[path].extra | extra
@@ -190,78 +230,13 @@ def _from_table(table: Path) -> Iterator[Source]:
     yield from sources.values()
 
 
-def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Line number and row."""
-    if table.suffix.lower() == ".parquet":
-        yield from enumerate(_parquet_rows(table), 1)
-        return
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            if table.suffix.lower() != ".jsonl":
-                reader = csv.DictReader(file, dialect="excel-tab" if table.suffix.lower() == ".tsv" else "excel")
-                for row in reader:
-                    yield reader.line_num, {name: _listed(value) for name, value in row.items() if name and value}
-                return
-            for line, text in enumerate(file, 1):
-                if text.strip():
-                    record = json.loads(text)
-                    if not isinstance(record, dict):
-                        raise UserError(
-                            f'{table}, line {line}: an object such as {{"path": ..., "caption": ...}} is needed'
-                        )
-                    yield line, record
-    except json.JSONDecodeError as error:
-        raise UserError(f"{table}, line {line} is no JSON: {error.msg}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table} is no UTF-8 table: {error}") from error
-
-
-def _parquet_rows(table: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra("pyarrow", "parquet") from None
-    try:
-        with pyarrow.parquet.ParquetFile(table) as file:
-            for batch in file.iter_batches():
-                yield from ({k: v for k, v in row.items() if v is not None} for row in batch.to_pylist())
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{table} is no readable Parquet file: {str(error).splitlines()[0]}") from error
-
-
-def _listed(value: Any) -> Any:
-    """A CSV cell that holds a JSON list as that list, any other as it is."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            pass
-    return value
-
-
-def _split(record: Any) -> tuple[list[str], dict[str, Any]]:
+def _split(record: Any) -> tuple[Captions, dict[str, Any]]:
     """(captions, the rest) of a record; ValueError says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError('an object such as {"caption": ...} is needed')
-    captions: list[str] = []
-    for name in _CAPTION_COLUMNS:
-        value = record.get(name)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(caption, str) for caption in values):
-            raise ValueError(f"{name} is no text: {json.dumps(value)[:80]}")
-        captions += [caption.strip() for caption in values if caption.strip() and caption.strip() not in captions]
-    return captions, {name: value for name, value in record.items() if name not in _CAPTION_COLUMNS}
+    of_captions = CAPTION_NAMES + WEIGHT_NAMES
+    return parse_captions(record), {name: value for name, value in record.items() if name not in of_captions}
 
 
 def _stem_caption(path: str) -> str:
     return re.sub(r"[\s_-]+", " ", Path(path).stem).strip()
-
-
-def _name(source: Source, root: Path) -> str:
-    """Relative to root where it is below it, so that outputs do not depend on where the folder lies."""
-    try:
-        name = Path(source.path).relative_to(root).as_posix()
-    except ValueError:
-        name = Path(source.path).as_posix().lstrip("/")
-    return f"{name}/{source.name}" if source.span else name

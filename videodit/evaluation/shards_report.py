@@ -19,6 +19,9 @@ SCORES = {  # score → what it is, with its unit
     "sharpness": "Sharpness (variance of the Laplacian)",
     "motion": "Motion (optical flow, short sides a second)",
     "static": "Static (share of frames that repeat the one before)",
+    "text_match": "Match (cosine of captions and frames)",
+    "aesthetic": "Aesthetic score (of the model that was given)",
+    "text_cover": "Text (share of the picture under titles, subtitles, logos)",
 }
 
 

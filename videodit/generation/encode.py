@@ -1,6 +1,5 @@
 """`videodit encode`: clips to latent and text-embedding shards, a cache that knows when it is out of date."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from videodit.data.captions import Captions
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import DataConfig
+from videodit.data.files_fingerprint import files_fingerprint
 from videodit.data.latents import (
     cache_is_valid,
     invalidate,
@@ -25,7 +26,7 @@ from videodit.data.mixture import only_folder, open_shards
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
 from videodit.device import choose_device
-from videodit.errors import UserError, user_error
+from videodit.errors import UserError
 from videodit.models.text import TextEncoder
 from videodit.models.text_transformers import TransformersTextEncoder, tokenizer_folder
 from videodit.models.vae_folder import load_vae
@@ -102,14 +103,18 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
         )
         for batch in batches:
             posterior = vae.posterior(batch.clip(device))
-            captions = [shards.captions(index) if weight else [] for index, weight in zip(batch.ids, batch.weight)]
-            text = embed_captions(text_encoder, captions)
+            captions = [
+                shards.weighted_captions(index) if weight else Captions([])
+                for index, weight in zip(batch.ids, batch.weight)
+            ]
+            text = embed_captions(text_encoder, [of_clip.texts for of_clip in captions])
             for row, index in enumerate(batch.ids):
                 if batch.weight[row] == 0:  # padding, or a clip that could not be read
                     continue
                 clip = shards.read_json(index)
                 kept: dict[str, Any] = {name: clip[name] for name in ("fps", "source", "extra") if name in clip}
-                kept["captions"] = captions[row]  # also those of a .txt member
+                kept["captions"] = captions[row].texts  # also those of a .txt member
+                kept |= captions[row].weights_record()
                 meta = {**kept, "bucket": batch.bucket.name, "clip": batch.keys[row]}
                 key = latent_key(batch.keys[row])
                 write_latent_sample(writer, key, posterior.mean[row], posterior.logvar[row], meta, text[row])
@@ -156,24 +161,3 @@ def _fingerprint(config: EncodeConfig, shards: ShardSet) -> dict[str, Any]:
         "window": "middle",
         "text_encoder": text_encoder,
     }
-
-
-def files_fingerprint(folder: str | Path, patterns: Sequence[str]) -> str:
-    """A sha256 over names, sizes and contents of a folder's files.
-
-    Args:
-        folder: where they lie; files that are not there do not count.
-        patterns: which of them, as `Path.glob` takes them.
-    Raises:
-        UserError: if one cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}):
-        try:
-            digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-        except OSError as error:
-            raise user_error(error, path) from None
-    return digest.hexdigest()

@@ -68,7 +68,7 @@ class TransformersTextEncoder:
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
             model: Any
-            with _no_progress_bar(transformers.utils.logging):
+            with no_progress_bar(transformers.utils.logging):
                 model, loaded = getattr(transformers, _ENCODER_CLASSES[model_type]).from_pretrained(
                     source, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
                 )
@@ -108,7 +108,7 @@ class TransformersTextEncoder:
 
 
 @contextmanager
-def _no_progress_bar(logging: Any) -> Iterator[None]:
+def no_progress_bar(logging: Any) -> Iterator[None]:
     """A bar for weights that lie on this disk would stand between a verb's own lines."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,0 +1,101 @@
+"""What a worker process does of ingest: one source at a time, fetched if it lies elsewhere, cut into a spool file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from videodit.data.clip_cutter import CutResult, CutRules, cut_source
+from videodit.data.field import cut_field
+from videodit.data.ingest_record import source_bytes
+from videodit.data.isolation import Beat
+from videodit.data.picture import cut_picture
+from videodit.data.shards import PART, read_span
+from videodit.data.sources import Source
+from videodit.data.storage import FetchError, fetch, in_this_process, is_remote
+from videodit.errors import user_error
+
+_CHUNK_BYTES = 4 << 20  # small files go to a worker by the chunk
+_CHUNK_FILES = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """A source for a worker process."""
+
+    source: Source
+    spool: str
+    """The file for its clips' bytes."""
+
+
+def cut_job(job: Job, beat: Beat, rules: CutRules) -> CutResult:
+    """Cuts a source, in a worker process; see `cut_source`.
+
+    Raises:
+        UserError: if the spool, or the copy of a file from elsewhere beside it, cannot be written.
+    """
+    source, spool = job.source, Path(job.spool)
+    if not is_remote(source.path):
+        data = source.path if source.span is None else read_span(source.path, source.span[0], source.span[1])
+        return _cut_data(source, data, spool, beat, rules)
+    copy = copy_file(source, spool)
+    try:
+        if not copy.exists():
+            _fetch(source, copy, beat)
+        return _cut_data(source, str(copy), spool, beat, rules)
+    except FetchError as error:
+        return CutResult(problem=str(error), fetched=False)
+    finally:
+        remove_copy(source, spool)
+
+
+def _fetch(source: Source, copy: Path, beat: Beat) -> None:
+    part = copy.with_name(copy.name + PART)
+    try:
+        fetch(source.path, part, beat, source.span)
+        part.replace(copy)
+    except OSError as error:
+        raise user_error(error, copy) from error
+
+
+def _cut_data(source: Source, data: str | bytes, spool: Path, beat: Beat, rules: CutRules) -> CutResult:
+    if source.is_field:
+        return cut_field(data, spool, rules, source.extra.get("fps", 1.0), beat)
+    return cut_picture(data, spool, rules) if source.is_image else cut_source(data, spool, rules, beat)
+
+
+def make_jobs(sources: list[Source], work: Path) -> list[list[Job]]:
+    """The sources without a problem, small ones together."""
+    chunks: list[list[Job]] = [[]]
+    size = 0
+    for number, source in enumerate(sources):
+        if source.problem:
+            continue
+        if len(chunks[-1]) >= _CHUNK_FILES or size >= _CHUNK_BYTES:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(Job(source, str(spool_file(work, number))))
+        if in_this_process(source.path):
+            _fetch(source, copy_file(source, spool_file(work, number)), lambda: None)
+        size += source_bytes(source)
+    return chunks
+
+
+def spool_file(work: Path, number: int) -> Path:
+    """Where the clips of a source go first."""
+    return work / f"{number:08d}.mp4s"
+
+
+def is_fetched(source: Source, spool: Path) -> bool:
+    """Whether a source whose worker died was there to be cut, and not still on its way from elsewhere."""
+    return not is_remote(source.path) or copy_file(source, spool).exists()
+
+
+def remove_copy(source: Source, spool: Path) -> None:
+    """Removes what was fetched of a source, if anything was."""
+    copy = copy_file(source, spool)
+    copy.unlink(missing_ok=True)
+    copy.with_name(copy.name + PART).unlink(missing_ok=True)
+
+
+def copy_file(source: Source, spool: Path) -> Path:
+    """Where a source from elsewhere lies while it is being cut."""
+    return spool.with_suffix(f".copy{Path(source.name).suffix.lower()}")

@@ -1,0 +1,69 @@
+"""Tables of videos, row by row."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from videodit.data.storage import open_file, split_suffix
+from videodit.errors import MissingExtra, UserError
+
+
+def table_rows(table: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows of a .csv, .tsv, .jsonl or .parquet file, here or elsewhere, with the number of the line.
+
+    A cell that holds a JSON list is that list, empty ones are left out.
+
+    Raises:
+        OSError: if it cannot be read.
+        UserError: if it is no such table, or cannot be had from elsewhere.
+        MissingExtra: for Parquet without pyarrow.
+    """
+    kind = split_suffix(table)[1].lower()
+    if kind == ".parquet":
+        yield from enumerate(_parquet_rows(table), 1)
+        return
+    try:
+        with open_file(table) as data, io.TextIOWrapper(data, encoding="utf-8-sig", newline="") as file:
+            if kind != ".jsonl":
+                reader = csv.DictReader(file, dialect="excel-tab" if kind == ".tsv" else "excel")
+                for row in reader:
+                    yield reader.line_num, {name: _listed(value) for name, value in row.items() if name and value}
+                return
+            for line, text in enumerate(file, 1):
+                if text.strip():
+                    record = json.loads(text)
+                    if not isinstance(record, dict):
+                        raise UserError(
+                            f'{table}, line {line}: an object such as {{"path": ..., "caption": ...}} is needed'
+                        )
+                    yield line, record
+    except json.JSONDecodeError as error:
+        raise UserError(f"{table}, line {line} is no JSON: {error.msg}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} is no UTF-8 table: {error}") from error
+
+
+def _parquet_rows(table: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("pyarrow", "parquet") from None
+    try:
+        with open_file(table) as data, pyarrow.parquet.ParquetFile(data) as file:
+            for batch in file.iter_batches():
+                yield from ({k: v for k, v in row.items() if v is not None} for row in batch.to_pylist())
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{table} is no readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _listed(value: Any) -> Any:
+    """A CSV cell that holds a JSON list as that list, any other as it is."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            pass
+    return value
