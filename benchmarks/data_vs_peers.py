@@ -33,11 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from videodit.data.clip_reader import DataConfig
+from videodit.data.deal import deal
 from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import write_latent_sample
 from videodit.data.loader import ClipLoader, LatentLoader
-from videodit.data.order import GlobalOrder, deal
+from videodit.data.order import ClipPlaces, GlobalOrder
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet, json_bytes
 from videodit.data.transforms import to_model_range
@@ -91,7 +92,7 @@ def ours(shards: ShardSet, bucket: str) -> Iterator[int]:
     config = DataConfig(shards=str(shards.root), buckets=[bucket], cache_decoded=False)
     loader = ClipLoader(config, seed=0, global_batch_size=1, micro_batch_size=1, multiple=2)
     for _, batches in islice(loader.iterate(), len(shards)):
-        assert batches[0].weight.item() == 1
+        assert batches[0].weight.item() == 1 and batches[0].clip().shape[2] == FRAMES
         yield 1
 
 
@@ -214,15 +215,31 @@ def memory_growth(shards: ShardSet, bucket: str, clips: int) -> dict[str, float]
 def order_seconds(clips: int = 1_000_000, ranks: int = 1024) -> dict[str, float]:
     """To order a million clips and begin in the middle of the third epoch; then a whole epoch for all ranks."""
     started = time.perf_counter()
-    order = GlobalOrder({"17x256x256": range(clips)}, 8192, seed=0)
+    shards = np.arange(clips) // 1000
+    places = ClipPlaces(shards, np.zeros_like(shards))
+    order = GlobalOrder({"17x256x256": range(clips)}, 8192, 0, places=places)
     order.batch(2 * order.steps_per_epoch + order.steps_per_epoch // 2)
     begin = time.perf_counter() - started
     started = time.perf_counter()
     for step in range(1, order.steps_per_epoch + 1):
-        ids = order.batch(step).ids
-        for rank in range(ranks):
-            deal(ids, rank, ranks, 8)
+        plan = order.batch(step)
+        deal(plan.streams, plan.num_streams, ranks, 8)
     return {"start_in_the_middle_s": begin, "epoch_for_all_ranks_s": time.perf_counter() - started}
+
+
+def shards_of_a_node(clips: int = 1_000_000, ranks: int = 64, ranks_per_node: int = 8) -> dict[str, int]:
+    """What the first node reads in an epoch, of shards of 1,000 clips; and begins, but has not finished, at a time."""
+    shards = np.arange(clips) // 1000
+    order = GlobalOrder({"17x256x256": range(clips)}, 512, 0, places=ClipPlaces(shards, np.zeros_like(shards)))
+    spans: dict[int, tuple[int, int]] = {}
+    for step in range(1, order.steps_per_epoch + 1):
+        plan = order.batch(step)
+        rows = deal(plan.streams, plan.num_streams, ranks, 8)[:ranks_per_node].ravel()
+        for shard in set(shards[np.array(plan.ids)[rows[rows >= 0]]].tolist()):
+            spans[shard] = (spans.get(shard, (step, step))[0], step)
+    steps = range(1, order.steps_per_epoch + 1)
+    open_at_once = max(sum(first <= step <= last for first, last in spans.values()) for step in steps)
+    return {"all": int(shards[-1]) + 1, "of_a_node": len(spans), "open_at_once": open_at_once}
 
 
 def main() -> None:
@@ -267,11 +284,12 @@ def main() -> None:
         table.add_row(name, f"{value:.1f}", f"{value / base:.2f}")
     console.print(table)
     order = order_seconds()
-    console.print(f"{bucket}; memory {memory}; order of a million clips {order}")
+    node = shards_of_a_node()
+    console.print(f"{bucket}; memory {memory}; order of a million clips {order}; shards {node}")
     facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     result = {"machine": machine_facts(), "options": facts, "bucket": bucket, "clips_per_s": rates, "rounds": measured}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result | {"memory": memory, "order": order}, indent=1) + "\n")
+    options.out.write_text(json.dumps(result | {"memory": memory, "order": order, "shards": node}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes says nothing on a machine that does something else as well.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Triton decides when it is first imported, by torch or by us, whether its kernels can run in its interpreter.
 os.environ["TRITON_INTERPRET"] = "1"

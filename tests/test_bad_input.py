@@ -67,6 +67,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "dit: patch": ("{dit} --model.patch_size [2,2,2]", ["model.patch_size [2, 2, 2]", "frames", "change the patch"]),
     "dit: few clips": ("{dit} --global_batch_size 9", ["{latents} has 8 clips", "global_batch_size 9", "to 8 or less"]),
     "dit: typo": ("{dit} --model.hiden_size 64", ["--model.hiden_size", "did you mean --model.hidden_size?"]),
+    "dit: keep_every": ("{dit} --save_every 4 --keep_every 6", ["keep_every 6", "save_every 4", "nearest is 8"]),
     "dit: heads": ("{dit} --model.num_heads 3", ["model.hidden_size 32", "model.num_heads 3", "a multiple of 6"]),
     "dit: pattern": ("{dit} --model.pattern sx", ["model.pattern 'sx'", "s, t, f"]),
     "dit: run_dir below a file": ("{dit} --run_dir {text}/run", ["{text}/run", "choose another run_dir"]),

@@ -124,6 +124,24 @@ def test_lists_are_written_in_brackets_or_repeated() -> None:
     assert parse(*base, "--prompts", "[]").prompts == []
 
 
+@dataclass(frozen=True)
+class Mixed:
+    shards: str | list[str] = ""
+    weights: list[float] = field(default_factory=list)
+
+
+def test_one_text_or_a_list_of_them(tmp_path: Path) -> None:
+    def shards(*argv: str) -> object:
+        return parse_config(Mixed, argv, "videodit train").shards
+
+    assert shards("--shards", "a") == "a" and shards("--shards=a, b") == "a, b"
+    assert shards("--shards", "[a, b]") == shards("--shards", "a", "--shards", "b") == ["a", "b"]
+    config = parse_config(Mixed, ["--shards", "[s3://a/b,c]", "--weights", "[1,0.5]"], "videodit train")
+    assert config == Mixed(["s3://a/b", "c"], [1.0, 0.5])
+    assert load_yaml(Mixed, write(tmp_path, to_yaml(config))) == config
+    assert load_yaml(Mixed, write(tmp_path, "shards: a")) == Mixed("a")
+
+
 @pytest.mark.parametrize("prompt", ["a, b: c", "[sic", "1:30", "null", "true", "- x", "'quoted'", "{a: 1}", "# x", "é"])
 def test_a_prompt_stays_as_it_is_typed(prompt: str) -> None:
     assert parse("--run_dir", "a", f"--prompts={prompt}", "--prompts", "second").prompts == [prompt, "second"]

@@ -1,4 +1,4 @@
-"""torchrun for schedulers: a SIGTERM reaches the trainers with no time limit, and the exit code is theirs.
+"""torchrun for schedulers: SIGTERM or SIGUSR1 reaches the trainers with no time limit, and the exit code is theirs.
 
     python tools/launch.py --nnodes 2 --nproc-per-node gpu … -m videodit train dit …     (the options are torchrun's)
 
@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 STOPPED, USER_ERROR = 128 + signal.SIGTERM, 2
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def launch(argv: list[str]) -> int:
@@ -42,18 +43,19 @@ def launch(argv: list[str]) -> int:
 
 
 def _watch_for_stop() -> None:
-    """Sends each SIGTERM on to the ranks, which end by themselves; without ranks yet, ends this process.
+    """Passes each SIGTERM or SIGUSR1 on to the ranks, as SIGTERM; they end by themselves. Without ranks yet, ends here.
 
     In a thread, for the main one runs no signal handlers while it waits for the other nodes in C++.
     """
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in STOPS:
+        signal.signal(number, lambda *_: None)
 
     def watch() -> None:
         while True:
-            if os.read(told, 1)[0] != signal.SIGTERM:
+            if os.read(told, 1)[0] not in STOPS:
                 continue  # Ctrl-C and others are torchrun's
             ranks = _children()
             if not ranks:

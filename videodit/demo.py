@@ -21,7 +21,6 @@ from videodit.data.shapes.oracle import oracle_report
 from videodit.data.shapes.render import object_boxes, write_world
 from videodit.data.shapes.world import SceneSpec, prompt_specs
 from videodit.data.shards import ShardSet
-from videodit.data.transforms import to_pixels
 from videodit.device import choose_device
 from videodit.errors import REFUSALS, UserError, user_error
 from videodit.evaluation.charts import curve_from_metrics
@@ -251,7 +250,7 @@ def _eval_clips(out: Path, vae_run: VAERunConfig) -> tuple[np.ndarray, list[Scen
     for batch in clips_in_order(data, shards, 32, multiple=8):
         for row, index in enumerate(batch.ids):
             if batch.weight[row] > 0:
-                frames.append(to_pixels(batch.clip[row : row + 1])[0].numpy())
+                frames.append(batch.frames[row].numpy())
                 specs.append(SceneSpec.from_dict(shards.read_json(index)["extra"]["spec"]))
     return np.stack(frames), specs
 

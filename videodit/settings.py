@@ -257,11 +257,10 @@ def value_of(texts: Sequence[str], hint: Any) -> Any:
     if holds(hint, list, tuple):
         if allows_none(hint) and texts[-1] == "null":
             return None
-        items: list[Any] = []
-        for text in texts:
-            written = _bracketed(text, "[]")
-            items.extend([text] if written is None else written)
-        return items
+        written_of = [_bracketed(text, "[]") for text in texts]
+        if written_of == [None] and holds(hint, str):
+            return texts[0]
+        return [item for text, written in zip(texts, written_of) for item in ([text] if written is None else written)]
     if holds(hint, dict):
         written = _bracketed(texts[-1], "{}")
         return texts[-1] if written is None else written

@@ -247,15 +247,15 @@ def test_windows_and_crops_are_parts_of_the_field(tmp_path: Path, workers: int) 
     steps, corners = loader.iterate(), set()
     for _ in range(6):
         (batch,) = next(steps)[1]
-        assert batch.weight.tolist() == [1, 1] and batch.clip.dtype == torch.float32
-        found = np.rint(statistics.restore(batch.clip).numpy()).astype(int)  # b t h w c
+        assert batch.weight.tolist() == [1, 1] and batch.frames.dtype == torch.float32
+        found = np.rint(statistics.restore(batch.clip()).numpy()).astype(int)  # b t h w c
         for clip in found:
             corner = clip[0, 0, 0]
             assert np.array_equal(clip - corner, places(5, 8, 16) * (2, 1, 1))
             corners.add(tuple(corner))
     assert len(corners) > 6  # drawn anew
     middle = next(clips_in_order(config, shards, 2, multiple=8, statistics=statistics))
-    first = np.rint(statistics.restore(middle.clip).numpy()).astype(int)[:, 0, 0, 0]
+    first = np.rint(statistics.restore(middle.clip()).numpy()).astype(int)[:, 0, 0, 0]
     assert sorted(map(tuple, first)) == [(1, 4, 4), (15, 6, 1)]
 
 
@@ -290,7 +290,7 @@ def test_an_array_that_is_not_what_the_index_says_is_left_out(tmp_path: Path) ->
     rewrite_index(shards.root, [wrong, shards.entries[1]])
     shards = ShardSet.open(shards.root)
     reader = ClipReader(shards, data(shards, "5x8x8"), 0, False, read_statistics(shards.root))
-    rows = reader[Request(Bucket(5, 8, 8), 0, (0, 1))]
+    rows = reader[Request(Bucket(5, 8, 8), (0, 0), (0, 1))]
     assert rows.failures == {0: "an array of float32 (5, 8, 8, 2), the index says float32 (6, 8, 8, 2)"}
     assert not rows.tensors["clip"][0].any() and rows.tensors["clip"][1].any()
 

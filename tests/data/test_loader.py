@@ -1,8 +1,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections import deque
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +22,12 @@ from videodit.data.loader import ClipLoader, LatentLoader, clips_in_order
 from videodit.data.mp4 import encode_mp4
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
-from videodit.data.transforms import fit_clip, to_pixels
+from videodit.data.transforms import fit_clip
 from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 
 NUM_CLIPS = 11
+ROOT = Path(__file__).parents[2]
 
 
 def clip_frames(number: int, frames: int = 7) -> np.ndarray:
@@ -84,7 +88,7 @@ def samples_of(loaders, steps, start_step=1):
         for plan, batches in islice(loader.iterate(start_step), steps):
             digests.append((plan.step, loader.digest(plan)))
             for batch in batches:
-                data = batch.clip if hasattr(batch, "clip") else batch.mean
+                data = batch.frames if hasattr(batch, "frames") else batch.mean
                 for row, key in enumerate(batch.keys):
                     if key:
                         assert batch.weight[row] == 1 and (plan.step, key) not in samples
@@ -122,13 +126,13 @@ def test_batches_hold_what_fit_clip_makes_and_epochs_differ(clips):
     seen = {}
     for plan, batches in islice(loader.iterate(), 2 * loader.steps_per_epoch):
         for batch in batches:
-            assert batch.clip.shape == (2, 3, 5, 32, 32) and batch.bucket == (5, 32, 32)
-            assert batch.epoch == plan.epoch and batch.wait_s >= 0
+            assert batch.clip().shape == (2, 3, 5, 32, 32) and batch.bucket == (5, 32, 32)
+            assert batch.epochs == [plan.epoch] * 2 and batch.wait_s >= 0
             for row, (index, key) in enumerate(zip(batch.ids, batch.keys, strict=True)):
                 if key:
                     assert shards.entries[index].key == key
                     assert batch.captions[row] in shards.captions(index)
-                    seen.setdefault(key, []).append((to_pixels(batch.clip[row : row + 1])[0], batch.captions[row]))
+                    seen.setdefault(key, []).append((batch.frames[row], batch.captions[row]))
     assert len(seen) == NUM_CLIPS and all(len(epochs) == 2 for epochs in seen.values())
     assert any(not torch.equal(first[0], second[0]) for first, second in seen.values())
     assert any(first[1] != second[1] for first, second in seen.values())
@@ -140,12 +144,12 @@ def test_without_random_crop_it_is_the_middle(clips):
         for batch in batches:
             for row, index in enumerate(batch.ids):
                 middle = fit_clip(read_frames(shards.read(index, "mp4")), Bucket(5, 32, 32), None)
-                assert np.array_equal(to_pixels(batch.clip[row : row + 1])[0].numpy(), middle)
+                assert np.array_equal(batch.frames[row].numpy(), middle)
 
 
 def test_fps_takes_every_second_frame(clips):
     (_, batches), *_ = islice(clip_loader(clips, buckets=["1x32x32"], fps=4.0).iterate(), 1)
-    assert batches[0].clip.shape[2] == 1
+    assert batches[0].clip().shape[2] == 1
     with pytest.raises(UserError, match="longest clip has 4 frames, data.buckets 5x32x32 want more"):
         clip_loader(clips, fps=4.0)
 
@@ -155,7 +159,7 @@ def test_a_broken_clip_is_a_row_of_weight_0_and_named(tmp_path, caplog, num_work
     write_clips(tmp_path, broken={5})
     loader = clip_loader(str(tmp_path), num_workers=num_workers)
     rows = [
-        (key, batch.weight[row].item(), batch.clip[row])
+        (key, batch.weight[row].item(), batch.clip()[row])
         for _, batches in islice(loader.iterate(), 3)
         for batch in batches
         for row, key in enumerate(batch.keys)
@@ -210,7 +214,7 @@ def test_a_picture_is_a_clip_of_one_frame(tmp_path):
         str(tmp_path / "shards"), buckets=["1x32x48"], global_batch_size=1, micro_batch_size=1, random_crop=False
     )
     _, (batch,) = next(loader.iterate())
-    assert np.array_equal(to_pixels(batch.clip)[0, 0].numpy(), fit_clip(picture[None], Bucket(1, 32, 48), None)[0])
+    assert np.array_equal(batch.frames[0, 0].numpy(), fit_clip(picture[None], Bucket(1, 32, 48), None)[0])
 
 
 @pytest.mark.parametrize(("world", "num_workers"), [(1, 0), (3, 0), (1, 1)])
@@ -218,11 +222,11 @@ def test_in_order_every_clip_once_from_the_middle(clips, world, num_workers):
     shards = ShardSet.open(clips)
     config = DataConfig(shards=clips, buckets=["5x32x32"], num_workers=num_workers)
     batches = [batch for rank in range(world) for batch in clips_in_order(config, shards, 4, rank=rank, world=world)]
-    assert [batch.clip.shape[0] for batch in batches] == [4, 4, 4]
-    rows = {index: batch.clip[row] for batch in batches for row, index in enumerate(batch.ids) if index != -1}
+    assert [batch.clip().shape[0] for batch in batches] == [4, 4, 4]
+    rows = {index: batch.frames[row] for batch in batches for row, index in enumerate(batch.ids) if index != -1}
     assert sorted(rows) == list(range(NUM_CLIPS))
     middle = fit_clip(read_frames(shards.read(6, "mp4")), Bucket(5, 32, 32), None)
-    assert np.array_equal(to_pixels(rows[6][None])[0].numpy(), middle)
+    assert np.array_equal(rows[6].numpy(), middle)
 
 
 class AskWorker:
@@ -427,3 +431,26 @@ def test_impossible_configs_name_the_value(values, message):
 def test_impossible_caption_drop_names_the_value():
     with pytest.raises(ValueError, match="data.caption_drop 1.5"):
         LatentDataConfig(caption_drop=1.5)
+
+
+def test_a_process_that_fails_ends_and_its_workers_with_it(clips):
+    """Its traceback holds the loader, as that of a trainer does."""
+    script = f"""
+from multiprocessing import active_children
+from videodit.data.clip_reader import DataConfig
+from videodit.data.loader import ClipLoader
+config = DataConfig(shards={str(clips)!r}, buckets=["5x32x32"], cache_decoded=False, num_workers=2)
+def train():
+    steps = ClipLoader(config, seed=0, global_batch_size=4, micro_batch_size=4).iterate()
+    next(steps)
+    print(*(process.pid for process in active_children()), flush=True)
+    raise RuntimeError("a failure")
+train()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "a failure" in done.stderr
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    for pid in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

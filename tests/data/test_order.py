@@ -1,55 +1,43 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videodit.data.order import PADDING, GlobalOrder, deal, num_micro_batches
+from videodit.data.order import PADDING, ClipPlaces, GlobalOrder
 
 BUCKETS = st.dictionaries(
     st.sampled_from(["1x64x64", "17x64x64", "17x48x80"]), st.integers(1, 40), min_size=1, max_size=3
 )
+STREAMS = st.sampled_from([1, 2, 6, 8, 64])
 
 
-def make_order(sizes: dict[str, int], global_batch_size: int, seed: int = 0) -> GlobalOrder:
+def make_order(sizes: dict[str, int], global_batch_size: int, seed: int = 0, **options) -> GlobalOrder:
     buckets, first = {}, 0
     for name, size in sizes.items():
         buckets[name] = range(first, first + size)
         first += size
-    return GlobalOrder(buckets, global_batch_size, seed)
+    return GlobalOrder(buckets, global_batch_size, seed, **options)
+
+
+def epoch_of(order: GlobalOrder, epoch: int) -> list:
+    return [order.batch(epoch * order.steps_per_epoch + number + 1) for number in range(order.steps_per_epoch)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(BUCKETS, st.integers(1, 16), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3))
-def test_every_clip_once_an_epoch_on_any_number_of_ranks(sizes, global_batch_size, world, micro_batch_size, epoch):
-    order = make_order(sizes, global_batch_size)
+@given(BUCKETS, st.integers(1, 16), STREAMS, st.integers(1, 9), st.integers(0, 3))
+def test_every_clip_once_an_epoch(sizes, global_batch_size, num_streams, clips_per_shard, epoch):
+    shards = np.arange(sum(sizes.values())) // clips_per_shard
+    places = ClipPlaces(shards, np.zeros_like(shards))
+    order = make_order(sizes, global_batch_size, num_streams=num_streams, places=places)
     seen = Counter()
-    for position in range(order.steps_per_epoch):
-        plan = order.batch(epoch * order.steps_per_epoch + position + 1)
-        assert plan.epoch == epoch and len(plan.ids) == global_batch_size
-        for rank in range(world):
-            for micro_batch in deal(plan.ids, rank, world, micro_batch_size):
-                seen.update(clip for clip in micro_batch if clip != PADDING)
+    for plan in epoch_of(order, epoch):
+        assert plan.epoch == epoch and len(plan.ids) == len(plan.streams) == global_batch_size
+        assert plan.epochs == (epoch,) * global_batch_size
+        assert [stream == PADDING for stream in plan.streams] == [clip == PADDING for clip in plan.ids]
+        seen.update(clip for clip in plan.ids if clip != PADDING)
     assert seen == Counter(range(sum(sizes.values())))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 6))
-def test_deal_gives_every_rank_the_same_full_micro_batches(rows, world, micro_batch_size):
-    dealt = [deal(range(rows), rank, world, micro_batch_size) for rank in range(world)]
-    count = num_micro_batches(rows, world, micro_batch_size)
-    assert all([len(batch) for batch in batches] == [micro_batch_size] * count for batches in dealt)
-    real = [sum(clip != PADDING for batch in batches for clip in batch) for batches in dealt]
-    assert sum(real) == rows and max(real) - min(real) <= 1
-    assert count * world * micro_batch_size - rows < world * micro_batch_size  # no micro batch too many
-
-
-def test_32_clips_on_3_ranks():
-    dealt = [deal(range(32), rank, 3, 4) for rank in range(3)]
-    assert [len(batches) for batches in dealt] == [3, 3, 3]
-    assert Counter(clip for batches in dealt for batch in batches for clip in batch) == Counter(range(32)) + Counter(
-        {PADDING: 4}
-    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,6 +57,7 @@ def test_rows_of_a_step_are_of_one_bucket_and_padding_is_at_the_end():
         real = [clip for clip in plan.ids if clip != PADDING]
         assert list(plan.ids) == real + [PADDING] * (4 - len(real))
         assert all((clip < 10) == (plan.bucket == "1x64x64") for clip in real)
+        assert len(real) == 4 or plan.bucket not in [later.bucket for later in plans[plan.step :]]
 
 
 def test_epochs_and_seeds_differ_and_buckets_mix():
@@ -82,7 +71,7 @@ def test_epochs_and_seeds_differ_and_buckets_mix():
 def test_the_order_is_pinned():
     # Another machine, process or numpy must continue the same run: these numbers may never change.
     order = GlobalOrder({"17x64x64": range(7)}, 3, seed=5)
-    assert [order.batch(step).ids for step in (1, 2, 3, 4)] == [(6, 2, 1), (3, -1, -1), (0, 5, 4), (6, 2, 5)]
+    assert [order.batch(step).ids for step in (1, 2, 3, 4)] == [(6, 4, 3), (2, 5, 0), (1, -1, -1), (6, 0, 4)]
 
 
 def test_batch_sizes_by_bucket():
@@ -101,7 +90,5 @@ def test_bad_arguments_name_the_value():
         GlobalOrder({"17x64x64": [0]}, 0, 0)
     with pytest.raises(ValueError, match="step 0"):
         GlobalOrder({"17x64x64": [0]}, 1, 0).batch(0)
-    with pytest.raises(ValueError, match="rank 3"):
-        deal([0], 3, 3, 1)
-    with pytest.raises(ValueError, match="micro_batch_size 0"):
-        deal([0], 0, 3, 0)
+    with pytest.raises(ValueError, match="streams 0"):
+        GlobalOrder({"17x64x64": [0]}, 1, 0, num_streams=0)

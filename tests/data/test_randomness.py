@@ -70,3 +70,13 @@ def test_sample_rng_repeats_and_streams_differ():
 @pytest.mark.parametrize("keys", [["a", "b"], ["b", "a"], []])
 def test_digest_is_the_sha256_of_the_joined_keys(keys):
     assert batch_digest(keys) == hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def test_each_sample_may_have_an_epoch_of_its_own() -> None:
+    """A clip that is seen again in an epoch gets other noise, by how often it was seen."""
+    keys, epochs, shape = ["a", "b", "a"], [2, 0, 3], (2, 1, 4, 4)
+    together, sigma = sample_noise(7, epochs, keys, shape, "noise"), sample_uniform(7, epochs, keys, "sigma")
+    for row, (epoch, key) in enumerate(zip(epochs, keys)):
+        assert torch.equal(together[row : row + 1], sample_noise(7, epoch, [key], shape, "noise"))
+        assert sigma[row] == sample_uniform(7, epoch, [key], "sigma")[0]
+    assert not torch.equal(together[0], together[2]) and sigma[0] != sigma[2]

@@ -1,5 +1,6 @@
 """Shards: bytes come back, sets are deterministic, damage and interruption are named."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -194,3 +195,32 @@ def test_json_is_the_same_bytes_for_the_same_value() -> None:
     assert (
         json_bytes({"b": 1, "a": "é"}) == json_bytes(json.loads('{"a": "é", "b": 1}')) == '{"a": "é", "b": 1}'.encode()
     )
+
+
+def test_only_plain_files_of_a_foreign_tar_are_samples(tmp_path: Path) -> None:
+    """Links would read what they point at, devices never end, and names may lead out of a folder."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind, target in (
+            ("good.txt", tarfile.REGTYPE, ""),
+            ("link.txt", tarfile.SYMTYPE, "/etc/passwd"),
+            ("hard.txt", tarfile.LNKTYPE, "good.txt"),
+            ("device.txt", tarfile.CHRTYPE, ""),
+            ("pipe.txt", tarfile.FIFOTYPE, ""),
+            ("../out.txt", tarfile.REGTYPE, ""),
+            ("/root.txt", tarfile.REGTYPE, ""),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, target, 3 if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(b"abc"))
+    shards = ShardSet.open(tmp_path)
+    assert [entry.key for entry in shards.entries] == ["good"] and shards.read(0, "txt") == b"abc"
+
+
+def test_no_more_is_read_at_once_than_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write("a", {"npy": bytes(1000)})
+    monkeypatch.setattr("videodit.data.shards.MAX_READ_BYTES", 999)
+    shards = ShardSet.open(tmp_path)
+    with pytest.raises(UserError, match="a.npy has 1000 bytes, and no more than 999"):
+        shards.read(0, "npy")
+    assert shards.read(0, "npy", 1) == bytes(999)  # a part of it may be

@@ -1,5 +1,6 @@
 """Video I/O: colours and positions survive a round trip, rotation is applied, damage is an error."""
 
+import gc
 import io
 from pathlib import Path
 
@@ -222,3 +223,16 @@ def test_real_colours_are_right(real_clips: Path) -> None:
 def test_real_corruption_is_an_error(real_clips: Path) -> None:
     with pytest.raises(VideoError, match="does not decode"):
         list(iter_frames(real_clips / "corrupted.mp4"))
+
+
+def test_frames_do_not_wait_for_the_garbage_collector() -> None:
+    """Each holds its pixels: memory would grow by what is decoded between two passes of it."""
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        read_frames(CLIP)
+        gc.collect()
+        assert not [item for item in gc.garbage if isinstance(item, av.VideoFrame)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()

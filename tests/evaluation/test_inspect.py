@@ -14,7 +14,6 @@ from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.loader import ClipLoader
 from videodit.data.mp4 import write_mp4
 from videodit.data.shards import ShardSet
-from videodit.data.transforms import to_pixels
 from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 from videodit.evaluation import inspect_shards as module
@@ -59,7 +58,7 @@ def test_crops_are_the_loaders(shards: Path, monkeypatch: pytest.MonkeyPatch, tm
             bucket, frames, caption = shown[batch.keys[0]]
             assert (bucket, caption) == (batch.bucket.name, batch.captions[0])
             factor = module.SMALLEST // 32
-            pixels = to_pixels(batch.clip)[0].numpy().repeat(factor, axis=1).repeat(factor, axis=2)
+            pixels = batch.frames[0].numpy().repeat(factor, axis=1).repeat(factor, axis=2)
             assert frames.shape == pixels.shape
             assert np.abs(frames.astype(int) - pixels).mean() < 8  # H.264; one pixel beside it is 16
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from videodit.data.transforms import to_model_range, to_pixels
 from videodit.evaluation.reconstruction import (
     PSNR_CAP_DB,
     boxes_mask,
@@ -18,8 +19,6 @@ from videodit.evaluation.reconstruction import (
     psnr_in_boxes,
     reconstruct,
     reconstruction_report,
-    to_frames,
-    to_model_range,
 )
 
 
@@ -107,7 +106,7 @@ def test_clips_that_differ_in_shape_dtype_or_rank_are_refused():
 
 def test_every_level_survives_the_way_to_model_range_and_back():
     frames = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16, 1).expand(1, 2, 16, 16, 3)
-    assert torch.equal(to_frames(to_model_range(frames)), frames)
+    assert torch.equal(to_pixels(to_model_range(frames)), frames)
     assert to_model_range(frames).aminmax() == (-1.0, 1.0)
 
 

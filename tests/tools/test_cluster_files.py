@@ -118,17 +118,19 @@ def test_a_cancelled_job_is_not_requeued(stubs: Path, state: str) -> None:
     assert not requeued(stubs)
 
 
-@pytest.mark.parametrize("code", [143, 0, 1])
-def test_a_sigterm_is_passed_on_and_the_tasks_decide(stubs: Path, code: int) -> None:
+@pytest.mark.parametrize(
+    "code, number", [(143, signal.SIGTERM), (0, signal.SIGTERM), (1, signal.SIGTERM), (143, signal.SIGUSR1)]
+)
+def test_a_stop_is_passed_on_and_the_tasks_decide(stubs: Path, code: int, number: int) -> None:
     """Bash's `wait` gives 143 as soon as the signal is there: that must not be taken for the tasks' own exit code."""
     (stubs / "waits").touch()
     (stubs / "code").write_text(f"{code}\n")
     with subprocess.Popen(["bash", SBATCH, *COMMAND], env=environment(stubs)) as process:
         try:
             tiny.wait_until((stubs / "up").exists, process)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             tiny.wait_until((stubs / "told").exists, process)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             (stubs / "save").touch()
             assert process.wait(60) == code
         finally:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tools.compare_runs import main, relative_difference
 from videodit.data.latent_reader import LatentDataConfig
-from videodit.training.checkpoint import _digest, steps_in
+from videodit.training.checkpoint import digest_of, steps_in
 from videodit.training.dit_config import DiTRunConfig
 from videodit.training.dit_trainer import train_dit
 from videodit.training.optim import OptimConfig
@@ -76,7 +76,7 @@ def nudge_weight(run_dir: Path, factor: float) -> float:
     tensors[key][element] *= factor
     save_file(tensors, file)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][file.name] = _digest(file)
+    manifest["files"][file.name] = digest_of(file)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return change / norm
 

@@ -53,14 +53,14 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path, action: s
     assert ("rank      : 1" in done.stderr) == (action in ("7", "kill"))
 
 
-def test_a_sigterm_reaches_the_ranks_and_waits_for_them(tmp_path: Path) -> None:
+def test_a_stop_reaches_the_ranks_and_waits_for_them(tmp_path: Path) -> None:
     # torchrun's own way would be to send SIGKILL after this many seconds.
     with subprocess.Popen(
         launch(tmp_path, "wait"), env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "0"}
     ) as process:
         try:
             tiny.wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2, process)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGUSR1)  # which the ranks get as SIGTERM
             tiny.wait_until(lambda: len(list(tmp_path.glob("told-*"))) == 2, process)
             process.send_signal(signal.SIGTERM)  # schedulers repeat it
             (tmp_path / "save").write_text("")

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,10 @@ from videodit.models.token_layout import WHOLE
 from videodit.parallel.mesh import Mesh, World, barrier, gather_objects, init_process, leave, shutdown
 from videodit.planning.footprint import LiveBytes, ParameterCount, count_parameters
 from videodit.planning.memory import BUCKET_BYTES, rank_memory
+from videodit.training import checkpoint_writer
 from videodit.training.batched_muon import BatchedMuon
-from videodit.training.checkpoint import load_latest, save
+from videodit.training.checkpoint import load_latest, steps_in
+from videodit.training.checkpoint_writer import CheckpointWriter
 from videodit.training.dit_config import DiTRunConfig
 from videodit.training.dit_model import build_model
 from videodit.training.ema import PowerEMA
@@ -108,7 +111,7 @@ def resume(world: World, stage: int, dtype: str, name: str) -> None:
     ema = PowerEMA(engine.slices())
     folder = toy.shared_folder()
     toy.train(engine, world, 1, 3, 2, ema)
-    assert save(folder, 3, engine, ema, {"seen": 24})
+    assert not toy.save(folder, 3, engine, ema, {"seen": 24})
     straight = toy.train(engine, world, 4, 6, 2, ema)
     again = toy.make_engine(world, stage, dtype, name)
     again_ema = PowerEMA(again.slices())
@@ -127,7 +130,7 @@ def change_stage(world: World, old: int, new: int, name: str) -> None:
     ema = PowerEMA(engine.slices())
     toy.train(engine, world, 1, 2, 1, ema)
     folder = toy.shared_folder()
-    assert save(folder, 2, engine, ema)
+    assert not toy.save(folder, 2, engine, ema)
     other = toy.make_engine(world, new, name=name)
     other_ema = PowerEMA(other.slices())
     checkpoint = load_latest(folder)
@@ -149,6 +152,52 @@ def slices_tile(world: World, stage: int) -> None:
             assert start == end
             end = start + length
         assert end == torch.Size(shape).numel()
+
+
+def save_beside_training(world: World, stage: int) -> None:
+    """What is written is the state at the save, though all ranks train on meanwhile, with collectives of their own."""
+    engine = toy.make_engine(world, stage)
+    ema = PowerEMA(engine.slices())
+    toy.train(engine, world, 1, 2, 1, ema)
+    at_save = toy.full_state(engine, ema)
+    folder = toy.shared_folder()
+    writer = CheckpointWriter(folder, engine, ema)
+    for step in (2, 12):
+        writer.save(step)
+        toy.train(engine, world, step + 1, step + 10, 1, ema)
+        written = writer.wait()
+        assert written is not None and (written.step, written.problem) == (step, "")
+        if step == 2:
+            checkpoint = load_latest(folder)
+            assert checkpoint is not None
+            toy.assert_same(toy.whole(checkpoint), at_save)
+    assert gather_objects(steps_in(folder)) == [[2, 12]] * world.size
+
+
+def full_disk_of_one_rank(world: World) -> None:
+    """Every rank is told which rank failed, the old checkpoint stays, and the next save works."""
+    engine = toy.make_engine(world, 1)
+    folder = toy.shared_folder()
+    writer = CheckpointWriter(folder, engine)
+    expected = ["", f"rank {world.size - 1}: No space left", ""]
+    write = checkpoint_writer.save_file
+    for step, problem in enumerate(expected, start=1):
+
+        def full(*args: Any, failing: bool = bool(problem) and world.rank == world.size - 1) -> None:
+            if failing:
+                raise OSError("No space left")
+            write(*args)
+
+        checkpoint_writer.save_file = full
+        try:
+            writer.save(step)
+            written = writer.wait()
+        finally:
+            checkpoint_writer.save_file = write
+        assert written is not None and written.problem == (problem if world.size > 1 else problem[8:])
+        checkpoint = load_latest(folder)
+        assert checkpoint is not None and checkpoint.step == (1 if problem else step)
+    assert not list((folder / "checkpoints").glob(".*"))
 
 
 def average_in_module(world: World, stage: int, dtype: str) -> None:
@@ -210,7 +259,7 @@ def save_for_one_rank(world: World, folder: str) -> None:
         engine = toy.make_engine(world, 2, name=name)
         ema = PowerEMA(engine.slices())
         toy.train(engine, world, 1, 2, 1, ema)
-        assert save(Path(folder) / name, 2, engine, ema)
+        assert not toy.save(Path(folder) / name, 2, engine, ema)
 
 
 def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
@@ -320,6 +369,9 @@ for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
     add(change_stage, *_pair, "adamw", slow=_pair == (3, 2))
 for _pair in ((1, 3), (3, 2), (2, 1)):
     add(change_stage, *_pair, "muon", slow=_pair == (2, 1))
+for _stage in (0, 1, 3):
+    add(save_beside_training, _stage, slow=_stage == 0)
+add(full_disk_of_one_rank)
 add(errors_reach_all_ranks)
 add(batched_muon)
 add(batched_muon_not_finite)

@@ -3,17 +3,21 @@
 import errno
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.training import toy
+from tests.training.toy import save
 from videodit.errors import UserError
 from videodit.parallel.mesh import World, init_process, shutdown
-from videodit.training import checkpoint as module
-from videodit.training.checkpoint import Checkpoint, load_latest, read_full, save, steps_in
+from videodit.training import checkpoint_writer as module
+from videodit.training.checkpoint import Checkpoint, digest_of, load_latest, read_full, steps_in
+from videodit.training.checkpoint_writer import CheckpointWriter
 from videodit.training.engine import Engine
 
 
@@ -33,7 +37,7 @@ def engine(world: World) -> Engine:
 @pytest.fixture()
 def run(tmp_path: Path, engine: Engine) -> Path:
     for step in (1, 2):
-        assert save(tmp_path, step, engine, extra={"step": step})
+        assert not save(tmp_path, step, engine, extra={"step": step})
     return tmp_path
 
 
@@ -83,36 +87,94 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
     assert load_latest(tmp_path) is None
 
 
-@pytest.mark.parametrize("call", ["_save_tensors", "_publish"])
-def test_full_disk_keeps_the_old_one(run: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, call, full)
-    with pytest.warns(UserWarning, match="No space left"):
-        assert not save(run, 3, engine)
+
+@pytest.mark.parametrize("call", ["save_file", "_publish"])
+def test_full_disk_keeps_the_old_one(run: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    writer = CheckpointWriter(run, engine)
+    with monkeypatch.context() as injected:
+        injected.setattr(module, call, full)
+        writer.save(3)
+        written = writer.wait()
+    assert written is not None and "No space left" in written.problem
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
     found = load_latest(run)
     assert found is not None and found.step == 2
+    writer.save(4)
+    written = writer.wait()
+    assert written is not None and not written.problem and steps_in(run) == [2, 4]
 
 
-def test_a_kill_while_writing_leaves_nothing_that_counts(run: Path, engine: Engine) -> None:
-    shutil.copytree(newest(run), run / "checkpoints" / ".tmp-step-00000003")
+def test_what_a_kill_left_is_removed_and_does_not_count(run: Path, engine: Engine) -> None:
+    for name in (".tmp-step-00000003-0123abcd", ".old-step-00000001"):
+        shutil.copytree(newest(run), run / "checkpoints" / name)
     assert steps_in(run) == [1, 2]
-    assert save(run, 3, engine)
-    assert steps_in(run) == [2, 3] and not list((run / "checkpoints").glob(".*"))
+    CheckpointWriter(run, engine)
+    assert steps_in(run) == [1, 2] and not list((run / "checkpoints").glob(".*"))
 
 
-def test_keep_last(tmp_path: Path, engine: Engine) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state at the save, not that of the steps since; and nothing counts before it is whole."""
+    go_on = threading.Event()
+    write = module.save_file
+
+    def write_later(*args: Any) -> None:
+        assert go_on.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(module, "save_file", write_later)
+    engine = toy.make_engine(world, 1)
+    toy.train(engine, world, 1, 2)
+    writer = CheckpointWriter(tmp_path, engine)
+    writer.save(2)
+    toy.train(engine, world, 3, 5)
+    assert writer.poll() is None and steps_in(tmp_path) == []
+    with pytest.raises(RuntimeError, match="before the save before it"):
+        writer.save(5)
+    go_on.set()
+    written = writer.wait()
+    assert written is not None and (written.step, written.problem) == (2, "") and writer.wait() is None
+    found = load_latest(tmp_path)
+    again = toy.make_engine(world, 1)
+    toy.train(again, world, 1, 2)
+    assert found is not None
+    toy.assert_same(toy.whole(found), toy.full_state(again))
+
+
+def test_an_abandoned_save_leaves_nothing(run: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(run, engine)
+    write = module.save_file
+    monkeypatch.setattr(module, "save_file", lambda *args: (writer.abandon(), write(*args)))
+    writer.save(3)
+    written = writer.wait()
+    assert written is not None and written.problem == "the run was stopped"
+    assert steps_in(run) == [1, 2] and not list((run / "checkpoints").glob(".*"))
+
+
+def test_retention(tmp_path: Path, engine: Engine) -> None:
     for step in (1, 2, 3, 4):
-        assert save(tmp_path, step, engine, keep_last=3)
+        assert not save(tmp_path, step, engine, keep_last=3)
     assert steps_in(tmp_path) == [2, 3, 4]
-    assert save(tmp_path, 5, engine, keep_last=0)
-    assert steps_in(tmp_path) == [2, 3, 4, 5]
+    for step in (5, 6, 7, 8, 9):
+        assert not save(tmp_path, step, engine, keep_last=2, keep_every=3)
+    assert steps_in(tmp_path) == [3, 6, 8, 9]
+    assert not save(tmp_path, 10, engine, keep_last=0)
+    assert steps_in(tmp_path) == [3, 6, 8, 9, 10]
+
+
+def test_a_damaged_newer_one_does_not_cost_a_good_one(run: Path, engine: Engine) -> None:
+    """After step 2 was passed over, training goes on from 1, now saving at other steps."""
+    (run / "checkpoints/step-00000002").rename(run / "checkpoints/step-00000005")
+    assert not save(run, 3, engine, keep_last=1)
+    assert steps_in(run) == [3, 5]
 
 
 def test_saving_a_step_again_replaces_it(run: Path, engine: Engine) -> None:
-    assert save(run, 2, engine, extra={"again": True})
+    assert not save(run, 2, engine, extra={"again": True})
     found = load_latest(run)
     assert found is not None and found.state["extra"] == {"again": True}
 
@@ -125,12 +187,29 @@ def test_read_any_range(run: Path) -> None:
         read_full(found, "ema0")
 
 
-def test_another_model_is_refused(run: Path, engine: Engine) -> None:
-    state = newest(run) / "state.json"
-    found = Checkpoint.open(newest(run))
+def test_another_model_is_passed_over_and_named(run: Path, engine: Engine) -> None:
+    with pytest.raises(UserError, match=r"up.weight of shape \(19, 5\), the model \(3, 3\)"), pytest.warns(UserWarning):
+        load_latest(run, {**engine.shapes, "up.weight": (3, 3)})
+    found = load_latest(run, engine.shapes)
+    assert found is not None and found.step == 2
     found.state["shapes"]["up.weight"] = [3, 3]
     with pytest.raises(UserError, match="up.weight"):
         found.restore(engine)
-    state.write_text(json.dumps({}))
+    rewrite_state(newest(run), found.state)
+    with pytest.warns(UserWarning, match="step-00000002 is passed over: has up.weight"):
+        found = load_latest(run, engine.shapes)
+    assert found is not None and found.step == 1
+
+
+def rewrite_state(path: Path, state: dict[str, Any]) -> None:
+    """Another state.json, with the manifest that belongs to it."""
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = digest_of(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_damage_is_named_where_a_checkpoint_is_asked_for(run: Path) -> None:
+    (newest(run) / "state.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="state.json is damaged"):
         Checkpoint.open(newest(run))

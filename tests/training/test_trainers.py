@@ -26,9 +26,11 @@ from videodit.data.loader import ClipLoader
 from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 from videodit.flow.noise_level import GIVEN_BELOW, NoiseLevelConfig
+from videodit.generation.pipeline import RowNoise
 from videodit.models.level_error import KNOTS
 from videodit.planning.workload import DiTWorkload
-from videodit.training.checkpoint import load_latest, read_full
+from videodit.training import checkpoint_writer, vae_trainer
+from videodit.training.checkpoint import load_latest, read_full, steps_in
 from videodit.training.dit_config import DiTRunConfig, follow_latents
 from videodit.training.dit_model import build_model
 from videodit.training.dit_trainer import make_noisy, train_dit
@@ -192,6 +194,94 @@ def test_sigterm_in_the_last_step_is_heard(shards: Path, tmp_path: Path, monkeyp
     VideoVAE.from_pretrained(tmp_path / "run/model")
 
 
+def test_a_stop_while_sampling_breaks_it_off(latents: Path, tmp_path: Path) -> None:
+    """The checkpoint then has the training weights, not the averages that samples are drawn with."""
+    config = dit_config(tmp_path / "run", latents, prompts=["a"], sample_every=STEPS // 2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        draw = RowNoise.__call__
+
+        def draw_and_signal(noise: RowNoise) -> torch.Tensor:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return draw(noise)
+
+        monkeypatch.setattr(RowNoise, "__call__", draw_and_signal)
+        with pytest.raises(SystemExit) as stopped:
+            train_dit(config)
+    assert stopped.value.code == 143
+    assert len(metrics(tmp_path / "run")) == STEPS // 2
+    train_dit(config)
+    train_dit(replace(config, run_dir=str(tmp_path / "straight")))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    samples = [sorted(path.parent.name for path in run.glob("samples/*/*.mp4")) for run in tmp_path.iterdir()]
+    assert samples == [["step-00000003", "step-00000006"]] * 2  # those that were broken off came first
+    straight, resumed = load_latest(tmp_path / "straight"), load_latest(tmp_path / "run")
+    assert straight is not None and resumed is not None
+    assert_same(whole(straight), whole(resumed))
+
+
+@pytest.mark.parametrize("during", ["evaluation", "data", "setup"])
+def test_a_stop_between_steps_comes_before_the_next(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    """SIGUSR1 while held-out clips are measured, while the first batch is read, and before."""
+    calls = {"evaluation": (vae_trainer, "psnr"), "data": (ClipLoader, "iterate"), "setup": (TrainingRun, "start")}
+    owner, name = calls[during]
+    original = getattr(owner, name)
+
+    def signal_and_call(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, signal_and_call)
+    with pytest.raises(SystemExit) as stopped:
+        train_vae(vae_config(tmp_path / "run", shards, eval_shards=str(shards), sample_every=2))
+    assert stopped.value.code == 143
+    assert steps_in(tmp_path / "run") == ([2] if during == "evaluation" else [])
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_held_out_figures_that_were_cut_are_measured_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = vae_config(tmp_path / "run", shards, eval_shards=str(shards), sample_every=2, save_every=2)
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # After the figures' line, before the clips beside them.
+    for owner, name in ((vae_trainer, "write_mp4"), (vae_trainer, "psnr")):
+        with monkeypatch.context() as injected, pytest.raises(KeyboardInterrupt):
+            injected.setattr(owner, name, cut)
+            train_vae(config)
+        assert len(metrics(tmp_path / "run")) == 2
+    train_vae(config)
+    measured = [line["step"] for line in read_metrics(tmp_path / "run") if "eval/psnr_db" in line]
+    assert measured == [2, 4, 6]
+    assert sorted(path.name for path in (tmp_path / "run/samples").glob("*.mp4")) == [
+        f"step-0000000{step}.mp4" for step in measured
+    ]
+
+
+def test_a_full_disk_does_not_stop_training(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dit_config(tmp_path / "run", latents, max_steps=5, save_every=1, keep_last=2, keep_every=2)
+    write = checkpoint_writer.save_file
+    fails = iter([False, False, True, False, False])
+
+    def full_now_and_then(*args: Any) -> None:
+        if next(fails):
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(checkpoint_writer, "save_file", full_now_and_then)
+    with pytest.warns(UserWarning, match="no checkpoint at step 3: .*No space left.* training goes on"):
+        train_dit(config)
+    assert steps_in(tmp_path / "run") == [2, 4, 5]
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for line in lines[1:]:
+        assert line["perf/save_s"] >= line["perf/save_wait_s"] >= 0
+
+
 def test_a_finished_run_is_left_alone(latents: Path, tmp_path: Path) -> None:
     config = dit_config(tmp_path / "run", latents, max_steps=2)
     train_dit(config)
@@ -235,6 +325,10 @@ def test_a_refused_resume_leaves_the_config_as_it_was(latents: Path, tmp_path: P
     for change, words in (
         ({"ema_profiles": (0.1,)}, "set ema_profiles back"),
         ({"global_batch_size": 1}, "clips a step"),
+        (
+            {"data": replace(config.data, streams=32, weights=[2.0])},
+            "data.streams: 32, but run_dir .* was trained with 64",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             train_dit(replace(config, max_steps=2, **change))
@@ -294,7 +388,7 @@ def latent_batch(mean: torch.Tensor) -> LatentBatch:
         ids=list(range(rows)),
         keys=[f"clip-{row}" for row in range(rows)],
         weight=torch.ones(rows),
-        epoch=0,
+        epochs=[0] * rows,
         mean=mean,
         logvar=torch.full_like(mean, -60.0),
     )
@@ -310,7 +404,7 @@ def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents:
     # The latents are zero: what the model sees is the frame's own level of noise.
     seen = noisy.latents.square().mean(dim=(1, 3, 4)).sqrt() / noisy.sigma
     assert 0.9 < seen.mean() < 1.1
-    batch.keys, batch.mean, batch.logvar = batch.keys[9:], batch.mean[9:], batch.logvar[9:]
+    batch.keys, batch.epochs, batch.mean, batch.logvar = batch.keys[9:], [0] * 55, batch.mean[9:], batch.logvar[9:]
     # A clip's levels do not hang on the others.
     assert torch.equal(make_noisy(batch, config, noise).sigma, noisy.sigma[9:])
 
@@ -404,7 +498,7 @@ def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path
     )  # fmt: skip
     _, (batch,) = next(loader.iterate(1))
     with torch.no_grad():
-        codes = vae.encode(batch.clip)
+        codes = vae.encode(batch.clip())
     axes = (0, 2, 3, 4)
     torch.testing.assert_close(codes.mean(axes), torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(codes.std(axes, correction=0), torch.ones(4), rtol=1e-3, atol=0)

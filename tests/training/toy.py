@@ -2,12 +2,14 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from videodit.parallel.mesh import World, gather_objects
-from videodit.training.checkpoint import Checkpoint, load_latest, save
+from videodit.training.checkpoint import Checkpoint, load_latest
+from videodit.training.checkpoint_writer import CheckpointWriter
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine
 from videodit.training.optim import OptimConfig, param_groups
@@ -105,10 +107,26 @@ def shared_folder() -> Path:
     return Path(gather_objects(tempfile.mkdtemp())[0])
 
 
+def save(
+    folder: Path,
+    step: int,
+    engine: Engine,
+    ema: PowerEMA | None = None,
+    extra: dict[str, Any] | None = None,
+    **keep: int,
+) -> str:
+    """Writes a checkpoint and waits for it; returns what kept it from being written, "" for nothing."""
+    writer = CheckpointWriter(folder, engine, ema, **keep)
+    writer.save(step, extra)
+    written = writer.wait()
+    assert written is not None and written.step == step
+    return written.problem
+
+
 def full_state(engine: Engine, ema: PowerEMA | None = None) -> dict[str, torch.Tensor]:
     """Everything there is to save, whole, on every rank: KIND/NAME -> tensor."""
     folder = shared_folder()
-    assert save(folder, 1, engine, ema)
+    assert not save(folder, 1, engine, ema)
     checkpoint = load_latest(folder)
     assert checkpoint is not None
     return whole(checkpoint)

@@ -6,7 +6,9 @@ One Request is one micro batch and one task of a worker. Results come back in or
 nothing but time.
 """
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader
 from videodit.data.buckets import Bucket
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_noise, sample_unit
+from videodit.data.transforms import to_model_range
 from videodit.errors import UserError
 
 MAX_CONSECUTIVE_FAILURES = 100
@@ -41,8 +44,8 @@ class Batch:
     """Sample key per row; "" for padding."""
     weight: Tensor
     """(b,) float32: 1 for a sample, 0 for padding and for samples that could not be read."""
-    epoch: int
-    """Epoch of the rows, from 0: with the key, what randomness of the sample hangs on."""
+    epochs: list[int]
+    """How often each row's clip was read before: with the key, what randomness of the sample hangs on."""
     wait_s: float = 0.0
     """Seconds that the consumer waited for this micro batch."""
 
@@ -51,8 +54,12 @@ class Batch:
 class ClipBatch(Batch):
     """A micro batch of pixels or fields."""
 
-    clip: Tensor
-    """(b, c, t, h, w) float32 in [-1, 1], or standardised; rows of weight 0 are black, or zeros."""
+    frames: Tensor
+    """(b, t, h, w, c) uint8, or of fields standardised float32; rows of weight 0 are zeros."""
+
+    def clip(self, device: torch.device | str = "cpu") -> Tensor:
+        """(b, c, t, h, w) float32 in [-1, 1], or standardised, as models see it; the device does the conversion."""
+        return to_model_range(self.frames.to(device))
 
 
 @dataclass(kw_only=True)
@@ -73,7 +80,7 @@ class LatentBatch(Batch):
     def draw(self, seed: int) -> Tensor:
         """(b, c, t, h, w): a sample of each posterior, a function of (seed, epoch, key)."""
         b, c, t, h, w = self.mean.shape
-        noise = sample_noise(seed, self.epoch, self.keys, (c, t, h, w), "posterior")
+        noise = sample_noise(seed, self.epochs, self.keys, (c, t, h, w), "posterior")
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
@@ -82,10 +89,13 @@ class Request:
     """One micro batch to read."""
 
     bucket: Bucket
-    epoch: int
+    epochs: tuple[int, ...]
+    """Of each row."""
     ids: tuple[int, ...]
     windowed: bool = False
     """Windows of latents instead of whole ones."""
+    ahead: tuple[int, ...] = ()
+    """Clips that will be read in a while: time to fetch their shards, should these be far away."""
 
 
 @dataclass
@@ -164,7 +174,19 @@ def read_all(reader: RowReader, requests: Iterable[Request], num_workers: int, p
         multiprocessing_context="fork",
         generator=torch.Generator(),  # else torch would draw from the global generator of the run
     )
-    yield from loader
+    rows = iter(loader)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # exit handlers run from the last to the first: before those of torch
+    yield from rows
+
+
+def _end_workers() -> None:
+    """At the end of a process that failed: its traceback still holds the loader, and Python would ask the workers to
+    end, by a signal that they ignore, and wait for them for ever.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _as_it_is(rows: Any) -> Any:
@@ -187,7 +209,7 @@ def batch_fields(rows: Rows, keys: Sequence[str]) -> dict[str, Any]:
         "ids": ids,
         "keys": [keys[clip] if clip != PADDING else "" for clip in ids],
         "weight": torch.tensor(weight, dtype=torch.float32),
-        "epoch": rows.request.epoch,
+        "epochs": list(rows.request.epochs),
     }
 
 

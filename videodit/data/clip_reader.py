@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from videodit.data.batches import Request, Rows, check_workers, choose_caption
+from videodit.data.batches import Request, Rows, choose_caption
 from videodit.data.buckets import Bucket, Grouping, group, parse_bucket
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.decoded_cache import DecodedCache, decoded_bytes
 from videodit.data.field import read_window
 from videodit.data.frame_reader import READERS, frame_reader
 from videodit.data.ingest_record import read_statistics
+from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_rng
 from videodit.data.shards import Entry, ShardSet
@@ -31,11 +32,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(ShardsConfig):
     """Clips in pixels, as VAE training and encoding read them."""
 
-    shards: str = ""
-    """Folder of shards, as `videodit ingest` writes them, of videos or of fields; any webdataset of mp4 + json."""
+    shards: str | list[str] = ""
+    """Folder of shards, as `videodit ingest` writes them, of videos or of fields; any webdataset of mp4 + json. To
+    train on several, a list."""
     buckets: list[str] = field(default_factory=lambda: ["17x64x64"])
     """Clip shapes, FRAMESxHEIGHTxWIDTH, frames 4k+1. A clip goes to the nearest in aspect ratio, not longer than it."""
     fps: float | None = None
@@ -46,8 +48,6 @@ class DataConfig:
     """What decodes videos: av, or decord, which gives the same frames of clips that ingest wrote."""
     num_workers: int = 0
     """Processes that decode ahead, per rank; 0 decodes in the training process."""
-    prefetch: int = 2
-    """Micro batches that each worker prepares ahead."""
     cache_decoded: bool = True
     """Keep decoded clips in memory, shared by the workers, where all of them fit in `cache_gib`."""
     cache_gib: float = 4.0
@@ -62,7 +62,7 @@ class DataConfig:
             raise ValueError(f"data.fps {self.fps} must be above 0, or null to keep every clip's own rate")
         if self.reader not in READERS:
             raise ValueError(f"data.reader {self.reader!r} is not one of {', '.join(READERS)}")
-        check_workers(self.num_workers, self.prefetch)
+        super().__post_init__()
 
 
 def field_channels(shards: ShardSet) -> int | None:
@@ -75,7 +75,7 @@ def field_channels(shards: ShardSet) -> int | None:
     if len(examples) > 1:
         kinds = [f"{key} ({'a video' if c is None else f'{c} channels'})" for c, key in examples.items()]
         raise UserError(
-            f"{shards.root} holds {' and '.join(kinds)}: all clips that one model trains on are videos, or fields of "
+            f"{shards.name} holds {' and '.join(kinds)}: all clips that one model trains on are videos, or fields of "
             "one number of channels; ingest them into separate folders"
         )
     return next(iter(examples))
@@ -95,10 +95,17 @@ def measured_statistics(shards: ShardSet) -> ChannelStatistics | None:
     """
     if field_channels(shards) is None:
         return None
-    statistics = read_statistics(shards.root)
-    if statistics is None:
-        raise UserError(f"{shards.root} has no statistics of its channels: make it with 'videodit ingest SRC'")
-    return statistics
+    measured = {part.name: read_statistics(part.root) for part in shards.sets}
+    missing = next((name for name, statistics in measured.items() if statistics is None), None)
+    if missing is not None:
+        raise UserError(f"{missing} has no statistics of its channels: make it with 'videodit ingest SRC'")
+    first, *others = measured.values()
+    if any(statistics != first for statistics in others):
+        raise UserError(
+            f"{shards.name} are fields whose channels have other statistics: ingest them into one folder, which then "
+            "has those of all"
+        )
+    return first
 
 
 class ClipReader:
@@ -127,7 +134,7 @@ class ClipReader:
         channels, known = field_channels(shards), len(statistics.mean) if statistics else None
         if channels != known:
             here, there = ("videos" if n is None else f"fields of {n} channels" for n in (channels, known))
-            raise UserError(f"{shards.root} holds {here}, the model reads {there}: give it the clips that it is for")
+            raise UserError(f"{shards.name} holds {here}, the model reads {there}: give it the clips that it is for")
         self._channels = channels or 3
         self._video_reader = frame_reader(config.reader)
         metas = [entry.meta for entry in shards.entries]
@@ -161,11 +168,11 @@ class ClipReader:
             frames, height, width = max(sizes)
             if frames >= min(bucket.frames for bucket in buckets):
                 raise UserError(
-                    f"{self.shards.root}: a field of {height}x{width} is smaller than data.buckets "
+                    f"{self.shards.name}: a field of {height}x{width} is smaller than data.buckets "
                     f"{', '.join(self.config.buckets)}: fields are cropped and never enlarged; add a smaller bucket"
                 )
             raise UserError(
-                f"{self.shards.root}: the longest clip has {frames} frames, data.buckets "
+                f"{self.shards.name}: the longest clip has {frames} frames, data.buckets "
                 f"{', '.join(self.config.buckets)} want more: add a shorter bucket, or ingest longer clips"
             )
         if grouping.dropped:
@@ -182,9 +189,9 @@ class ClipReader:
             if index == PADDING:
                 continue
             try:
-                clips[row] = self._clip(index, bucket, request.epoch)
+                clips[row] = self._clip(index, bucket, request.epochs[row])
                 key = self.shards.entries[index].key
-                rows.captions[row] = choose_caption(self.shards.captions(index), self.seed, request.epoch, key)
+                rows.captions[row] = choose_caption(self.shards.captions(index), self.seed, request.epochs[row], key)
             except (VideoError, UserError, OSError, ValueError) as error:
                 rows.failures[row] = str(error)
                 clips[row] = 0

@@ -4,6 +4,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
@@ -88,7 +89,9 @@ class ToYUV:
 
 def display_matrix(frame: av.VideoFrame) -> DisplayMatrix | None:
     """The transformation a player applies to the coded picture, None if it shows it as it is."""
-    side_data: Any = frame.side_data  # typed as a mapping by name, kept by kind
+    # Not frame.side_data, which the frame keeps and which keeps the frame: with its pixels it would wait for a pass of
+    # the garbage collector. Typed as a mapping by name, kept by kind.
+    side_data: Any = SideDataContainer(frame)  # type: ignore[call-arg]  # its stub has no arguments
     data = side_data.get(SideData.DISPLAYMATRIX)
     if data is None:
         return None

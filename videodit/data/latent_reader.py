@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from videodit.data.batches import Request, Rows, check_workers, choose_caption_number
+from videodit.data.batches import Request, Rows, choose_caption_number
 from videodit.data.buckets import Bucket, parse_bucket
 from videodit.data.latent_crop import LatentCropConfig, crop, draw_windows, window_weights
 from videodit.data.latents import LatentSample, read_empty_text, read_latent_sample, read_manifest
+from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_uniform
 from videodit.data.shards import ShardSet
@@ -18,24 +19,22 @@ from videodit.errors import UserError
 
 
 @dataclass(frozen=True)
-class LatentDataConfig:
+class LatentDataConfig(ShardsConfig):
     """Latents, as DiT training reads them."""
 
-    shards: str = ""
-    """Folder of latent shards, as `videodit encode` writes them."""
+    shards: str | list[str] = ""
+    """Folder of latent shards, as `videodit encode` writes them, or a list of folders."""
     caption_drop: float = 0.1
     """Share of samples that train without their caption, for classifier-free guidance."""
     num_workers: int = 0
     """Processes that read ahead, per rank; not used where all latents fit in memory."""
-    prefetch: int = 2
-    """Micro batches that each worker prepares ahead."""
     cache_gib: float = 2.0
     """Latents are kept in memory where all of them fit in this many GiB per rank."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_drop <= 1:
             raise ValueError(f"data.caption_drop {self.caption_drop} must be in [0, 1]")
-        check_workers(self.num_workers, self.prefetch)
+        super().__post_init__()
 
 
 class LatentReader:
@@ -63,8 +62,9 @@ class LatentReader:
         self.window, self.patch = window, patch
         self._weights: dict[int, Tensor] = {}  # of each clip's windows, which are the same in every epoch
         sizes = [entry.members["safetensors"][1] for entry in shards.entries if "safetensors" in entry.members]
-        has_text = bool((read_manifest(shards.root) or {}).get("text_encoder"))
-        self.empty_text = read_empty_text(shards.root) if has_text else None
+        root = shards.sets[0].root  # the others were made alike: `follow_latents` holds it
+        has_text = bool((read_manifest(root) or {}).get("text_encoder"))
+        self.empty_text = read_empty_text(root) if has_text else None
         self.in_memory = sum(sizes) <= config.cache_gib * 2**30
         self._kept: dict[int, tuple[LatentSample, list[str]]] = {}
         self.members: dict[Bucket, list[int]] = {}
@@ -80,7 +80,7 @@ class LatentReader:
             }
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"{shards.root} does not hold latents ({error}): make them with 'videodit encode' and give that folder"
+                f"{shards.name} does not hold latents ({error}): make them with 'videodit encode' and give that folder"
             ) from error
 
     def __getitem__(self, request: Request) -> Rows:
@@ -101,7 +101,7 @@ class LatentReader:
         for row, (sample, captions) in samples.items():
             key = self.shards.entries[request.ids[row]].key
             drop = self.config.caption_drop
-            number = choose_caption_number(len(captions), self.seed, request.epoch, key, drop)
+            number = choose_caption_number(len(captions), self.seed, request.epochs[row], key, drop)
             if number is not None:
                 rows.captions[row] = captions[number]
                 if text:
@@ -135,7 +135,8 @@ class LatentReader:
             return
         request, places = rows.request, list(samples)
         keys = [self.shards.entries[request.ids[row]].key for row in places]
-        uniform = sample_uniform(self.seed, request.epoch, keys, "latent crop")
+        epochs = [request.epochs[row] for row in places]
+        uniform = sample_uniform(self.seed, epochs, keys, "latent crop")
         weights = [self._window_weights(request.ids[row], sample, size) for row, (sample, _) in samples.items()]
         origin = draw_windows(torch.cat(weights), self.patch, uniform)
         rows.tensors["origin"][places] = origin

@@ -203,6 +203,33 @@ def read_manifest(out_dir: str | Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def read_manifests(roots: Mapping[str, Path]) -> dict[str, Any] | None:
+    """What `write_manifest` wrote of sets that are trained on together, as one: the first's, with all buckets.
+
+    Args:
+        roots: name of each set, for messages -> its folder.
+    Returns:
+        None if one is missing or damaged.
+    Raises:
+        UserError: if they were made by another VAE or text encoder.
+    """
+    manifests = {name: read_manifest(root) for name, root in roots.items()}
+    found = {name: manifest for name, manifest in manifests.items() if manifest is not None}
+    if len(found) < len(roots):
+        return None
+    (first_name, first), *others = found.items()
+    buckets = dict.fromkeys(first["fingerprint"]["buckets"])
+    for name, manifest in others:
+        buckets |= dict.fromkeys(manifest["fingerprint"]["buckets"])
+        for part, what in (("vae", "VAE"), ("text_encoder", "text encoder")):
+            if manifest["fingerprint"].get(part) != first["fingerprint"].get(part):
+                raise UserError(
+                    f"data.shards {name} was made by another {what} than {first_name}: run videodit encode again with "
+                    "the same for both"
+                )
+    return {**first, "fingerprint": {**first["fingerprint"], "buckets": list(buckets)}}
+
+
 def cache_is_valid(out_dir: str | Path, fingerprint: Mapping[str, Any]) -> bool:
     """Whether the folder holds complete latents of exactly this fingerprint.
 

@@ -1,7 +1,8 @@
 """The global order of training samples: a step number is the whole state.
 
-Every epoch permutes each bucket's clips, cuts them into global batches, pads the ragged end with -1 and permutes the
-batches of all buckets. Ranks and workers do not enter: they only decide who computes which row (`deal`).
+Every epoch reads each bucket's clips from its streams in turn (`streams`), cuts them into global batches, pads the
+ragged end with -1 and mixes the batches of all buckets. Ranks and workers do not enter: they only decide who computes
+which row (`deal`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from videodit.data.randomness import stable_hash
+from videodit.data.streams import ClipStreams, Visits, fitting_streams, interleave, merge
 
 PADDING = -1
 """The id of a row that holds no sample: its weight in the loss is 0."""
@@ -27,6 +29,24 @@ class StepPlan:
     """Name of the bucket that all rows belong to."""
     ids: tuple[int, ...]
     """Clip indices in global order, global_batch_size of them; -1 is padding (only at the end)."""
+    epochs: tuple[int, ...]
+    """How often each row's clip was read before: the epoch of its data set, which randomness hangs on."""
+    streams: tuple[int, ...]
+    """The stream of each row; -1 for padding."""
+    num_streams: int
+    """How many streams the bucket has."""
+
+
+@dataclass(frozen=True)
+class ClipPlaces:
+    """Where clips lie, by clip index: what the order needs to know of their shards and data sets."""
+
+    shards: np.ndarray
+    """(n,) number of each clip's shard."""
+    sets: np.ndarray
+    """(n,) number of each clip's data set."""
+    weights: tuple[float, ...] = (1.0,)
+    """How often an epoch reads each data set."""
 
 
 class GlobalOrder:
@@ -36,38 +56,58 @@ class GlobalOrder:
         buckets: bucket name -> indices of its clips; empty buckets take no part.
         global_batch_size: clips in one optimizer step, for all buckets or by bucket name.
         seed: the run's seed.
+        num_streams: most streams of a bucket; what the order looks like depends on it.
+        places: shards and data sets; by default all clips are of one.
     Raises:
-        ValueError: if there is no clip at all, or a batch size is below 1.
+        ValueError: if there is no clip at all, or a batch size or the number of streams is below 1.
     """
 
     def __init__(
-        self, buckets: Mapping[str, Sequence[int]], global_batch_size: int | Mapping[str, int], seed: int
+        self,
+        buckets: Mapping[str, Sequence[int]],
+        global_batch_size: int | Mapping[str, int],
+        seed: int,
+        num_streams: int = 64,
+        places: ClipPlaces | None = None,
     ) -> None:
-        self._clips = {
-            name: np.asarray(buckets[name], dtype=np.int64) for name in sorted(buckets) if len(buckets[name])
-        }
-        if not self._clips:
+        if num_streams < 1:
+            raise ValueError(f"streams {num_streams} must be at least 1")
+        clips = {name: np.asarray(buckets[name], dtype=np.int64) for name in sorted(buckets) if len(buckets[name])}
+        if not clips:
             raise ValueError("no clip in any bucket: there is nothing to order")
+        if places is None:
+            nowhere = np.zeros(max(int(indices.max()) for indices in clips.values()) + 1, dtype=np.int64)
+            places = ClipPlaces(nowhere, nowhere)
+        self._seed = seed
         self._sizes = {
-            name: global_batch_size if isinstance(global_batch_size, int) else global_batch_size[name]
-            for name in self._clips
+            name: global_batch_size if isinstance(global_batch_size, int) else global_batch_size[name] for name in clips
         }
         for name, size in self._sizes.items():
             if size < 1:
                 raise ValueError(f"global_batch_size {size} of bucket {name} must be at least 1")
-        self._seed = seed
-        # One entry per global batch of an epoch: (bucket name, number of the batch within its bucket).
-        self._chunks = [
-            (name, chunk) for name, clips in self._clips.items() for chunk in range(-(-len(clips) // self._sizes[name]))
-        ]
-        self._epoch = -1  # the epoch that the two permutations below belong to; they are a cache, not state
-        self._batch_order = np.empty(0, dtype=np.int64)
-        self._permuted: dict[str, np.ndarray] = {}
+        self._streams = {name: fitting_streams(len(indices), num_streams) for name, indices in clips.items()}
+        self._sets = {
+            name: [
+                ClipStreams(
+                    part, places.shards[part], self._streams[name], places.weights[number], seed, f"{name}/{number}"
+                )
+                for number in range(len(places.weights))
+                if len(part := indices[places.sets[indices] == number])
+            ]
+            for name, indices in clips.items()
+        }
+        self._names = list(clips)
+        rows = [sum(part.per_epoch for part in self._sets[name]) for name in self._names]
+        self._batches = [-(-count // self._sizes[name]) for name, count in zip(self._names, rows, strict=True)]
+        self._epoch = -1  # the epoch that the three below belong to; they are a cache, not state
+        self._batch_bucket = np.empty(0, dtype=np.int64)
+        self._batch_number = np.empty(0, dtype=np.int64)
+        self._rows: dict[str, Visits] = {}
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch, over all buckets."""
-        return len(self._chunks)
+        return sum(self._batches)
 
     def global_batch_size(self, bucket: str) -> int:
         """Rows (clips and padding) of one step in this bucket."""
@@ -85,49 +125,25 @@ class GlobalOrder:
             raise ValueError(f"step {step} must be at least 1: steps count from 1")
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._batch_order = self._permutation(epoch, "batches", "", len(self._chunks))
-            self._permuted = {}
-            self._epoch = epoch
-        bucket, chunk = self._chunks[self._batch_order[position]]
-        if bucket not in self._permuted:
-            clips = self._clips[bucket]
-            self._permuted[bucket] = clips[self._permutation(epoch, "clips", bucket, len(clips))]
-        size = self._sizes[bucket]
-        ids = self._permuted[bucket][chunk * size : (chunk + 1) * size].tolist()
-        return StepPlan(step, epoch, bucket, tuple(ids + [PADDING] * (size - len(ids))))
+            self._mix_buckets(epoch)
+        name = self._names[self._batch_bucket[position]]
+        if name not in self._rows:
+            visits = merge([part.visits(epoch) for part in self._sets[name]], self._seed, epoch, name)
+            self._rows[name] = interleave(visits, self._streams[name], self._seed, epoch, name)
+        size, number = self._sizes[name], self._batch_number[position]
+        rows = [values[number * size : (number + 1) * size].tolist() for values in self._rows[name]]
+        padding = size - len(rows[0])
+        ids, epochs, streams = (
+            tuple(values + [fill] * padding) for values, fill in zip(rows, (PADDING, epoch, PADDING), strict=True)
+        )
+        return StepPlan(step, epoch, name, ids, epochs, streams, self._streams[name])
 
-    def _permutation(self, epoch: int, stream: str, bucket: str, count: int) -> np.ndarray:
-        """A permutation of range(count), from Philox's raw numbers: that stream numpy keeps stable over versions."""
-        bits = np.random.Philox(key=stable_hash(self._seed, epoch, bucket, f"order/{stream}"))
-        return np.argsort(bits.random_raw(count), kind="stable")
-
-
-def num_micro_batches(rows: int, world: int, micro_batch_size: int) -> int:
-    """Micro batches that every rank computes in a step of `rows` rows."""
-    return -(-rows // (world * micro_batch_size))
-
-
-def deal(ids: Sequence[int], rank: int, world: int, micro_batch_size: int) -> list[list[int]]:
-    """This rank's rows of a global batch, as micro batches.
-
-    Rows are dealt one by one, like cards, so that ranks differ by at most one real row, and padded with -1, so that
-    every rank has the same number of full micro batches: 32 clips on 3 ranks work.
-
-    Args:
-        ids: rows of the global batch, -1 for padding.
-        rank: this rank, in [0, world).
-        world: number of data-parallel ranks.
-        micro_batch_size: rows of one forward pass.
-    Returns:
-        `num_micro_batches` lists of micro_batch_size ids each.
-    Raises:
-        ValueError: if rank is not in [0, world) or micro_batch_size is below 1.
-    """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} must be in [0, {world})")
-    if micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size {micro_batch_size} must be at least 1")
-    count = num_micro_batches(len(ids), world, micro_batch_size)
-    rows = list(ids[rank::world])
-    rows += [PADDING] * (count * micro_batch_size - len(rows))
-    return [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
+    def _mix_buckets(self, epoch: int) -> None:
+        """Which bucket each step of the epoch belongs to, at random; each bucket's batches stay in their order."""
+        bits = np.random.Philox(key=stable_hash(self._seed, epoch, "", "order/batches"))
+        mixed = np.argsort(bits.random_raw(self.steps_per_epoch), kind="stable")
+        self._batch_bucket = np.repeat(np.arange(len(self._names)), self._batches)[mixed]
+        self._batch_number = np.empty_like(self._batch_bucket)
+        for bucket, count in enumerate(self._batches):
+            self._batch_number[self._batch_bucket == bucket] = np.arange(count)
+        self._epoch, self._rows = epoch, {}

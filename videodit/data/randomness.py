@@ -39,19 +39,23 @@ def sample_unit(seed: int, epoch: int, key: str, stream: str) -> float:
     return ((stable_hash(seed, epoch, key, stream) >> 41) + 0.5) * 2.0**-23
 
 
-def sample_uniform(seed: int, epoch: int, keys: Sequence[str], stream: str) -> Tensor:
+def sample_uniform(seed: int, epochs: int | Sequence[int], keys: Sequence[str], stream: str) -> Tensor:
     """`sample_unit` of each sample (about 2 us each).
 
     Args:
-        seed, epoch, stream: as in `stable_hash`.
+        seed, stream: as in `stable_hash`.
+        epochs: of each sample, or one for all.
         keys: b sample keys; an empty key (padding) is a key like any other.
     Returns:
         (b,) float32, strictly inside (0, 1).
     """
-    return torch.tensor([sample_unit(seed, epoch, key, stream) for key in keys], dtype=torch.float32)
+    pairs = zip(_of_each(epochs, keys), keys, strict=True)
+    return torch.tensor([sample_unit(seed, epoch, key, stream) for epoch, key in pairs], dtype=torch.float32)
 
 
-def sample_noise(seed: int, epoch: int, keys: Sequence[str], shape: tuple[int, int, int, int], stream: str) -> Tensor:
+def sample_noise(
+    seed: int, epochs: int | Sequence[int], keys: Sequence[str], shape: tuple[int, int, int, int], stream: str
+) -> Tensor:
     """Standard normal noise per sample from a CPU generator, drawn in (t, c, h, w) order.
 
     Frames come first in the draw, so that a longer clip's noise starts with the shorter one's (where c*h*w is a
@@ -60,7 +64,8 @@ def sample_noise(seed: int, epoch: int, keys: Sequence[str], shape: tuple[int, i
     their noise, which does no harm.
 
     Args:
-        seed, epoch, stream: as in `stable_hash`.
+        seed, stream: as in `stable_hash`.
+        epochs: of each sample, or one for all.
         keys: b sample keys.
         shape: (c, t, h, w) of one sample.
     Returns:
@@ -69,9 +74,13 @@ def sample_noise(seed: int, epoch: int, keys: Sequence[str], shape: tuple[int, i
     c, t, h, w = shape
     noise = torch.empty(len(keys), t, c, h, w)
     generator = torch.Generator()
-    for row, key in enumerate(keys):
+    for row, (epoch, key) in enumerate(zip(_of_each(epochs, keys), keys, strict=True)):
         noise[row].normal_(generator=generator.manual_seed(stable_hash(seed, epoch, key, stream)))
     return rearrange(noise, "b t c h w -> b c t h w").contiguous()
+
+
+def _of_each(epochs: int | Sequence[int], keys: Sequence[str]) -> Sequence[int]:
+    return [epochs] * len(keys) if isinstance(epochs, int) else epochs
 
 
 def batch_digest(keys: Sequence[str]) -> str:

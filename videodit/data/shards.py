@@ -11,10 +11,11 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from videodit.data import video_io
 from videodit.errors import UserError
@@ -23,6 +24,9 @@ INDEX = "index.jsonl"
 PART = ".part"  # what is being written; it loses the suffix when all of it is there
 _MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")  # webdataset: the key ends at the first dot of the base name
 _META_LENGTH = 300
+
+MAX_READ_BYTES = 1 << 30
+"""Most of a member that is read at once: a damaged or hostile set is not to fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,38 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class SpanReader(Protocol):
+    """Reads parts of shards by name, wherever they lie; OSError if one cannot be had."""
+
+    def read(self, shard: str, offset: int, size: int) -> bytes: ...
+
+    def fetch_ahead(self, shards: Sequence[str]) -> object: ...
+
+
 class ShardSet:
     """The samples of a folder of shards, by number.
 
     It holds no open file, so it may be shared by forked workers or pickled.
+
+    Attributes:
+        root: the folder.
+        entries: the samples.
+        name: what messages call it.
+        cache: what reads the tars if they are not in the folder for good.
     """
 
-    def __init__(self, root: str | Path, entries: list[Entry]) -> None:
+    def __init__(
+        self, root: str | Path, entries: list[Entry], name: str = "", cache: "SpanReader | None" = None
+    ) -> None:
         self.root = Path(root)
         self.entries = entries
+        self.name = name or str(root)
+        self.cache = cache
+
+    @property
+    def sets(self) -> list["ShardSet"]:
+        """What it is put together from: itself, or several of them, whose samples follow each other."""
+        return [self]
 
     @classmethod
     def open(cls, root: str | Path, *, dropped: bool = False) -> "ShardSet":
@@ -75,7 +102,7 @@ class ShardSet:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder of shards: make it with 'videodit ingest SRC --out {root}'")
         if (root / INDEX).is_file():
-            entries = _read_index(root / INDEX)
+            entries = read_index(root / INDEX)
         elif next(root.glob(f"*{PART}"), None):
             raise UserError(f"{root} is incomplete, its writing was interrupted: run the command that writes it again")
         else:
@@ -85,7 +112,7 @@ class ShardSet:
             raise UserError(
                 f"{root} has no samples: nothing passed ingest (see rejects.jsonl), or it is no folder of shards"
             )
-        _check_sizes(root, entries)
+        _check_local_sizes(root, entries)
         return cls(root, used)
 
     def __len__(self) -> int:
@@ -110,11 +137,16 @@ class ShardSet:
         offset, whole = entry.members[ext]
         offset, left = offset + start, max(0, whole - start)
         size = left if size is None else min(size, left)
+        if size > MAX_READ_BYTES:
+            raise UserError(
+                f"{self.root / entry.shard}: {entry.key}.{ext} has {size} bytes, and no more than {MAX_READ_BYTES} are "
+                "read at once: ingest it in shorter clips"
+            )
         path = self.root / entry.shard
         try:
-            data = read_span(path, offset, size)
+            data = self.cache.read(entry.shard, offset, size) if self.cache else read_span(path, offset, size)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         if len(data) != size:
             raise UserError(
                 f"{path} is cut short: {entry.key}.{ext} should have {size} bytes at {offset}; write the shards again"
@@ -155,7 +187,9 @@ def tar_samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 match = _MEMBER.match(info.name)
-                if info.isfile() and match:
+                # No links, devices or holes, and no way out of a folder, should anyone unpack by these names.
+                plain = info.isfile() and not info.issparse() and ".." not in Path(info.name).parts
+                if plain and match and not info.name.startswith("/"):
                     samples.setdefault(match[1], {})[match[2].lower()] = (info.offset_data, info.size)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path} is no readable tar ({error}): remove it or get it again") from error
@@ -175,13 +209,20 @@ def read_span(path: str | Path, offset: int, size: int) -> bytes:
         os.close(descriptor)
 
 
-def _read_index(path: Path) -> list[Entry]:
+def read_index(path: Path) -> list[Entry]:
+    """The samples that an index lists.
+
+    Raises:
+        UserError: if it is damaged, or names a shard outside its folder.
+    """
     entries = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
                 members = {extension: (int(place[0]), int(place[1])) for extension, place in record["members"].items()}
+                if Path(record["shard"]).name != record["shard"] or min(map(min, members.values()), default=0) < 0:
+                    raise ValueError(record["shard"])  # it could name any file
                 entries.append(
                     Entry(record["key"], record["shard"], members, record["meta"], record.get("dropped", ""))
                 )
@@ -197,7 +238,7 @@ def _scan(root: Path) -> Iterator[Entry]:
     seen: set[str] = set()
     for path in sorted(root.glob("*.tar")):
         entries = [Entry(key, path.name, members, {}) for key, members in tar_samples(path).items()]
-        _check_sizes(root, entries)
+        _check_local_sizes(root, entries)
         one = ShardSet(root, entries)
         for i, entry in enumerate(entries):
             meta = plain_values(one.read_json(i))
@@ -212,18 +253,32 @@ def _scan(root: Path) -> Iterator[Entry]:
             yield Entry(key, entry.shard, entry.members, meta)
 
 
-def _check_sizes(root: Path, entries: list[Entry]) -> None:
+def check_sizes(where: str | Path, entries: Sequence[Entry], sizes: Mapping[str, int]) -> None:
+    """Checks that every shard of an index is there in full.
+
+    Args:
+        where: the folder, for messages.
+        entries: of the index.
+        sizes: bytes of each shard that is there.
+    Raises:
+        UserError: if one is missing or shorter than its samples.
+    """
     ends: dict[str, int] = {}
     for entry in entries:
-        ends[entry.shard] = max(ends.get(entry.shard, 0), *(offset + size for offset, size in entry.members.values()))
+        ends[entry.shard] = max([ends.get(entry.shard, 0), *map(sum, entry.members.values())])
     for name, end in sorted(ends.items()):
-        try:
-            size = (root / name).stat().st_size
-        except OSError as error:
+        if name not in sizes:
+            raise UserError(f"{where}/{name} is missing, but {INDEX} lists it: restore it or write the shards again")
+        if sizes[name] < end:
             raise UserError(
-                f"{root / name} is missing, but {INDEX} lists it: restore it or write the shards again"
-            ) from error
-        if size < end:
-            raise UserError(
-                f"{root / name} is cut short ({size} bytes of at least {end}): restore it or write the shards again"
+                f"{where}/{name} is cut short ({sizes[name]} bytes of at least {end}): restore it or write the shards "
+                "again"
             )
+
+
+def _check_local_sizes(root: Path, entries: Sequence[Entry]) -> None:
+    sizes = {}
+    for name in {entry.shard for entry in entries}:
+        with suppress(OSError):
+            sizes[name] = (root / name).stat().st_size
+    check_sizes(root, entries, sizes)

@@ -66,7 +66,7 @@ def inspect_shards(root: str, config: InspectConfig) -> Path:
     config = _follow(config)
     everything = ShardSet.open(root, dropped=True)
     used = ShardSet.open(root)
-    data = from_dict(DataConfig, {**vars(config.data), "shards": root, "cache_decoded": False})
+    data = from_dict(DataConfig, {**vars(config.data), "shards": root, "weights": [], "cache_decoded": False})
     reader = ClipReader(used, data, config.seed, data.random_crop, measured_statistics(used))
     grouping = reader.group(multiple=1)
     record = read_record(Path(root)) or {}
@@ -128,7 +128,7 @@ def _crops(reader: ClipReader, members: Mapping[Bucket, list[int]], config: Insp
     for bucket, clips in filled.items():
         drawn = sorted(clips, key=lambda i: sample_unit(config.seed, config.epoch, entries[i].key, "inspect"))
         for index in drawn[: config.clips // len(filled)]:
-            rows = reader[Request(bucket, config.epoch, (index,))]
+            rows = reader[Request(bucket, (config.epoch,), (index,))]
             if rows.failures:
                 crops.append(Crop(bucket.name, entries[index], b"", rows.failures[0]))
                 continue

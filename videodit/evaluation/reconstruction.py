@@ -14,6 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from videodit.data.transforms import to_model_range, to_pixels
+
 PSNR_CAP_DB = 100.0  # stands in for the infinite PSNR of two equal clips wherever PSNRs are averaged or written to JSON
 
 
@@ -123,17 +125,6 @@ def psnr_in_boxes(a: Tensor, b: Tensor, boxes: Tensor, *, data_range: float | No
     return psnr(a, b, boxes_mask(boxes.to(a.device), a.shape[-2], a.shape[-1]), data_range=data_range)
 
 
-def to_model_range(frames: Tensor) -> Tensor:
-    """uint8 (..., t, h, w, c) frames to float32 (..., c, t, h, w) in [-1, 1]."""
-    return rearrange(frames, "... t h w c -> ... c t h w").float() / 127.5 - 1.0
-
-
-def to_frames(clip: Tensor) -> Tensor:
-    """Float (..., c, t, h, w) in [-1, 1], clamped, to uint8 (..., t, h, w, c) frames."""
-    levels = ((clip.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-    return rearrange(levels, "... c t h w -> ... t h w c")
-
-
 @torch.inference_mode()
 def reconstruct(
     vae: Autoencoder, clips: np.ndarray, *, micro_batch_size: int = 8, device: torch.device | str = "cpu"
@@ -152,7 +143,7 @@ def reconstruct(
     for start in range(0, len(clips), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         clip = to_model_range(torch.from_numpy(clips[rows]).to(device))  # b c t h w
-        out[rows] = to_frames(vae.decode(vae.encode(clip))).cpu().numpy()
+        out[rows] = to_pixels(vae.decode(vae.encode(clip))).cpu().numpy()
     return out
 
 

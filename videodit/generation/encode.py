@@ -21,6 +21,7 @@ from videodit.data.latents import (
     write_manifest,
 )
 from videodit.data.loader import clips_in_order
+from videodit.data.mixture import only_folder, open_shards
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
 from videodit.device import choose_device
@@ -81,7 +82,8 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
     vae = load_vae(config.vae).to(device)
     if config.multiple % vae.config.spatial_compression:
         raise UserError(f"multiple {config.multiple} is not a multiple of the VAE's {vae.config.spatial_compression}")
-    shards = ShardSet.open(config.data.shards)
+    source = only_folder(config.data, "encode")
+    shards = open_shards(config.data)
     fingerprint = _fingerprint(config, shards)
     if cache_is_valid(config.out, fingerprint):
         return 0
@@ -99,7 +101,7 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
             config.data, shards, config.batch_size, multiple=config.multiple, statistics=statistics
         )
         for batch in batches:
-            posterior = vae.posterior(batch.clip.to(device))
+            posterior = vae.posterior(batch.clip(device))
             captions = [shards.captions(index) if weight else [] for index, weight in zip(batch.ids, batch.weight)]
             text = embed_captions(text_encoder, captions)
             for row, index in enumerate(batch.ids):
@@ -118,7 +120,7 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
     if text_encoder is not None:
         write_empty_text(config.out, embed_captions(text_encoder, [[""]])[0][0])
         facts = {"source": text_encoder.source, "max_length": text_encoder.max_length, "dim": text_encoder.dim}
-    write_manifest(config.out, fingerprint, count, source=config.data.shards, vae=config.vae, text_encoder=facts)
+    write_manifest(config.out, fingerprint, count, source=source, vae=config.vae, text_encoder=facts)
     return count
 
 

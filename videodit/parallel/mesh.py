@@ -137,13 +137,18 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return box[0]
 
 
-def gather_objects(value: T) -> list[T]:
-    """The values of all ranks, in rank order, on every rank."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, in rank order, on every rank.
+
+    Args:
+        value: this rank's, any small picklable object but None.
+        group: of all ranks on gloo, see `background_group`; None for the one that training uses.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     box: list[T | None] = [None] * dist.get_world_size()
     # Sizes and bytes travel as CPU tensors, so that this works beside NCCL too.
-    dist.all_gather_object(box, value, group=_cpu_group())
+    dist.all_gather_object(box, value, group=group or _cpu_group())
     return [item for item in box if item is not None]
 
 
@@ -160,6 +165,20 @@ def _cpu_group() -> dist.ProcessGroup | None:
     return _gloo
 
 
+_background: dist.ProcessGroup | None = None
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks for one thread of each beside the main one, whose collectives it must not mix with.
+
+    Call on every rank, from the main thread; it is made once. None if there is one rank.
+    """
+    global _background
+    if _background is None and dist.is_initialized() and dist.get_world_size() > 1:
+        _background = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return _background
+
+
 _destroy: Callable[[], object] = dist.destroy_process_group
 
 
@@ -171,8 +190,8 @@ def destroy_with(destroy: Callable[[], object]) -> None:
 
 def shutdown() -> None:
     """Leaves the process group, if there is one; another run may then start in this process."""
-    global _gloo
-    _gloo = None
+    global _gloo, _background
+    _gloo = _background = None
     if dist.is_initialized():
         _destroy()
 

@@ -9,7 +9,8 @@ import torch
 
 from videodit.data.batch_sizes import batch_sizes
 from videodit.data.buckets import Bucket
-from videodit.data.latents import read_manifest
+from videodit.data.latents import read_manifests
+from videodit.data.mixture import local_folders
 from videodit.device import has_bf16, torch_dtype
 from videodit.errors import UserError
 from videodit.models.checkpointing import POLICIES
@@ -184,7 +185,7 @@ def make_plan(config: PlanConfig) -> Plan:
     Raises:
         UserError: if it does not fit the machine; names the nearest that does.
     """
-    if isinstance(config, DiTPlanConfig) and read_manifest(config.data.shards) is not None:
+    if isinstance(config, DiTPlanConfig) and read_manifests(local_folders(config.data)) is not None:
         followed = follow_latents(config)
         assert isinstance(followed, DiTPlanConfig)
         config = followed

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from videodit.data.buckets import Bucket, parse_bucket
-from videodit.data.latents import read_manifest
+from videodit.data.latents import read_manifests
+from videodit.data.mixture import local_folders
 from videodit.errors import UserError
 from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import VideoDiT
@@ -165,7 +166,7 @@ def _vae_pass(model: nn.Module, shape: tuple[int, int, int, int, int], config: V
 def _latent_shapes(config: DiTRunConfig, names: Sequence[str]) -> Iterator[tuple[Bucket, tuple[int, int, int, int]]]:
     """(bucket, (c, t, h, w)) of every clip shape."""
     vae: VideoAutoencoderConfig = load_vae(config.vae).config if config.vae else VAEConfig()
-    manifest = read_manifest(config.data.shards)
+    manifest = read_manifests(local_folders(config.data))
     if not names and manifest is not None:
         names = list(manifest["fingerprint"]["buckets"])
     sampling = config.sampling

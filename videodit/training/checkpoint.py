@@ -1,18 +1,15 @@
-"""Checkpoints that are complete or do not count, and load at any ZeRO stage and number of ranks.
+"""Checkpoints that are complete or do not count, and load at any ZeRO stage and number of ranks: finding and reading.
 
 RUN/checkpoints/step-00001000/
     rank-00000.safetensors …   slices KIND/NAME@START, flat fp32: weight, exp_avg, exp_avg_sq, momentum_buffer, ema0 …
     state.json                 step, optimizer_step, shapes, ema profiles, and what the trainer adds
     manifest.json              sha256 and size of each file; written last
 
-A checkpoint is written beside its place, synced and renamed, so that a kill at any moment leaves the old ones whole.
-No deepspeed here: exporting needs none.
+`checkpoint_writer` writes them. No deepspeed here: exporting needs none.
 """
 
 import hashlib
 import json
-import os
-import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from videodit.errors import UserError
-from videodit.parallel.mesh import any_rank, barrier, broadcast_object, gather_objects
+from videodit.parallel.mesh import broadcast_object
 
 if TYPE_CHECKING:
     from videodit.training.ema import PowerEMA
@@ -109,14 +105,11 @@ class Checkpoint:
         Raises:
             UserError: if the model's parameters or the averages' profiles are others.
         """
-        shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
-        for name in sorted(set(shapes) | set(engine.shapes)):
-            if shapes.get(name) != engine.shapes.get(name):
-                raise UserError(
-                    f"checkpoint {self.path} has {name} of shape {shapes.get(name)}, the model "
-                    f"{engine.shapes.get(name)}: "
-                    "use the model config of the run, or choose another run_dir"
-                )
+        problem = _other_model(self.state, engine.shapes)
+        if problem:
+            raise UserError(
+                f"checkpoint {self.path} {problem}: use the model config of the run, or choose another run_dir"
+            )
         profiles = tuple(ema.profiles) if ema else tuple(self.state["ema_profiles"])
         if profiles != tuple(self.state["ema_profiles"]):
             kept = self.state["ema_profiles"]
@@ -126,7 +119,7 @@ class Checkpoint:
             )
         engine.load_slices(self.read, self.state["optimizer_step"])
         read = read_buffers(self)
-        for name, buffer in _buffers(engine.module).items():
+        for name, buffer in state_buffers(engine.module).items():
             buffer.copy_(read[name])
         if ema:
             for kind, averages in ema.state().items():
@@ -174,86 +167,31 @@ def load_average(
     module.eval().requires_grad_(False)
 
 
-def save(
-    run_dir: str | Path,
-    step: int,
-    engine: "Engine",
-    ema: "PowerEMA | None" = None,
-    extra: dict[str, Any] | None = None,
-    keep_last: int = 2,
-) -> bool:
-    """Writes a checkpoint. Call on every rank; a full disk costs a warning and this checkpoint, never the run.
-
-    Args:
-        extra: anything JSON can hold that the trainer needs to go on; rank 0's counts.
-        keep_last: older ones are removed once this one is complete; 0 keeps all.
-    Returns:
-        True if the checkpoint is there.
-    """
-    folder = Path(run_dir) / FOLDER
-    target, temp = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
-    ranks = gather_objects(engine.rank)
-    error: OSError | None = None
-    digest: dict[str, Any] = {}
-    try:
-        if engine.rank == 0:
-            shutil.rmtree(temp, ignore_errors=True)
-            temp.mkdir(parents=True)
-    except OSError as problem:
-        error = problem
-    barrier()  # the folder is there for all
-    try:
-        file = temp / f"rank-{engine.rank:05d}.safetensors"
-        _save_tensors(_slices_by_key(engine, ema), file)
-        digest = {file.name: _digest(file)}
-    except (OSError, SafetensorError) as problem:
-        error = error or OSError(str(problem))
-    digests = gather_objects(digest)
-    if not any_rank(error is not None) and engine.rank == 0:
-        state = {
-            "format": 1,
-            "step": step,
-            "optimizer_step": engine.optimizer_step,
-            "world_size": len(ranks),
-            "zero_stage": engine.zero_stage,
-            "shapes": engine.shapes,
-            "buffers": {name: list(value.shape) for name, value in _buffers(engine.module).items()},
-            "ema_profiles": list(ema.profiles) if ema else [],
-            "extra": extra or {},
-        }
-        try:
-            _publish(temp, target, state, {name: entry for part in digests for name, entry in part.items()})
-        except OSError as problem:
-            error = problem
-    if any_rank(error is not None):
-        if engine.rank == 0:
-            shutil.rmtree(temp, ignore_errors=True)
-        if error is not None:
-            warnings.warn(f"no checkpoint at step {step}: {error}; training goes on with the last one", stacklevel=2)
-        return False
-    if engine.rank == 0 and keep_last > 0:
-        for old in steps_in(run_dir)[:-keep_last]:
-            _remove(folder / f"step-{old:08d}")
-    return True
-
-
 def steps_in(run_dir: str | Path) -> list[int]:
     """Steps that have a checkpoint folder, whole or not, ascending."""
     return sorted(int(path.name[5:]) for path in (Path(run_dir) / FOLDER).glob("step-*") if path.name[5:].isdigit())
 
 
-def load_latest(run_dir: str | Path) -> Checkpoint | None:
+def folder_of(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is, once it is complete."""
+    return Path(run_dir) / FOLDER / f"step-{step:08d}"
+
+
+def load_latest(run_dir: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Checkpoint | None:
     """The newest good checkpoint. Call on every rank; rank 0 does the reading and hashing.
 
-    Damaged and incomplete ones are named in a warning and passed over.
+    Damaged and incomplete ones are named in a warning and passed over, and so are those of another model.
 
+    Args:
+        run_dir: the run.
+        shapes: of the model's parameters by name; None takes a checkpoint of any model.
     Returns:
         None if the run has no checkpoint at all.
     Raises:
         UserError: if there are checkpoints, and none of them is good: training never starts over in silence.
     """
     rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    chosen: tuple[str | None, str] = _choose(Path(run_dir)) if rank_zero else (None, "")
+    chosen: tuple[str | None, str] = _choose(Path(run_dir), shapes) if rank_zero else (None, "")
     path, problem = broadcast_object(chosen)
     if problem:
         raise UserError(problem)
@@ -263,18 +201,33 @@ def load_latest(run_dir: str | Path) -> Checkpoint | None:
     return Checkpoint(Path(path), state["step"], state)
 
 
-def _choose(run_dir: Path) -> tuple[str | None, str]:
+def _choose(run_dir: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> tuple[str | None, str]:
+    """Path of the newest good checkpoint, and "" or why there is none."""
     damage = []
     for step in reversed(steps_in(run_dir)):
-        path = run_dir / FOLDER / f"step-{step:08d}"
+        path = folder_of(run_dir, step)
         problem = find_damage(path)
+        if not problem and shapes is not None:
+            problem = _other_model(json.loads((path / "state.json").read_text()), shapes)
         if not problem:
             return str(path), ""
         damage.append(f"{path.name} ({problem})")
         warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=3)
     if not damage:
         return None, ""
-    return None, f"no checkpoint in {run_dir / FOLDER} is good: {', '.join(damage)}; delete the folder to start over"
+    return None, (
+        f"no checkpoint in {run_dir / FOLDER} is good: {', '.join(damage)}; "
+        "restore it, choose another run_dir, or delete the folder to start over"
+    )
+
+
+def _other_model(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What shows that a checkpoint is not of the model with these parameters, "" if nothing."""
+    saved = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    for name in sorted(set(saved) | set(shapes)):
+        if saved.get(name) != shapes.get(name):
+            return f"has {name} of shape {saved.get(name)}, the model {shapes.get(name)}"
+    return ""
 
 
 def find_damage(path: Path) -> str:
@@ -284,7 +237,7 @@ def find_damage(path: Path) -> str:
         for name, entry in manifest["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if (path / name).stat().st_size != entry["bytes"] or _digest(path / name) != entry:
+            if (path / name).stat().st_size != entry["bytes"] or digest_of(path / name) != entry:
                 return f"{name} is damaged"
         return "" if "state.json" in manifest["files"] else "state.json is missing"
     except FileNotFoundError:
@@ -293,64 +246,14 @@ def find_damage(path: Path) -> str:
         return f"manifest.json cannot be read ({type(problem).__name__})"
 
 
-def _buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def state_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that belong to the module's state, by name."""
     kept = module.state_dict().keys()
     return {name: value for name, value in module.named_buffers() if name in kept}
 
 
-def _slices_by_key(engine: "Engine", ema: "PowerEMA | None") -> dict[str, torch.Tensor]:
-    slices = engine.slices()
-    tensors = {}
-    for part in slices:
-        for kind, tensor in {"weight": part.weight, **part.state}.items():
-            tensors[f"{kind}/{part.name}@{part.start}"] = tensor
-    for kind, averages in (ema.state() if ema else {}).items():
-        for part, average in zip(slices, averages, strict=True):
-            tensors[f"{kind}/{part.name}@{part.start}"] = average
-    if engine.rank == 0:
-        for name, value in _buffers(engine.module).items():
-            tensors[f"buffer/{name}@0"] = value.flatten()
-    # Copies: slices are views that share storage, which safetensors refuses.
-    return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    save_file(tensors, file)
-    _sync(file)
-
-
-def _publish(temp: Path, target: Path, state: dict[str, Any], files: dict[str, Any]) -> None:
-    """Writes state and manifest, then makes the folder appear under its name in one rename."""
-    (temp / "state.json").write_text(json.dumps(state, indent=1))
-    _sync(temp / "state.json")
-    files["state.json"] = _digest(temp / "state.json")
-    (temp / "manifest.json").write_text(json.dumps({"format": 1, "files": files}, indent=1))
-    _sync(temp / "manifest.json")
-    _sync(temp)
-    if target.exists():
-        _remove(target)
-    os.rename(temp, target)
-    _sync(target.parent)
-
-
-def _remove(path: Path) -> None:
-    """Takes the folder out of sight first, so that a kill in between leaves no half of one."""
-    gone = path.with_name(f".old-{path.name}")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(file: Path) -> dict[str, Any]:
+def digest_of(file: Path) -> dict[str, Any]:
+    """A file's entry in the manifest: bytes and sha256."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 22):

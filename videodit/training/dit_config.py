@@ -8,7 +8,8 @@ from typing import Any
 from videodit.data.buckets import parse_bucket
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
-from videodit.data.latents import read_manifest
+from videodit.data.latents import read_manifest, read_manifests
+from videodit.data.mixture import local_folders
 from videodit.errors import UserError
 from videodit.flow.loss import Weighting
 from videodit.flow.noise_level import NoiseLevelConfig
@@ -114,6 +115,11 @@ class DiTRunConfig(RunConfig):
             )
 
     @property
+    def evaluation_intervals(self) -> tuple[int, ...]:
+        """As RunConfig has it, with that of the held-out loss."""
+        return (self.sample_every, self.eval_every if self.eval_shards else 0)
+
+    @property
     def crop_steps(self) -> int:
         """How many of the steps, the first ones, train on windows."""
         return round(self.crop.share * self.max_steps)
@@ -135,25 +141,25 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
         UserError: if the folder is no finished set of latents, the patch does not divide them, or a text encoder is
             given that made no embeddings.
     """
-    manifest = read_manifest(config.data.shards)
+    roots = local_folders(config.data)
+    manifest = read_manifests(roots)
     if manifest is None:
-        raise UserError(
-            f"data.shards {config.data.shards} has no finished latents: run videodit encode --out {config.data.shards}"
-        )
+        name = next(name for name, root in roots.items() if read_manifest(root) is None)
+        raise UserError(f"data.shards {name} has no finished latents: run videodit encode --out {name}")
     frozen = manifest.get("text_encoder") or {}
     if config.text_encoder and not frozen:
         raise UserError(
-            f"text_encoder {config.text_encoder} is given, but data.shards {config.data.shards} has no embeddings: "
+            f"text_encoder {config.text_encoder} is given, but data.shards {config.data.name} has no embeddings: "
             f"run videodit encode with --text_encoder {config.text_encoder}, or leave it out"
         )
     config = _follow_init(config, frozen)
     vae = load_vae(config.vae or manifest["vae"])
     if config.init and vae.config.latent_channels != config.model.in_channels:
         raise UserError(
-            f"init {config.init} is for {config.model.in_channels} latent channels, but {config.data.shards} has "
+            f"init {config.init} is for {config.model.in_channels} latent channels, but {config.data.name} has "
             f"{vae.config.latent_channels}: encode the clips with the VAE of that model, --vae {config.init}/vae"
         )
-    check_patch(config.model.patch_size, manifest, config.vae or manifest["vae"], config.data.shards)
+    check_patch(config.model.patch_size, manifest, config.vae or manifest["vae"], config.data.name)
     frames, height, width = parse_bucket(manifest["fingerprint"]["buckets"][0], multiple=1)
     text_dim = frozen.get("dim", config.text.dim)
     return dataclasses.replace(
@@ -203,13 +209,13 @@ def _follow_init(config: DiTRunConfig, frozen: dict[str, Any]) -> DiTRunConfig:
     text = config.text
     if frozen and frozen["dim"] != model.text_dim:
         raise UserError(
-            f"init {config.init} reads text of {model.text_dim} channels, but the embeddings in {config.data.shards} "
+            f"init {config.init} reads text of {model.text_dim} channels, but the embeddings in {config.data.name} "
             f"have {frozen['dim']}: encode the clips with the text encoder of that model"
         )
     if not frozen:
         if not (init / "text_encoder" / WEIGHTS_NAME).is_file():
             raise UserError(
-                f"init {config.init} has a frozen text encoder, but {config.data.shards} has no embeddings: "
+                f"init {config.init} has a frozen text encoder, but {config.data.name} has no embeddings: "
                 "encode the clips with it, --text_encoder FOLDER"
             )
         text = load_config(ByteTextConfig, init / "text_encoder")

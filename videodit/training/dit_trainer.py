@@ -82,9 +82,12 @@ def train_dit(config: DiTRunConfig) -> Path:
         run.start(model)
         if config.lora.rank:
             facts = frozen_facts(config) if world.is_main else {}
-            run.folder.freeze("frozen.json", facts, "the value", "set it back")
-        run.accept(loader.batch_sizes)
+            run.folder.freeze("frozen.json", facts)
+        run.accept(loader.batch_sizes, loader.order_settings)
         held_out = HeldOutLoss(config, mesh, layout_of) if config.eval_shards else None
+        evaluate = functools.partial(_evaluate, run, config, held_out, text_encoder)
+        if run.evaluation_was_cut():
+            evaluate()
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)
@@ -109,11 +112,8 @@ def train_dit(config: DiTRunConfig) -> Path:
             tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
             flops = micro_batch_tokens(batches, clip_flops.get(shape[1:], 0), mesh.data_size)
             run.finish_step(sums, digest=loader.digest(plan), tokens=tokens, flops=flops)
-            if held_out is not None and run.due(config.eval_every):
-                _measure_held_out(run, held_out)
-            if run.due(config.sample_every) and text_encoder and config.prompts:
-                _draw_samples(run, config, text_encoder)
-        run.save()
+            evaluate()
+        run.finish()
     return Path(config.run_dir)
 
 
@@ -144,18 +144,18 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
         config: of the run.
         levels: density of the noise levels in this step, see `DiTRunConfig.noise_at`.
     """
-    seed, epoch, keys = config.seed, batch.epoch, batch.keys
+    seed, epochs, keys = config.seed, batch.epochs, batch.keys
     b, c, t, h, w = batch.mean.shape
     shape = (c, t, h, w)
     x0 = batch.draw(seed) if config.sample_posterior else batch.mean
-    noise = sample_noise(seed, epoch, keys, shape, "noise")
-    sigma = sigma_from_uniform(sample_uniform(seed, epoch, keys, "sigma"), levels)
-    slope, focus = (sample_uniform(seed, epoch, keys, name) for name in ("frame slope", "focus frame"))
+    noise = sample_noise(seed, epochs, keys, shape, "noise")
+    sigma = sigma_from_uniform(sample_uniform(seed, epochs, keys, "sigma"), levels)
+    slope, focus = (sample_uniform(seed, epochs, keys, name) for name in ("frame slope", "focus frame"))
     sigma = frame_levels(sigma, t, slope, focus, levels)  # b t
     weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, levels)
     if config.condition_rate > 0:
-        given = sample_uniform(seed, epoch, keys, "condition") < config.condition_rate
-        count = (sample_uniform(seed, epoch, keys, "condition frames") * (t - 1)).long() + 1  # 1 … t - 1
+        given = sample_uniform(seed, epochs, keys, "condition") < config.condition_rate
+        count = (sample_uniform(seed, epochs, keys, "condition frames") * (t - 1)).long() + 1  # 1 … t - 1
         clean = given[:, None] & (torch.arange(t)[None] < count[:, None])
         sigma, weight = sigma.masked_fill(clean, 0.0), weight.masked_fill(clean, 0.0)
     level = sigma[:, None, :, None, None]
@@ -230,6 +230,16 @@ def _clip_flops(config: DiTRunConfig, loader: LatentLoader) -> dict[torch.Size, 
             shape = (c, t, rows, columns)
             counted[torch.Size(shape)] = workload.shape_flops(shape, "none")
     return counted
+
+
+def _evaluate(
+    run: TrainingRun, config: DiTRunConfig, held_out: HeldOutLoss | None, text_encoder: TextEncoder | None
+) -> None:
+    """What is due at the current step."""
+    if held_out is not None and run.due(config.eval_every):
+        _measure_held_out(run, held_out)
+    if run.due(config.sample_every) and text_encoder and config.prompts:
+        _draw_samples(run, config, text_encoder)
 
 
 def _measure_held_out(run: TrainingRun, held_out: HeldOutLoss) -> None:

@@ -96,7 +96,7 @@ class Engine:
         check_combination(zero_stage, dtype, optim)
         self.module = module
         self.zero_stage = zero_stage
-        self.rank = world.rank
+        self.rank, self.world_size = world.rank, world.size
         self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         self._config, self._world, self._max_steps = optim, world, max_steps
         module.to(world.device)

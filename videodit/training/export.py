@@ -47,10 +47,10 @@ def export_run(run_dir: str | Path, out: str | Path, ema_length: float | None = 
     if "prompts" not in yaml.safe_load(path.read_text()):
         vae_config = load_yaml(VAERunConfig, path)
         export_vae(vae_config, checkpoint, out, weights)
-        facts |= {"kind": "video VAE", "clips": vae_config.data.shards}
+        facts |= {"kind": "video VAE", "clips": vae_config.data.name}
     else:
         dit_config = load_yaml(DiTRunConfig, path)
         export_dit(dit_config, checkpoint, out, weights)
-        facts |= {"kind": "text-to-video model", "latents": dit_config.data.shards, "vae": dit_config.vae}
+        facts |= {"kind": "text-to-video model", "latents": dit_config.data.name, "vae": dit_config.vae}
     write_readme(out, "export", facts)
     return str(facts["average"])

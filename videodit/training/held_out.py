@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from videodit.data.batches import LatentBatch, Request
+from videodit.data.deal import num_micro_batches
 from videodit.data.latent_reader import LatentReader
 from videodit.data.latents import read_manifest
 from videodit.data.loader import read_latents
-from videodit.data.order import deal
+from videodit.data.mixture import local_folders
+from videodit.data.order import PADDING
 from videodit.data.randomness import sample_noise, stable_hash
 from videodit.data.shards import ShardSet
 from videodit.errors import UserError
@@ -50,7 +52,7 @@ class HeldOutLoss:
         assert config.eval_shards is not None
         self._config, self._mesh, self._layout = config, mesh, layout
         shards = ShardSet.open(config.eval_shards)
-        data = replace(config.data, shards=config.eval_shards, caption_drop=0.0)
+        data = replace(config.data, shards=config.eval_shards, weights=[], caption_drop=0.0)
         self._reader = LatentReader(shards, data, config.seed, config.crop, config.model.patch_size[1:])
         keys = [entry.key for entry in shards.entries]
         order = sorted(range(len(keys)), key=lambda index: stable_hash(config.seed, 0, keys[index], "held out"))
@@ -79,8 +81,10 @@ class HeldOutLoss:
         requests = []
         for bucket, clips in self._reader.members.items():
             chosen = [clip for clip in clips if clip in self._chosen]
-            for ids in deal(chosen, self._mesh.data_rank, self._mesh.data_size, self._config.micro_batch_size):
-                requests.append(Request(bucket, 0, tuple(ids)))
+            micro, world = self._config.micro_batch_size, self._mesh.data_size
+            chosen += [PADDING] * (num_micro_batches(len(chosen), world, micro) * world * micro - len(chosen))
+            for start in range(self._mesh.data_rank * micro, len(chosen), world * micro):
+                requests.append(Request(bucket, (0,) * micro, tuple(chosen[start : start + micro])))
         return read_latents(self._reader, requests)
 
     @torch.no_grad()
@@ -88,7 +92,7 @@ class HeldOutLoss:
         """(b,) on the CPU, at one noise level."""
         config, shape = self._config, batch.mean.shape
         x0 = batch.draw(config.seed) if config.sample_posterior else batch.mean
-        noise = sample_noise(config.seed, batch.epoch, batch.keys, tuple(shape[1:]), "held-out noise")  # type: ignore[arg-type]
+        noise = sample_noise(config.seed, batch.epochs, batch.keys, tuple(shape[1:]), "held-out noise")  # type: ignore[arg-type]
         sigma = torch.full((shape[0], shape[2]), level)  # b t
         wide = sigma[:, None, :, None, None]
         weight = next(module.parameters())
@@ -111,19 +115,20 @@ def check_held_out(config: DiTRunConfig) -> None:
     held_out = config.eval_shards
     if held_out is None:
         return
-    manifest, training = read_manifest(held_out), read_manifest(config.data.shards)
-    assert training is not None  # follow_latents has seen it
+    manifest = read_manifest(held_out)
     if manifest is None:
         raise UserError(f"eval_shards {held_out} has no finished latents: run videodit encode --out {held_out}")
-    ours, theirs = training["fingerprint"], manifest["fingerprint"]
-    if Path(held_out).resolve() == Path(config.data.shards).resolve() or ours["clips"] == theirs["clips"]:
-        raise UserError(
-            f"eval_shards {held_out} has the clips of data.shards {config.data.shards}: give latents of other clips"
-        )
-    for name, what in (("vae", "VAE"), ("text_encoder", "text encoder")):
-        if ours[name] != theirs[name]:
-            raise UserError(
-                f"eval_shards {held_out} and data.shards {config.data.shards} were encoded with different settings of "
-                f"{what}: run videodit encode for both with the same one"
-            )
+    theirs = manifest["fingerprint"]
+    for name, root in local_folders(config.data).items():
+        training = read_manifest(root)
+        assert training is not None  # follow_latents has seen it
+        ours = training["fingerprint"]
+        if Path(held_out).resolve() == root.resolve() or ours["clips"] == theirs["clips"]:
+            raise UserError(f"eval_shards {held_out} has the clips of data.shards {name}: give latents of other clips")
+        for part, what in (("vae", "VAE"), ("text_encoder", "text encoder")):
+            if ours[part] != theirs[part]:
+                raise UserError(
+                    f"eval_shards {held_out} and data.shards {name} were encoded with different settings of {what}: "
+                    "run videodit encode for both with the same one"
+                )
     check_patch(config.model.patch_size, manifest, config.vae or manifest["vae"], held_out)

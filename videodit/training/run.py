@@ -1,12 +1,12 @@
 """A training run without its model: processes, run folder, engine, averages, checkpoints, tracker, console."""
 
-import os
-import signal
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -17,15 +17,17 @@ from videodit.data.batches import Batch
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
 from videodit.evaluation.machine import code_version
-from videodit.parallel.mesh import World, all_reduce_sum, any_rank, init_process, shutdown
+from videodit.parallel.mesh import World, all_reduce_sum, init_process, shutdown
 from videodit.progress import Progress
-from videodit.training import checkpoint
+from videodit.training.checkpoint import load_latest
+from videodit.training.checkpoint_writer import CheckpointWriter, Written
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, check_combination
 from videodit.training.meters import StepMeter
 from videodit.training.optim import OptimConfig
 from videodit.training.run_folder import RunFolder
 from videodit.training.run_log import RunLog
+from videodit.training.stop import StopRequest
 from videodit.training.tracker import Tracker, TrackerConfig
 
 
@@ -54,7 +56,9 @@ class RunConfig:
     save_every: int = 500
     """steps between checkpoints"""
     keep_last: int = 2
-    """checkpoints kept"""
+    """checkpoints kept, the newest ones"""
+    keep_every: int = 0
+    """checkpoints of steps that this divides are kept too; 0 for none"""
     sample_every: int = 500
     """steps between samples or reconstructions; 0 for none"""
     ema_profiles: tuple[float, ...] = (0.05, 0.10)
@@ -64,14 +68,26 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """wandb"""
 
+    @property
+    def evaluation_intervals(self) -> tuple[int, ...]:
+        """Steps between samples, and between whatever else is measured."""
+        return (self.sample_every,)
+
     def __post_init__(self) -> None:
         if not self.run_dir:
             raise ValueError("run_dir is not set: give --run_dir FOLDER")
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1: use a positive number")
-        if self.sample_every < 0:
-            raise ValueError(f"sample_every {self.sample_every} is negative: use 0 for no samples")
+        for name, things in (("sample_every", "samples"), ("keep_every", "checkpoints beside the newest")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} is negative: use 0 for no {things}")
+        if self.keep_every % self.save_every:
+            nearest = max(round(self.keep_every / self.save_every), 1) * self.save_every
+            raise ValueError(
+                f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: "
+                f"the nearest is {nearest}"
+            )
         if not self.ema_profiles:
             raise ValueError("ema_profiles is empty: give at least one width, for example 0.05")
         check_combination(self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim)
@@ -82,12 +98,14 @@ class TrainingRun:
 
     engine: Engine
     ema: PowerEMA
+    writer: CheckpointWriter
 
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
         self._tracker = tracker
-        self._stop_signal = 0  # that asked to stop; the exit code is 128 more: schedulers requeue on SIGTERM's 143
+        self._stop = StopRequest(world.is_main)
+        self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, world.is_main, note=log.info)
         self._log = log
 
@@ -108,19 +126,18 @@ class TrainingRun:
             facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
             tracker = Tracker(config.tracker, folder.path, facts, world)
             run = cls(config, world, folder, tracker, log)
-            old_handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, run.request_stop)}
-            # A shell that starts a job in the background has it ignore Ctrl-C: leave that as it is.
-            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-                old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, run.request_stop)
             try:
-                with run._progress:
-                    yield run
+                with run._stop.listening():
+                    try:
+                        with run._progress:
+                            yield run
+                    except BaseException as error:
+                        run._end_writing(at_once=isinstance(error, KeyboardInterrupt))
+                        raise
             finally:
-                for number, handler in old_handlers.items():
-                    signal.signal(number, handler)
                 tracker.finish()
-        if run._stop_signal:  # asked for after the last step
-            raise SystemExit(128 + run._stop_signal)
+        if run._stop:  # asked for after the last step
+            raise SystemExit(run._stop.exit_code)
 
     def start(self, module: nn.Module) -> None:
         """Puts the module into the engine, and the newest checkpoint, if there is one, into both."""
@@ -133,27 +150,36 @@ class TrainingRun:
             max_steps=self.config.max_steps,
         )
         self.ema = PowerEMA(self.engine.slices(), self.config.ema_profiles)
-        found = checkpoint.load_latest(self.folder.path)
+        keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
+        self.writer = CheckpointWriter(self.folder.path, self.engine, self.ema, **keep)
+        found = load_latest(self.folder.path, self.engine.shapes)
         if found is not None:
             found.restore(self.engine, self.ema)
             self.step = self.saved_step = found.step
-        self.folder.cut_metrics(self.step)
+        due = any(map(self.due, self.config.evaluation_intervals))
+        self._evaluation_due = due and self.folder.evaluated_step() < self.step
+        self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due)
         self._tracker.start()
         version = ", ".join(f"{name} {value}" for name, value in code_version().items() if value)
         self._log.info(f"from step {self.step} of {self.config.max_steps}: {self.world.size} ranks, {version}")
         self.meter = StepMeter(self.world.device, self.world.size)
 
-    def accept(self, sizes: Mapping[str, BatchSize]) -> None:
-        """Writes down what the run goes on with, once its checkpoint has taken it: config, and clips of a step.
+    def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any]) -> None:
+        """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
 
         Args:
             sizes: of batches, by bucket; a run that goes on must see the same ones.
+            order: settings that the order of clips follows, by their names; as above.
         Raises:
             UserError: on every rank, if the batches are not those that the run began with.
+            SystemExit: if a rank was told to stop.
         """
         clips = {name: size.total for name, size in sizes.items()}
         self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back")
+        self.folder.freeze("order.json", order)
         self.folder.accept_config()
+        if self._stop.on_any_rank():  # before the wait for data
+            self._leave()
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """A batch's tensor on the run's device, in the number format of its weights."""
@@ -165,13 +191,22 @@ class TrainingRun:
         return self.step < self.config.max_steps
 
     def total_weight(self, batches: list[Any]) -> float:
-        """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data."""
+        """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data.
+
+        Raises:
+            SystemExit: as `finish_step`, if a rank was told to stop since the last step.
+        """
         self.meter.data_ready()
+        self._note_evaluated()
+        weight = torch.stack([batch.weight.sum() for batch in batches]).sum()
         with self.meter.phase("ranks", on_cpu=True):  # until the last of them has its data
-            return max(float(all_reduce_sum(torch.stack([batch.weight.sum() for batch in batches]).sum())), 1.0)
+            total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
+        if stop:
+            self._leave()
+        return max(total, 1.0)
 
     def finish_step(self, losses: dict[str, torch.Tensor], *, digest: str, tokens: int = 0, flops: int = 0) -> None:
-        """Applies the gradients, averages, logs, and saves when it is time.
+        """Applies the gradients, averages, logs, and begins to save when it is time.
 
         Args:
             losses: this rank's part of each loss (the sum over its micro batches of what `backward` got).
@@ -179,8 +214,9 @@ class TrainingRun:
             tokens: tokens of the global batch.
             flops: floating-point operations of the global batch.
         Raises:
-            SystemExit: with 128 + the signal's number, after a checkpoint, if a rank was told to stop.
+            SystemExit: with the code of the signal, after a checkpoint, if a rank was told to stop.
         """
+        self._report(self.writer.poll())
         self.step += 1
         with self.meter.phase("optimizer"):
             result = self.engine.step(self.step)
@@ -189,9 +225,11 @@ class TrainingRun:
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics()
         metrics |= self.meter.step(tokens=tokens, flops=flops)
+        metrics |= self._save_metrics
+        self._save_metrics = {}
         metrics["data/digest"] = digest
         self.log(metrics)
-        stop = any_rank(bool(self._stop_signal))
+        stop = self._stop.on_any_rank()
         if self.step % self.config.save_every == 0 or not self.running or stop:
             self.save()
         if self.world.is_main:
@@ -199,7 +237,7 @@ class TrainingRun:
             speed = f"{metrics['perf/step_s']:.3f} s/step  data wait {waiting:.0%}"
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {speed}")
         if stop:
-            raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
+            self._leave()
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Figures of the current step, to metrics.jsonl, which the tracker follows."""
@@ -213,7 +251,15 @@ class TrainingRun:
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is due; 0 is never."""
-        return bool(every) and (self.step % every == 0 or not self.running)
+        return bool(every and self.step) and (self.step % every == 0 or not self.running)
+
+    def evaluation_was_cut(self) -> bool:
+        """Whether a run that goes on was ended in the samples or held-out figures of its step: then make them again."""
+        return self._evaluation_due
+
+    def _note_evaluated(self) -> None:
+        if any(map(self.due, self.config.evaluation_intervals)):
+            self.folder.note_evaluated(self.step)
 
     @property
     def counts_flops(self) -> bool:
@@ -224,46 +270,93 @@ class TrainingRun:
     def evaluating(self, weights: Literal["raw", "ema"] = "ema") -> Iterator[nn.Module]:
         """The module in evaluation mode, without gradients, and left out of the timing.
 
+        Each of the module's forward passes looks for a stop, as `stop_if_asked` does: all ranks have to run the same.
+
         Args:
             weights: the first average's, or those that are being trained.
+        Raises:
+            SystemExit: as `finish_step`.
         """
-        using = self.engine.using(self.ema.averages[0]) if weights == "ema" else nullcontext(self.engine.module)
-        with using as module, torch.no_grad():
-            module.eval()
-            yield module
-            module.train()
+        try:
+            using = self.engine.using(self.ema.averages[0]) if weights == "ema" else nullcontext(self.engine.module)
+            with using as module, torch.no_grad():
+                hook = module.register_forward_pre_hook(lambda *_: self.stop_if_asked())
+                module.eval()
+                try:
+                    yield module
+                finally:
+                    module.train()
+                    hook.remove()
+        except _Stopped:  # only here are the training weights back in their place
+            self._leave()
         self.meter.restart()
 
-    def save(self) -> None:
-        """Writes a checkpoint of the current step unless there is one.
+    def stop_if_asked(self) -> None:
+        """Inside `evaluating`: breaks it off if a rank was told to stop. Call on every rank."""
+        if self._stop.on_any_rank():
+            raise _Stopped
 
-        Raises:
-            UserError: if that of the last step cannot be written; before, training goes on without.
-        """
+    def save(self) -> None:
+        """Begins to write a checkpoint of the current step unless there is one; waits for the one before."""
         if self.saved_step == self.step:
             return
-        if checkpoint.save(self.folder.path, self.step, self.engine, self.ema, {}, self.config.keep_last):
-            self.saved_step = self.step
-            self._log.info(f"checkpoint of step {self.step}")
-        elif not self.running:
+        start = time.perf_counter()
+        self._report(self.writer.wait())
+        waited = time.perf_counter()
+        self.writer.save(self.step)
+        self.saved_step = self.step
+        self._save_metrics["perf/save_s"] = time.perf_counter() - start
+        self._save_metrics["perf/save_wait_s"] = waited - start
+        self.meter.restart()
+
+    def finish(self) -> None:
+        """Ends a run whose steps are done: waits until the last checkpoint is written.
+
+        Raises:
+            UserError: if that of the last step cannot be; before, training goes on without.
+        """
+        self._report(self.writer.wait())
+        self._note_evaluated()
+
+    def _leave(self) -> NoReturn:
+        """Ends the run between two steps, on every rank, with a checkpoint if a step was ever made."""
+        if self.step:
+            self.save()
+        self._report(self.writer.wait())
+        raise SystemExit(self._stop.exit_code)
+
+    def _report(self, written: Written | None) -> None:
+        """Tells how a save ended."""
+        if written is None:
+            return
+        self._save_metrics["perf/write_s"] = written.seconds
+        if not written.problem:
+            self._log.info(f"checkpoint of step {written.step}")
+            return
+        if self.world.is_main:
+            message = f"no checkpoint at step {written.step}: {written.problem}; training goes on with the last one"
+            warnings.warn(message, stacklevel=3)
+        if written.step >= self.config.max_steps:
             raise UserError(
                 f"run_dir {self.folder.path} has no room for the checkpoint of the last step: "
                 "free some space, then run the same command again"
             )
-        self.meter.restart()
 
-    def request_stop(self, number: int, _: object = None) -> None:
-        """Checkpoint and leave after the running step: the handler of SIGTERM and Ctrl-C.
+    def _end_writing(self, at_once: bool) -> None:
+        """After an error: a checkpoint that is being written is finished, unless the run is to end at once."""
+        if not hasattr(self, "writer"):
+            return
+        if at_once:
+            self.writer.abandon()
+            return
+        try:
+            self._report(self.writer.wait())
+        except Exception as error:  # what ended the run is to be told, not this
+            warnings.warn(f"the last checkpoint was not written: {error}", stacklevel=2)
 
-        Raises:
-            KeyboardInterrupt: at the second Ctrl-C.
-        """
-        if number == signal.SIGINT:
-            if self._stop_signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            if self.world.is_main:  # not by print, which may be at work already
-                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
-        self._stop_signal = number
+
+class _Stopped(Exception):
+    """A rank was told to stop while the averages are in the place of the training weights."""
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:

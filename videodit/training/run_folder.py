@@ -1,5 +1,6 @@
 """The folder of one run: its lock, its resolved config, its metrics.jsonl."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -14,6 +15,8 @@ import yaml
 from videodit.errors import UserError
 from videodit.parallel.mesh import World, broadcast_object
 from videodit.training.checkpoint import FOLDER, steps_in
+
+EVALUATED = "samples/.evaluated"
 
 
 class RunFolder:
@@ -69,13 +72,13 @@ class RunFolder:
         if self._is_main:
             _write_config(self.path, self._config_text)
 
-    def freeze(self, name: str, values: Mapping[str, Any], what: str, fix: str) -> None:
+    def freeze(self, name: str, values: Mapping[str, Any], what: str = "", fix: str = "set it back") -> None:
         """Writes values that must not change while the run goes on. Call on every rank.
 
         Args:
             name: of the file, JSON.
             values: what to keep; rank 0's count.
-            what: the values' name in messages.
+            what: the values' name in messages, if their keys are not enough.
             fix: what to do where they differ, in messages.
         Raises:
             UserError: on every rank, if the run has checkpoints and began with others.
@@ -87,8 +90,9 @@ class RunFolder:
             changed = differences("", old, dict(values))
             if changed:
                 key, before, after = changed[0]
+                name = f"{what} of {key.lstrip('.')}" if what else key.lstrip(".")
                 problem = (
-                    f"{what} of {key.lstrip('.')}: {after}, but run_dir {self.path} was trained with {before}: "
+                    f"{name}: {after}, but run_dir {self.path} was trained with {before}: "
                     f"{fix}, or choose another run_dir"
                 )
             else:
@@ -99,13 +103,33 @@ class RunFolder:
         if problem:
             raise UserError(problem)
 
-    def cut_metrics(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after a step (0: all), for those steps are about to be run again."""
+    def evaluated_step(self) -> int:
+        """The last step whose samples and held-out figures are complete; 0 if none was noted. Call on every rank."""
+        file = self.path / EVALUATED
+        return broadcast_object(int(file.read_text() or 0) if self._is_main and file.exists() else 0)
+
+    def note_evaluated(self, step: int) -> None:
+        """Notes that samples and held-out figures of a step are complete. A full disk costs the note."""
+        if self._is_main:
+            temp = self.path / f"{EVALUATED}.tmp"
+            with contextlib.suppress(OSError):
+                temp.write_text(f"{step}\n")
+                os.replace(temp, self.path / EVALUATED)
+
+    def cut_metrics(self, step: int, *, evaluated: bool = True) -> None:
+        """Drops the lines of metrics.jsonl after a step (0: all), for those steps are about to be run again.
+
+        Args:
+            step: the last one that stays.
+            evaluated: whether its held-out figures stay too; they are lines of their own, without a loss.
+        """
         file = self.path / "metrics.jsonl"
         if not self._is_main or not file.exists():
             return
         self._close_metrics()
         kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+        if not evaluated:
+            kept = [line for line in kept if _step_of(line) < step or "train/loss" in json.loads(line)]
         temp = file.with_suffix(".tmp")
         temp.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temp, file)

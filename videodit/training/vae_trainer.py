@@ -14,9 +14,9 @@ from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import DataConfig, measured_statistics
 from videodit.data.field import preview
 from videodit.data.loader import ClipLoader, clips_in_order
+from videodit.data.mixture import open_shards
 from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise
-from videodit.data.shards import ShardSet
 from videodit.data.transforms import to_pixels
 from videodit.errors import UserError
 from videodit.evaluation.reconstruction import psnr
@@ -98,7 +98,7 @@ def train_vae(config: VAERunConfig) -> Path:
     multiple, statistics = config.model.spatial_compression, ChannelStatistics.of_vae(config.model)
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
         vae = VideoVAE(config.model)
-        vae.fit_shortcut(_first_clips(config, config.data.shards, FIT_CLIPS))
+        vae.fit_shortcut(_first_clips(config, config.data, FIT_CLIPS))
         run.start(VAEObjective(vae, config.loss))
         loader = ClipLoader(
             config.data,
@@ -111,18 +111,23 @@ def train_vae(config: VAERunConfig) -> Path:
             multiple=multiple,
             statistics=statistics,
         )
-        run.accept(loader.batch_sizes)
-        held_out = None if config.eval_shards is None else _first_clips(config, config.eval_shards, config.eval_clips)
+        run.accept(loader.batch_sizes, loader.order_settings)
+        held_out = None
+        if config.eval_shards is not None:
+            eval_data = dataclasses.replace(config.data, shards=config.eval_shards, weights=[])
+            held_out = _first_clips(config, eval_data, config.eval_clips)
+        if run.evaluation_was_cut() and held_out is not None:
+            _reconstruct(run, held_out, fps=8.0)
         steps = loader.iterate(run.step + 1)
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
-                shape = config.model.latent_shape(*batch.clip.shape[2:])
-                noise = sample_noise(config.seed, batch.epoch, batch.keys, shape, "posterior")
+                shape = config.model.latent_shape(*batch.bucket)
+                noise = sample_noise(config.seed, batch.epochs, batch.keys, shape, "posterior")
                 with run.meter.phase("forward"):
-                    losses, squared = run.engine(batch.clip.to(world.device), noise.to(world.device))
+                    losses, squared = run.engine(batch.clip(world.device), noise.to(world.device))
                     weight = batch.weight.to(losses.device) / total
                     loss = (weight * losses).sum()
                 with run.meter.phase("backward"):
@@ -133,7 +138,7 @@ def train_vae(config: VAERunConfig) -> Path:
             run.finish_step(sums, digest=loader.digest(plan), tokens=micro_batch_tokens(batches, positions, world.size))
             if run.due(config.sample_every) and held_out is not None:
                 _reconstruct(run, held_out, fps=8.0)
-        run.save()
+        run.finish()
         newest = load_latest(config.run_dir)
         if world.is_main and newest is not None:
             export_vae(config, newest, Path(config.run_dir) / "model")
@@ -146,7 +151,7 @@ def follow_clips(config: VAERunConfig) -> VAERunConfig:
     Raises:
         UserError: if there are no clips, they are of several kinds, or ingest did not measure their channels.
     """
-    statistics = measured_statistics(ShardSet.open(config.data.shards))
+    statistics = measured_statistics(open_shards(config.data))
     model = dataclasses.replace(
         config.model,
         in_channels=len(statistics.mean) if statistics else 3,
@@ -190,9 +195,9 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
     positions = seen = 0
     device = vae.latent_mean.device
     statistics, multiple = ChannelStatistics.of_vae(vae.config), vae.config.spatial_compression
-    shards = ShardSet.open(data.shards)
+    shards = open_shards(data)
     for batch in clips_in_order(data, shards, batch_size, multiple=multiple, statistics=statistics):
-        mean = vae.encode(batch.clip[batch.weight > 0].to(device)).double().cpu()
+        mean = vae.encode(batch.clip(device)[batch.weight > 0]).double().cpu()
         total += mean.sum(dim=(0, 2, 3, 4))
         total_square += mean.square().sum(dim=(0, 2, 3, 4))
         positions += mean.numel() // channels
@@ -204,15 +209,15 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
     vae.set_latent_statistics(center.float().to(device), variance.sqrt().float().to(device))
 
 
-def _first_clips(config: VAERunConfig, shards: str, count: int) -> Tensor:
+def _first_clips(config: VAERunConfig, data: DataConfig, count: int) -> Tensor:
     """(n, c, t, h, w) as models see them: up to count clips of the first bucket, the same on every rank."""
-    data = dataclasses.replace(config.data, shards=shards, buckets=config.data.buckets[:1])
+    data = dataclasses.replace(data, buckets=data.buckets[:1])
     statistics, multiple = ChannelStatistics.of_vae(config.model), config.model.spatial_compression
-    batches = clips_in_order(data, ShardSet.open(shards), count, multiple=multiple, statistics=statistics)
+    batches = clips_in_order(data, open_shards(data), count, multiple=multiple, statistics=statistics)
     batch = next(iter(batches))
-    clips = batch.clip[batch.weight > 0]
+    clips = batch.clip()[batch.weight > 0]
     if not len(clips):
-        raise UserError(f"{shards} has no readable clip among its first {count}: check the shards")
+        raise UserError(f"{data.name} has no readable clip among its first {count}: check the shards")
     return clips
 
 
@@ -221,7 +226,11 @@ def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
     with run.evaluating() as module:
         assert isinstance(module, VAEObjective)
         vae = module.vae
-        made = torch.cat([vae.decode(vae.encode(c.to(run.world.device))).cpu() for c in clips.split(8)])
+        parts = []
+        for part in clips.split(8):
+            run.stop_if_asked()
+            parts.append(vae.decode(vae.encode(part.to(run.world.device))).cpu())
+        made = torch.cat(parts)
     of_fields = vae.config.channel_mean is not None  # they have no white and no black to be clipped at
     made = made if of_fields else made.clamp(-1, 1)
     run.log({"eval/psnr_db": float(psnr(clips, made).mean())})
