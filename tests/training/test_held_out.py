@@ -82,7 +82,7 @@ def test_a_constant_prediction_has_the_loss_of_the_closed_form(root: Path) -> No
     losses = measure(config, module)
     reader = HeldOutLoss(config, Mesh(0, 1), lambda shape: WHOLE)._reader
     (bucket,) = reader.members
-    (batch,) = read_latents(reader, [Request(bucket, 0, tuple(range(5)))])
+    (batch,) = read_latents(reader, [Request(bucket, (0,) * 5, tuple(range(5)))])
     x0 = batch.draw(config.seed)
     assert losses["loss_q10"] == pytest.approx(float((x0 - 0.25).square().mean()), rel=1e-5)
     assert len(set(losses.values())) == 1  # a constant does not see the level
