@@ -28,6 +28,7 @@ from videodit.errors import UserError
 from videodit.flow.noise_level import GIVEN_BELOW, NoiseLevelConfig
 from videodit.generation.pipeline import RowNoise
 from videodit.models.level_error import KNOTS
+from videodit.planning.workload import DiTWorkload
 from videodit.training import checkpoint_writer, vae_trainer
 from videodit.training.checkpoint import load_latest, read_full, steps_in
 from videodit.training.dit_config import DiTRunConfig, follow_latents
@@ -364,6 +365,18 @@ def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
     phases = ("data/wait_s", *(f"perf/{name}_s" for name in ("ranks", "forward", "backward", "optimizer", "other")))
     assert sum(line[name] for name in phases) == pytest.approx(line["perf/step_s"])
     assert min(line[name] for name in phases) > 0
+
+
+def test_flops_are_those_of_the_steps_shape(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: steps on windows of a quarter have fewer than those on whole latents."""
+    monkeypatch.setattr(TrainingRun, "counts_flops", True)
+    config = dit_config(tmp_path / "run", latents, max_steps=2, crop=LatentCropConfig(size=(2, 2), share=0.5))
+    workload = DiTWorkload(follow_latents(config))
+    window, whole_clip = (workload.shape_flops((4, 3, size, size), "none") for size in (2, 4))
+    assert window < whole_clip
+    train_dit(config)
+    done = [1e12 * line["perf/tflops_per_rank"] * line["perf/step_s"] for line in read_metrics(tmp_path / "run")]
+    assert done == pytest.approx([config.global_batch_size * flops for flops in (window, whole_clip)])
 
 
 def latent_batch(mean: torch.Tensor) -> LatentBatch:

@@ -71,6 +71,8 @@ def train_dit(config: DiTRunConfig) -> Path:
             crop_steps=config.crop_steps,
             patch=config.model.patch_size[1:],
         )
+        # Counted before DeepSpeed starts: what it does to torch at ZeRO-3 falsifies the count.
+        clip_flops = _clip_flops(config, loader) if run.counts_flops else {}
         with sharded_construction(config.zero_stage, world):
             model = fine_tuned(build_model(config), config)
         text_encoder = model.text_encoder or _read_prompts(config, world)
@@ -83,7 +85,6 @@ def train_dit(config: DiTRunConfig) -> Path:
             run.folder.freeze("frozen.json", facts)
         run.accept(loader.batch_sizes, loader.order_settings)
         held_out = HeldOutLoss(config, mesh, layout_of) if config.eval_shards else None
-        clip_flops = functools.cache(functools.partial(_clip_flops, config))
         evaluate = functools.partial(_evaluate, run, config, held_out, text_encoder)
         if run.evaluation_was_cut():
             evaluate()
@@ -109,7 +110,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             shape = noisy.latents.shape
             frames, positions = token_shape(config.model, shape)
             tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
-            flops = micro_batch_tokens(batches, clip_flops(tuple(shape[1:])), mesh.data_size) if run.counts_flops else 0
+            flops = micro_batch_tokens(batches, clip_flops.get(shape[1:], 0), mesh.data_size)
             run.finish_step(sums, digest=loader.digest(plan), tokens=tokens, flops=flops)
             evaluate()
         run.finish()
@@ -221,9 +222,14 @@ def _read_prompts(config: DiTRunConfig, world: World) -> TextEncoder | None:
     return EncodedPrompts(frozen_text_encoder(config, world.device, dtype), config.prompts)
 
 
-def _clip_flops(config: DiTRunConfig, shape: tuple[int, int, int, int]) -> int:
-    """Of the DiT's forward and backward pass on latents of shape (c, t, h, w); what is computed twice counts once."""
-    return DiTWorkload(config).shape_flops(shape, "none")
+def _clip_flops(config: DiTRunConfig, loader: LatentLoader) -> dict[torch.Size, int]:
+    """Of the DiT's forward and backward pass on a clip of each shape (c, t, h, w) of latents, windows too."""
+    workload, counted = DiTWorkload(config), {}
+    for c, t, h, w in loader.latent_shapes.values():
+        for rows, columns in {(h, w), config.crop.size_in(h, w) if config.crop_steps else (h, w)}:
+            shape = (c, t, rows, columns)
+            counted[torch.Size(shape)] = workload.shape_flops(shape, "none")
+    return counted
 
 
 def _evaluate(
