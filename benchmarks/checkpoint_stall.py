@@ -10,6 +10,7 @@ disk was written to; and the median step meanwhile, beside that of steps without
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -95,6 +96,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in next((folder / "checkpoints").glob("step-*")).iterdir())
     result = {
         "machine": machine_facts(),
+        "load_average": round(os.getloadavg()[0], 1),  # processes that wanted a core in the last minute, these too
         "command": f"python benchmarks/checkpoint_stall.py --megabytes {options.megabytes} --device {options.device}",
         "ranks": world.size,
         "checkpoint_mb": round(size / 1e6, 1),

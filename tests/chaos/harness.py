@@ -149,12 +149,12 @@ def check_checkpoints(run: Run, logged: int) -> None:
 
 def what_was_hit(run: Run, new_steps: int) -> str:
     """What the run was doing, as its folder shows it."""
+    if not new_steps:
+        return "starting"  # what is hidden was left by the kill before
     hidden = run.hidden()
     if any(name.startswith(".old-") for name in hidden):
         return "removing an old checkpoint"
-    if any(name.startswith(".tmp-") for name in hidden):
-        return "writing a checkpoint" if new_steps else "starting, with a half-written checkpoint left by a kill"
-    return "training, sampling" if new_steps else "starting"
+    return "writing a checkpoint" if hidden else "training, sampling"
 
 
 def check_end(run: Run, reference: Run, steps: int) -> None:

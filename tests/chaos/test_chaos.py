@@ -12,6 +12,8 @@ from tests.chaos.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted by a call that only Linux has")
+
 
 def run_module(name: str, *arguments: str | Path, limit_s: float) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork of a process with threads may hang
