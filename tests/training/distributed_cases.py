@@ -4,11 +4,12 @@ Many cases share one process group, since a launch costs seconds. Every rank ass
 or traceback to FOLDER/report.json.
 """
 
+import contextlib
 import gc
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -102,6 +103,9 @@ def resume(world: World, stage: int, dtype: str, name: str) -> None:
     resumed = toy.train(again, world, 4, 6, 2, again_ema)
     assert straight == resumed
     toy.assert_same(toy.full_state(engine, ema), toy.full_state(again, again_ema))
+    checkpoint.restore(engine, ema)  # going back while training
+    assert toy.train(engine, world, 4, 6, 2, ema) == straight
+    toy.assert_same(toy.full_state(engine, ema), toy.full_state(again, again_ema))
 
 
 def change_stage(world: World, old: int, new: int, name: str) -> None:
@@ -150,6 +154,14 @@ def average_in_module(world: World, stage: int, dtype: str) -> None:
     toy.assert_same(before, toy.full_state(engine, ema))
 
 
+@contextlib.contextmanager
+def spoilt_gradient(layer: nn.Module) -> Iterator[None]:
+    """What runs inside gets an infinite gradient in this layer's weights, and finite ones elsewhere."""
+    spoil = layer.register_forward_hook(lambda _, __, out: out.register_hook(lambda grad: grad * float("inf")) and None)
+    yield
+    spoil.remove()
+
+
 def dropped_step(world: World, stage: int, dtype: str, name: str, first: bool) -> None:
     """A dropped step leaves no trace: not finite on one rank, or not wanted by all; at the first step or later."""
     engine, other = (toy.make_engine(world, stage, dtype, name) for _ in range(2))
@@ -160,13 +172,15 @@ def dropped_step(world: World, stage: int, dtype: str, name: str, first: bool) -
     clip, token, *_ = toy.batch(1)
     clip = clip.to(engine.dtype)
     output = engine(clip, token)
-    for last_rank in (float("nan"), float("inf"), 1.0):
-        own = last_rank if world.rank == world.size - 1 else 1.0
-        engine.backward(engine(clip, token).float().square().sum() * own)
+    for fault in ("nan in the loss", "inf in one layer", "refused"):
+        hit = fault != "refused" and world.rank == world.size - 1
+        with spoilt_gradient(engine.module.conv) if hit and "layer" in fault else contextlib.nullcontext():  # type: ignore[arg-type]
+            loss = engine(clip, token).float().square().sum()
+        engine.backward(loss * (float("nan") if hit and "loss" in fault else 1.0))
         asked: list[float] = []
-        result = engine.step(2, lambda norm: bool(asked.append(norm)))
-        assert not result.applied
-        assert bool(asked) == (last_rank == 1.0), asked
+        refuse = asked.append  # its answer, None, counts as a no
+        result = engine.step(2, refuse)  # type: ignore[arg-type]
+        assert not result.applied and bool(asked) == (fault == "refused"), (fault, asked)
         known = name == "adamw" or (stage, dtype) == (1, "bf16")
         assert result.grad_norm == (asked[0] if asked and known else float("inf"))
         assert torch.equal(engine(clip, token), output)

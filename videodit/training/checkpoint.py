@@ -15,6 +15,7 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,18 +232,23 @@ def steps_in(run_dir: str | Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (Path(run_dir) / FOLDER).glob("step-*") if path.name[5:].isdigit())
 
 
-def load_latest(run_dir: str | Path) -> Checkpoint | None:
+def load_latest(
+    run_dir: str | Path, wanted: Callable[[dict[str, Any]], bool] = lambda state: True
+) -> Checkpoint | None:
     """The newest good checkpoint. Call on every rank; rank 0 does the reading and hashing.
 
     Damaged and incomplete ones are named in a warning and passed over.
 
+    Args:
+        run_dir: of the run.
+        wanted: asked with the contents of state.json; what it does not want is passed over.
     Returns:
-        None if the run has no checkpoint at all.
+        None if the run has no checkpoint at all, or none that is wanted.
     Raises:
         UserError: if there are checkpoints, and none of them is good: training never starts over in silence.
     """
     rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    chosen: tuple[str | None, str] = _choose(Path(run_dir)) if rank_zero else (None, "")
+    chosen: tuple[str | None, str] = _choose(Path(run_dir), wanted) if rank_zero else (None, "")
     path, problem = broadcast_object(chosen)
     if problem:
         raise UserError(problem)
@@ -252,13 +258,15 @@ def load_latest(run_dir: str | Path) -> Checkpoint | None:
     return Checkpoint(Path(path), state["step"], state)
 
 
-def _choose(run_dir: Path) -> tuple[str | None, str]:
+def _choose(run_dir: Path, wanted: Callable[[dict[str, Any]], bool]) -> tuple[str | None, str]:
     damage = []
     for step in reversed(steps_in(run_dir)):
         path = run_dir / FOLDER / f"step-{step:08d}"
         problem = find_damage(path)
         if not problem:
-            return str(path), ""
+            if wanted(json.loads((path / "state.json").read_text())):
+                return str(path), ""
+            continue
         damage.append(f"{path.name} ({problem})")
         warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=3)
     if not damage:

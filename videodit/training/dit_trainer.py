@@ -118,7 +118,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)
         run.accept(loader.batch_sizes)
-        steps = loader.iterate(run.step + 1)
+        steps = loader.iterate(run.next_data_step)
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
@@ -135,7 +135,7 @@ def train_dit(config: DiTRunConfig) -> Path:
                 sums["mse"] += (share * error).sum().cpu()
             frames, positions = token_shape(config.model, noisy.latents.shape)
             tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
-            run.finish_step(sums, digest=loader.digest(plan), tokens=tokens)
+            run.finish_step(sums, keys=loader.keys(plan), tokens=tokens)
             if run.time_to_sample() and text_encoder and config.prompts:
                 _draw_samples(run, config, text_encoder)
         run.save()

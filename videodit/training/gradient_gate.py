@@ -26,8 +26,9 @@ class GradientGate:
 
     Args:
         optimizer: the one that DeepSpeed steps; at stage 0 torch's own, whose step hook has to call `judge`.
-        before_muon: at ZeRO-3 Muon's momentum takes in the gradient before the norm is asked about, so that a gradient
-            that is not finite would stay in it for good: there the raw gradient is judged too, at the cost of its norm.
+        before_muon: at ZeRO-3 Muon's momentum takes in the gradient before the norm is asked about; then the raw
+            gradient is judged too, at the cost of its norm. (DeepSpeed keeps a matrix that is not finite out of its
+            momentum, but not the other matrices of that step.)
 
     Attributes:
         norm: what was judged in the last step, inf if it was not finite.

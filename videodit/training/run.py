@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,16 +15,18 @@ from torch import nn
 from videodit.config import to_dict
 from videodit.data.batch_sizes import BatchBy, BatchSize
 from videodit.data.batches import Batch
+from videodit.data.randomness import batch_digest
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
 from videodit.parallel.mesh import World, all_reduce_sum, any_rank, init_process, shutdown
 from videodit.progress import Progress
 from videodit.training import checkpoint
 from videodit.training.ema import PowerEMA
-from videodit.training.engine import Engine, check_combination
+from videodit.training.engine import Engine, StepResult, check_combination
+from videodit.training.guard import Guard, GuardConfig
 from videodit.training.meters import StepMeter
 from videodit.training.optim import OptimConfig
-from videodit.training.run_folder import RunFolder
+from videodit.training.run_folder import SKIPPED, RunFolder
 from videodit.training.tracker import Tracker, TrackerConfig
 
 
@@ -59,6 +62,8 @@ class RunConfig:
     """relative widths of the weight averages (edm2); the first is what samples and exports use"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """optimizer and schedule"""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """steps that are skipped, and when the run goes back"""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """wandb"""
 
@@ -84,6 +89,8 @@ class TrainingRun:
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
+        self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
+        self._went_back = False  # in the last step
         self._tracker = tracker
         self._stop_signal = 0  # that asked to stop; the exit code is 128 more: schedulers requeue on SIGTERM's 143
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, enabled=world.is_main)
@@ -131,6 +138,7 @@ class TrainingRun:
         found = checkpoint.load_latest(self.folder.path)
         if found is not None:
             found.restore(self.engine, self.ema)
+            self.guard.load(guard_of(found.state))
             self.step = self.saved_step = found.step
         self.folder.cut_metrics(self.step)
         self.meter = StepMeter(self.world.device, self.world.size)
@@ -155,38 +163,89 @@ class TrainingRun:
         """Whether there are steps left."""
         return self.step < self.config.max_steps
 
+    @property
+    def next_data_step(self) -> int:
+        """Which step's data comes next: the next step's, or later if the run has gone back past bad data."""
+        return self.step + 1 + self.guard.state.data_offset
+
     def total_weight(self, batches: list[Any]) -> float:
         """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data."""
         self.meter.data_ready()
         return max(float(all_reduce_sum(torch.stack([batch.weight.sum() for batch in batches]).sum())), 1.0)
 
-    def finish_step(self, losses: dict[str, torch.Tensor], *, digest: str, tokens: int = 0, flops: int = 0) -> None:
-        """Applies the gradients, averages, logs, and saves when it is time.
+    def finish_step(
+        self, losses: dict[str, torch.Tensor], *, keys: Sequence[str], tokens: int = 0, flops: int = 0
+    ) -> None:
+        """Applies the gradients unless the guard objects, averages, logs, and saves when it is time.
 
         Args:
             losses: this rank's part of each loss (the sum over its micro batches of what `backward` got).
-            digest: of the sample keys.
+            keys: of the global batch's samples, in global order.
             tokens: tokens of the global batch.
             flops: floating-point operations of the global batch.
         Raises:
             SystemExit: with 128 + the signal's number, after a checkpoint, if a rank was told to stop.
+            UserError: if too many steps in a row were skipped, and going back has not helped or cannot.
         """
         self.step += 1
-        result = self.engine.step(self.step)
-        self.ema.update(self.step)
         reduced = all_reduce_sum(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
+        result, reason = self._guarded_step(dict(zip(losses, reduced)))
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
-        metrics |= result.metrics()
+        metrics |= result.metrics() | {"train/skipped": self.guard.state.skipped}
         metrics |= self.meter.step(tokens=tokens, flops=flops)
-        metrics["data/digest"] = digest
+        metrics["data/digest"] = batch_digest(keys)
         self.log(metrics)
+        if reason:
+            record = {"data_step": self.step + self.guard.state.data_offset, "reason": reason, "keys": list(keys)}
+            self.folder.log_skipped(self.step, record | {k: metrics[k] for k in ("train/loss", "train/grad_norm")})
+        self._went_back = self.guard.must_go_back
+        if self._went_back:
+            self._go_back(reason)
         stop = any_rank(bool(self._stop_signal))
-        if self.step % self.config.save_every == 0 or not self.running or stop:
+        # In a row of skipped steps nothing new is worth a checkpoint, and it would push out the one to go back to.
+        due = self.step % self.config.save_every == 0 and not self.guard.state.in_row
+        if due or not self.running or stop:
             self.save()
         if self.world.is_main:
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
         if stop:
             raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
+
+    def _guarded_step(self, losses: dict[str, float]) -> tuple[StepResult, str]:
+        """One optimizer step, or none and the reason; decided from figures that are the same on all ranks."""
+        reason = self.guard.check_losses(losses)
+        result = self.engine.step(self.step, lambda norm: not (reason or self.guard.check_norm(norm)))
+        if result.applied:
+            self.ema.update(self.step)
+            self.guard.applied(losses, result.grad_norm)
+            return result, ""
+        self.guard.skipped()
+        return result, reason or self.guard.check_norm(result.grad_norm)
+
+    def _go_back(self, reason: str) -> None:
+        """Weights, moments, averages and step of the last checkpoint before the skipped steps; data goes on after them.
+
+        Raises:
+            UserError: if there is none, or going back before has led no further.
+        """
+        row, step = self.guard.state.in_row, self.step
+        what = f"{row} steps in a row were skipped up to step {step}, the last one because {reason}"
+        where = f"samples are in {self.folder.path / SKIPPED}"
+        fix = "lower optim.lr, look at the samples, or set guard.spike_factor or guard.max_skipped_in_row higher"
+        if self.guard.stuck(step):
+            raise UserError(
+                f"{what}; going back from step {self.guard.state.failed_at} has led no further ({where}): {fix}"
+            )
+        found = checkpoint.load_latest(self.folder.path, wanted=lambda state: not guard_of(state).get("in_row"))
+        if found is None:
+            raise UserError(f"{what}; there is no checkpoint from before to go back to ({where}): {fix}")
+        found.restore(self.engine, self.ema)
+        self.guard.go_back(step, found.step, guard_of(found.state))
+        self.step = self.saved_step = found.step
+        self.folder.cut_metrics(self.step)
+        self.meter.restart()
+        if self.world.is_main:
+            warnings.warn(f"{what}; going back to step {self.step}, on with the data after it ({where})", stacklevel=3)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Figures of the current step, to metrics.jsonl and the tracker."""
@@ -200,8 +259,10 @@ class TrainingRun:
             self._tracker.video(self.step, "samples", path, caption)
 
     def time_to_sample(self) -> bool:
-        """Whether samples are due at the current step."""
-        return bool(self.config.sample_every) and (self.step % self.config.sample_every == 0 or not self.running)
+        """Whether samples are due at the current step; not again if the run has just gone back to it."""
+        if self._went_back or not self.config.sample_every:
+            return False
+        return self.step % self.config.sample_every == 0 or not self.running
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -220,7 +281,8 @@ class TrainingRun:
         """
         if self.saved_step == self.step:
             return
-        if checkpoint.save(self.folder.path, self.step, self.engine, self.ema, {}, self.config.keep_last):
+        extra = {"guard": self.guard.to_dict()}
+        if checkpoint.save(self.folder.path, self.step, self.engine, self.ema, extra, self.config.keep_last):
             self.saved_step = self.step
         elif not self.running:
             raise UserError(
@@ -241,6 +303,12 @@ class TrainingRun:
             if self.world.is_main:  # not by print, which may be at work already
                 os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
         self._stop_signal = number
+
+
+def guard_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The guard's part of a checkpoint's state; empty in one from before there was a guard."""
+    kept: dict[str, Any] = state["extra"].get("guard", {})
+    return kept
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:

@@ -112,7 +112,7 @@ def train_vae(config: VAERunConfig) -> Path:
         )
         run.accept(loader.batch_sizes)
         held_out = None if config.eval_shards is None else _first_clips(config, config.eval_shards, config.eval_clips)
-        steps = loader.iterate(run.step + 1)
+        steps = loader.iterate(run.next_data_step)
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
@@ -126,7 +126,7 @@ def train_vae(config: VAERunConfig) -> Path:
                 sums["loss"] += (weight * loss).sum().detach().cpu()
                 sums["mse"] += (weight * squared).sum().detach().cpu()
             positions = shape[1] * shape[2] * shape[3]
-            run.finish_step(sums, digest=loader.digest(plan), tokens=micro_batch_tokens(batches, positions, world.size))
+            run.finish_step(sums, keys=loader.keys(plan), tokens=micro_batch_tokens(batches, positions, world.size))
             if run.time_to_sample() and held_out is not None:
                 _reconstruct(run, held_out, fps=8.0)
         run.save()
