@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
-from tests.training.test_trainers import SLOW, check_resume, dit_config, metrics, vae_config
+from tests.training.test_trainers import SLOW, check_resume, dit_config, metrics, stop_at, vae_config
 from tests.training.toy import assert_same, whole
 from videodit.data.loader import ClipLoader, LatentLoader
 from videodit.data.randomness import batch_digest
 from videodit.errors import UserError
-from videodit.training.checkpoint import Checkpoint, load_latest
+from videodit.training.checkpoint import Checkpoint, load_latest, steps_in
 from videodit.training.dit_trainer import train_dit
 from videodit.training.guard import Guard, GuardConfig
 from videodit.training.optim import OptimConfig
@@ -136,17 +136,21 @@ def test_a_run_with_bad_data_resumes_bit_for_bit(latents: Path, tmp_path: Path, 
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
+@pytest.mark.parametrize("stop", [3, 4])
 def test_train_vae_goes_back_and_past_the_bad_data(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """Data of steps 4 and 5 is bad: from step 5 back to step 2, and on with the data of step 6; resumed bit for bit."""
+    """Data of steps 4 and 5 is bad: from step 5 back to step 2, and on with the data of step 6.
+
+    Bit for bit so after a stop, whose checkpoint is after step 2, or in the middle of the bad steps.
+    """
     spoil_gradient(monkeypatch, float("inf"), lambda data_step: data_step in (4, 5))
     guard = GuardConfig(max_skipped_in_row=2)
 
     def run(folder: Path) -> Path:
         return train_vae(vae_config(folder, shards, guard=guard, save_every=2))
 
-    check_resume(run, tmp_path, signal.SIGTERM, code=143)
+    check_resume(run, tmp_path, signal.SIGTERM, code=143, at=stop)
     loader = ClipLoader(vae_config(tmp_path, shards).data, seed=0, global_batch_size=4, micro_batch_size=2, multiple=8)
     order = digests(loader, 9)
     lines = metrics(tmp_path / "straight")
@@ -187,8 +191,34 @@ def test_a_run_that_gets_no_further_ends_with_one_line(
     with pytest.raises(UserError, match=message):
         train_vae(vae_config(tmp_path / "run", shards, guard=guard, save_every=2))
     assert [line["data_step"] for line in skipped(tmp_path / "run")] == [4, 5, 6, 7]
-    with pytest.raises(UserError, match=r"step 5, .*; there is no checkpoint from before to go back to"):
+    with pytest.raises(UserError, match=r"step 5, .*; there is no checkpoint to go back to"):
         train_vae(vae_config(tmp_path / "none", shards, guard=guard))
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_a_checkpoint_that_falls_on_a_skipped_step_is_written_after_it(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_gradient(monkeypatch, float("inf"), lambda data_step: data_step in (2, 3))
+    for every in (2, 3):
+        train_vae(vae_config(tmp_path / str(every), shards, save_every=every, keep_last=9, max_steps=5))
+        assert [line["step"] for line in skipped(tmp_path / str(every))] == [2, 3]
+        assert steps_in(tmp_path / str(every)) == [4, 5]
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_a_stop_that_pushes_the_last_good_checkpoint_out_does_not_end_the_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_gradient(monkeypatch, float("inf"), lambda data_step: data_step in (4, 5))
+    config = vae_config(tmp_path / "run", shards, save_every=2, keep_last=1, guard=GuardConfig(max_skipped_in_row=2))
+    with monkeypatch.context() as injected:
+        stop_at(4, signal.SIGTERM, injected)
+        with pytest.raises(SystemExit):
+            train_vae(config)
+    assert steps_in(tmp_path / "run") == [4]
+    train_vae(config)
+    assert [line["train/skipped"] for line in metrics(tmp_path / "run")] == [0, 0, 0, 1, 2, 2]
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ class Guard:
             saved: the checkpoint's guard, as `to_dict` gave it.
         """
         skipped, offset = self.state.skipped, self.state.data_offset + step - saved_step
-        self.load(saved)
+        self.load({**saved, "in_row": 0})
         self.state.skipped, self.state.data_offset, self.state.failed_at = skipped, offset, step
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from videodit.training.engine import Engine, StepResult, check_combination
 from videodit.training.guard import Guard, GuardConfig
 from videodit.training.meters import StepMeter
 from videodit.training.optim import OptimConfig
+from videodit.training.rollback import find_target, guard_of
 from videodit.training.run_folder import SKIPPED, RunFolder
 from videodit.training.tracker import Tracker, TrackerConfig
 
@@ -188,6 +189,7 @@ class TrainingRun:
             UserError: if too many steps in a row were skipped, and going back has not helped or cannot.
         """
         self.step += 1
+        row = self.guard.state.in_row
         reduced = all_reduce_sum(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
         result, reason = self._guarded_step(dict(zip(losses, reduced)))
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
@@ -202,10 +204,11 @@ class TrainingRun:
         if self._went_back:
             self._go_back(reason)
         stop = any_rank(bool(self._stop_signal))
-        # In a row of skipped steps nothing new is worth a checkpoint, and it would push out the one to go back to.
-        due = self.step % self.config.save_every == 0 and not self.guard.state.in_row
+        # Not after a skipped step, which has changed nothing: that would push out the one to go back to.
+        last_applied, every = self.step - 1 - row, self.config.save_every
+        due = self.step // every > last_applied // every and not self.guard.state.in_row and not self._went_back
         if due or not self.running or stop:
-            self.save()
+            self.save(scheduled=due)
         if self.world.is_main:
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
         if stop:
@@ -236,9 +239,9 @@ class TrainingRun:
             raise UserError(
                 f"{what}; going back from step {self.guard.state.failed_at} has led no further ({where}): {fix}"
             )
-        found = checkpoint.load_latest(self.folder.path, wanted=lambda state: not guard_of(state).get("in_row"))
+        found = find_target(self.folder.path)
         if found is None:
-            raise UserError(f"{what}; there is no checkpoint from before to go back to ({where}): {fix}")
+            raise UserError(f"{what}; there is no checkpoint to go back to ({where}): {fix}")
         found.restore(self.engine, self.ema)
         self.guard.go_back(step, found.step, guard_of(found.state))
         self.step = self.saved_step = found.step
@@ -273,15 +276,17 @@ class TrainingRun:
             module.train()
         self.meter.restart()
 
-    def save(self) -> None:
+    def save(self, *, scheduled: bool = False) -> None:
         """Writes a checkpoint of the current step unless there is one.
 
+        Args:
+            scheduled: whether a run that was never stopped has it too.
         Raises:
             UserError: if that of the last step cannot be written; before, training goes on without.
         """
         if self.saved_step == self.step:
             return
-        extra = {"guard": self.guard.to_dict()}
+        extra = {"guard": self.guard.to_dict(), "scheduled": scheduled}
         if checkpoint.save(self.folder.path, self.step, self.engine, self.ema, extra, self.config.keep_last):
             self.saved_step = self.step
         elif not self.running:
@@ -303,12 +308,6 @@ class TrainingRun:
             if self.world.is_main:  # not by print, which may be at work already
                 os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
         self._stop_signal = number
-
-
-def guard_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The guard's part of a checkpoint's state; empty in one from before there was a guard."""
-    kept: dict[str, Any] = state["extra"].get("guard", {})
-    return kept
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:
