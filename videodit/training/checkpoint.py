@@ -232,6 +232,13 @@ def steps_in(run_dir: str | Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (Path(run_dir) / FOLDER).glob("step-*") if path.name[5:].isdigit())
 
 
+def drop_after(run_dir: str | Path, step: int) -> None:
+    """Removes the checkpoints after a step, for the run goes on from there in another way. On one rank."""
+    for later in steps_in(run_dir):
+        if later > step:
+            _remove(Path(run_dir) / FOLDER / f"step-{later:08d}")
+
+
 def load_latest(
     run_dir: str | Path, wanted: Callable[[dict[str, Any]], bool] = lambda state: True
 ) -> Checkpoint | None:

@@ -1,15 +1,55 @@
-"""Which checkpoint a run goes back to when its guard has skipped too many steps in a row."""
+"""What a run does when its guard has skipped too many steps in a row: back to a checkpoint, and past their data."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from videodit.training.checkpoint import Checkpoint, load_latest
+from videodit.errors import UserError
+from videodit.training.checkpoint import Checkpoint, drop_after, load_latest
+from videodit.training.ema import PowerEMA
+from videodit.training.engine import Engine
+from videodit.training.guard import Guard
+from videodit.training.run_folder import SKIPPED, RunFolder
 
 
 def guard_of(state: dict[str, Any]) -> dict[str, Any]:
     """The guard's part of a checkpoint's state.json; empty in one from before there was a guard."""
     kept: dict[str, Any] = state["extra"].get("guard", {})
     return kept
+
+
+def go_back(folder: RunFolder, engine: Engine, ema: PowerEMA, guard: Guard, step: int, reason: str) -> int:
+    """Puts weights, moments, averages and guard of an earlier checkpoint back, and cuts the run folder to its step.
+
+    Call on every rank.
+
+    Args:
+        folder: of the run.
+        engine: to be put back.
+        ema: likewise.
+        guard: likewise; it then leads past the data up to the current step.
+        step: the current one, the last of the skipped ones.
+        reason: why it was skipped.
+    Returns:
+        The checkpoint's step, from which the run goes on.
+    Raises:
+        UserError: on every rank, if there is no checkpoint, or the run has not come as far again as when it went back.
+    """
+    what = f"{guard.state.in_row} steps in a row were skipped up to step {step}, the last one because {reason}"
+    where = f"samples are in {folder.path / SKIPPED}"
+    fix = "lower optim.lr, look at the samples, or set guard.spike_factor or guard.max_skipped_in_row higher"
+    if guard.stuck(step):
+        raise UserError(f"{what}; going back from step {guard.state.failed_at} has led no further ({where}): {fix}")
+    found = find_target(folder.path)
+    if found is None:
+        raise UserError(f"{what}; there is no checkpoint to go back to ({where}): {fix}")
+    found.restore(engine, ema)
+    guard.go_back(step, found.step, guard_of(found.state))
+    if engine.rank == 0:
+        drop_after(folder.path, found.step)
+        warnings.warn(f"{what}; going back to step {found.step}, on with the data after it ({where})", stacklevel=2)
+    folder.cut_metrics(found.step)
+    return found.step
 
 
 def find_target(run_dir: Path) -> Checkpoint | None:

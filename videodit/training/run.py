@@ -2,7 +2,6 @@
 
 import os
 import signal
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,8 +25,8 @@ from videodit.training.engine import Engine, StepResult, check_combination
 from videodit.training.guard import Guard, GuardConfig
 from videodit.training.meters import StepMeter
 from videodit.training.optim import OptimConfig
-from videodit.training.rollback import find_target, guard_of
-from videodit.training.run_folder import SKIPPED, RunFolder
+from videodit.training.rollback import go_back, guard_of
+from videodit.training.run_folder import RunFolder
 from videodit.training.tracker import Tracker, TrackerConfig
 
 
@@ -202,7 +201,9 @@ class TrainingRun:
             self.folder.log_skipped(self.step, record | {k: metrics[k] for k in ("train/loss", "train/grad_norm")})
         self._went_back = self.guard.must_go_back
         if self._went_back:
-            self._go_back(reason)
+            back = go_back(self.folder, self.engine, self.ema, self.guard, self.step, reason)
+            self.step = self.saved_step = back
+            self.meter.restart()
         stop = any_rank(bool(self._stop_signal))
         # Not after a skipped step, which has changed nothing: that would push out the one to go back to.
         last_applied, every = self.step - 1 - row, self.config.save_every
@@ -224,31 +225,6 @@ class TrainingRun:
             return result, ""
         self.guard.skipped()
         return result, reason or self.guard.check_norm(result.grad_norm)
-
-    def _go_back(self, reason: str) -> None:
-        """Weights, moments, averages and step of the last checkpoint before the skipped steps; data goes on after them.
-
-        Raises:
-            UserError: if there is none, or going back before has led no further.
-        """
-        row, step = self.guard.state.in_row, self.step
-        what = f"{row} steps in a row were skipped up to step {step}, the last one because {reason}"
-        where = f"samples are in {self.folder.path / SKIPPED}"
-        fix = "lower optim.lr, look at the samples, or set guard.spike_factor or guard.max_skipped_in_row higher"
-        if self.guard.stuck(step):
-            raise UserError(
-                f"{what}; going back from step {self.guard.state.failed_at} has led no further ({where}): {fix}"
-            )
-        found = find_target(self.folder.path)
-        if found is None:
-            raise UserError(f"{what}; there is no checkpoint to go back to ({where}): {fix}")
-        found.restore(self.engine, self.ema)
-        self.guard.go_back(step, found.step, guard_of(found.state))
-        self.step = self.saved_step = found.step
-        self.folder.cut_metrics(self.step)
-        self.meter.restart()
-        if self.world.is_main:
-            warnings.warn(f"{what}; going back to step {self.step}, on with the data after it ({where})", stacklevel=3)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Figures of the current step, to metrics.jsonl and the tracker."""
