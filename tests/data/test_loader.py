@@ -82,11 +82,11 @@ def clip_loader(folder, rank=0, world=1, micro_batch_size=2, global_batch_size=4
 
 
 def samples_of(loaders, steps, start_step=1):
-    """(step, key) -> (pixels' bytes, caption) and the digests, over all ranks."""
-    samples, digests = {}, []
+    """(step, key) -> (pixels' bytes, caption) and the keys of each step, over all ranks."""
+    samples, orders = {}, []
     for loader in loaders:
         for plan, batches in islice(loader.iterate(start_step), steps):
-            digests.append((plan.step, loader.digest(plan)))
+            orders.append((plan.step, tuple(loader.keys(plan))))
             for batch in batches:
                 data = batch.frames if hasattr(batch, "frames") else batch.mean
                 for row, key in enumerate(batch.keys):
@@ -95,7 +95,7 @@ def samples_of(loaders, steps, start_step=1):
                         samples[plan.step, key] = data[row].numpy().tobytes(), batch.captions[row]
                     else:
                         assert batch.weight[row] == 0 and batch.ids[row] == -1
-    return samples, sorted(set(digests))
+    return samples, sorted(set(orders))
 
 
 def test_samples_and_digests_are_the_same_for_any_ranks_workers_and_cache(clips):
@@ -351,7 +351,7 @@ def test_by_tokens_smaller_buckets_have_more_clips(latents, num_workers):
                 assert len(plan.ids) == total
                 assert len(batches) == -(-total // (world * micro)) and all(len(b.ids) == micro for b in batches)
                 seen += [key for batch in batches for key in batch.keys if key]
-            digests.append(loaders[0].digest(steps[0][0]))
+            digests.append(loaders[0].keys(steps[0][0]))
         assert sorted(seen) == sorted(entry.key for entry in loaders[0].shards.entries)
         epochs.append(digests)
     assert epochs[0] == epochs[1] == epochs[2]

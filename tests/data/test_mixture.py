@@ -42,8 +42,8 @@ def rows_of(loaders, steps, start=1):
     rows = {}
     for loader in loaders:
         for plan, batches in islice(loader.iterate(start), steps):
-            of_step = rows.setdefault(plan.step, (loader.digest(plan), Counter()))
-            assert of_step[0] == loader.digest(plan)
+            of_step = rows.setdefault(plan.step, (loader.keys(plan), Counter()))
+            assert of_step[0] == loader.keys(plan)
             for batch in batches:
                 for row, key in enumerate(batch.keys):
                     if key:

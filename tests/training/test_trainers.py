@@ -108,12 +108,14 @@ def stop_at(step: int, signal_number: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(TrainingRun, "log", log_and_signal)
 
 
-def check_resume(run: Callable[[Path], Any], tmp_path: Path, *signals: int, code: int | None) -> None:
-    """Runs straight, and again with a stop after half of the steps: same figures and same bits in the end."""
+def check_resume(
+    run: Callable[[Path], Any], tmp_path: Path, *signals: int, code: int | None, at: int = STEPS // 2 + 1
+) -> None:
+    """Runs straight, and again with a stop on the way: same figures and same bits in the end."""
     run(tmp_path / "straight")
     with pytest.MonkeyPatch.context() as monkeypatch:
         for number in signals:
-            stop_at(STEPS // 2 + 1, number, monkeypatch)
+            stop_at(at, number, monkeypatch)
         with pytest.raises(KeyboardInterrupt if code is None else SystemExit) as stopped:
             run(tmp_path / "resumed")
     assert code is None or stopped.value.code == code  # type: ignore[attr-defined]

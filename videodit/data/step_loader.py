@@ -17,7 +17,6 @@ from videodit.data.buckets import Bucket
 from videodit.data.deal import deal, num_micro_batches
 from videodit.data.mixture import ShardsConfig, clip_places, fetch_ahead
 from videodit.data.order import PADDING, GlobalOrder, StepPlan
-from videodit.data.randomness import batch_digest
 from videodit.data.shards import ShardSet
 from videodit.errors import UserError
 
@@ -117,9 +116,9 @@ class StepLoader(Generic[BatchT]):
         """Samples of this rank that could not be read so far."""
         return self._guard.failures
 
-    def digest(self, plan: StepPlan) -> str:
-        """The step's `data/digest`, the same on every rank."""
-        return batch_digest([self._keys[clip] for clip in plan.ids if clip != PADDING])
+    def keys(self, plan: StepPlan) -> list[str]:
+        """The step's samples in global order, without padding; the same on every rank."""
+        return [self._keys[clip] for clip in plan.ids if clip != PADDING]
 
     def iterate(self, start_step: int = 1) -> Iterator[tuple[StepPlan, list[BatchT]]]:
         """Steps without end; whoever iterates decides when to stop.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +177,11 @@ def folder_of(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / FOLDER / f"step-{step:08d}"
 
 
-def load_latest(run_dir: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Checkpoint | None:
+def load_latest(
+    run_dir: str | Path,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    wanted: Callable[[dict[str, Any]], bool] = lambda state: True,
+) -> Checkpoint | None:
     """The newest good checkpoint. Call on every rank; rank 0 does the reading and hashing.
 
     Damaged and incomplete ones are named in a warning and passed over, and so are those of another model.
@@ -185,13 +189,14 @@ def load_latest(run_dir: str | Path, shapes: Mapping[str, tuple[int, ...]] | Non
     Args:
         run_dir: the run.
         shapes: of the model's parameters by name; None takes a checkpoint of any model.
+        wanted: asked with the contents of state.json; what it does not want is passed over in silence.
     Returns:
-        None if the run has no checkpoint at all.
+        None if the run has no checkpoint at all, or none that is wanted.
     Raises:
         UserError: if there are checkpoints, and none of them is good: training never starts over in silence.
     """
     rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    chosen: tuple[str | None, str] = _choose(Path(run_dir), shapes) if rank_zero else (None, "")
+    chosen: tuple[str | None, str] = _choose(Path(run_dir), shapes, wanted) if rank_zero else (None, "")
     path, problem = broadcast_object(chosen)
     if problem:
         raise UserError(problem)
@@ -201,16 +206,21 @@ def load_latest(run_dir: str | Path, shapes: Mapping[str, tuple[int, ...]] | Non
     return Checkpoint(Path(path), state["step"], state)
 
 
-def _choose(run_dir: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> tuple[str | None, str]:
-    """Path of the newest good checkpoint, and "" or why there is none."""
+def _choose(
+    run_dir: Path, shapes: Mapping[str, tuple[int, ...]] | None, wanted: Callable[[dict[str, Any]], bool]
+) -> tuple[str | None, str]:
+    """Path of the newest good checkpoint that is wanted, and "" or why there is none."""
     damage = []
     for step in reversed(steps_in(run_dir)):
         path = folder_of(run_dir, step)
         problem = find_damage(path)
-        if not problem and shapes is not None:
-            problem = _other_model(json.loads((path / "state.json").read_text()), shapes)
         if not problem:
-            return str(path), ""
+            state = json.loads((path / "state.json").read_text())
+            problem = "" if shapes is None else _other_model(state, shapes)
+            if not problem and wanted(state):
+                return str(path), ""
+        if not problem:
+            continue
         damage.append(f"{path.name} ({problem})")
         warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=3)
     if not damage:

@@ -126,6 +126,12 @@ class CheckpointWriter:
         with self._publishing:
             self._abandoned = True
 
+    def drop_after(self, step: int) -> None:
+        """Removes the checkpoints after a step, for the run goes on from there in another way. Call after `wait`."""
+        for later in steps_in(self._run_dir) if self._is_main else ():
+            if later > step:
+                _remove(folder_of(self._run_dir, later))
+
     def _copy_to_host(self) -> None:
         live = _tensors_by_key(self._engine, self._ema)
         self._host = {key: self._host[key] for key in live if key in self._host}

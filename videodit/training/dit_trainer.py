@@ -88,7 +88,7 @@ def train_dit(config: DiTRunConfig) -> Path:
         evaluate = functools.partial(_evaluate, run, config, held_out, text_encoder)
         if run.evaluation_was_cut():
             evaluate()
-        steps = loader.iterate(run.step + 1)
+        steps = loader.iterate(run.next_data_step)
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
@@ -111,7 +111,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             frames, positions = token_shape(config.model, shape)
             tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
             flops = micro_batch_tokens(batches, clip_flops.get(shape[1:], 0), mesh.data_size)
-            run.finish_step(sums, digest=loader.digest(plan), tokens=tokens, flops=flops)
+            run.finish_step(sums, keys=loader.keys(plan), tokens=tokens, flops=flops)
             evaluate()
         run.finish()
     return Path(config.run_dir)

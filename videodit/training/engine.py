@@ -30,6 +30,7 @@ from videodit.device import has_bf16  # noqa: E402
 from videodit.models.initialise import gathering  # noqa: E402
 from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
 from videodit.training.batched_muon import BatchedMuon  # noqa: E402
+from videodit.training.gradient_gate import GradientGate, Keep, keep_any  # noqa: E402
 from videodit.training.optim import OptimConfig, lr_factor, param_groups, whole_shape  # noqa: E402
 from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReader  # noqa: E402
 
@@ -46,15 +47,17 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        grad_norm: global norm of the gradient of the weighted mean loss, before clipping; inf if it was not finite, and
-            then no weight changed.
+        grad_norm: global norm of the gradient of the weighted mean loss, before clipping; inf if it was not finite, or,
+            with Muon but for bf16 at stage 1, if the step was not applied.
         lr: AdamW's learning rate of this step.
+        applied: False if the gradient was not finite or not wanted: then weights and moments are what they were.
         update_norm: with Muon, but for bf16 at stage 1, global norm of what DeepSpeed applies (orthogonalised matrices
             beside raw gradients).
     """
 
     grad_norm: float
     lr: float
+    applied: bool
     update_norm: float | None = None
 
     def metrics(self) -> dict[str, float]:
@@ -107,7 +110,6 @@ class Engine:
                 p.data, p.ds_tensor.data = p.data.to(self.dtype), p.ds_tensor.data.to(self.dtype)
         self.shapes = {name: whole_shape(p) for name, p in named.items()}
         self._optimizer = _build_optimizer(param_groups(module, optim))
-        self._norm = 0.0
         if zero_stage == 0:
             self._optimizer.register_step_pre_hook(self._clip_stage_0)
         self._deepspeed = _initialize(module, self._optimizer, self._deepspeed_config(), world.local_rank)
@@ -117,6 +119,7 @@ class Engine:
         if replicated and world.size == 1:
             self._deepspeed.enable_backward_allreduce = False  # it copies every gradient there and back, even alone
         muon = optim.name == "muon"
+        self._gate = GradientGate(self._deepspeed.optimizer, before_muon=muon and zero_stage == 3)
         # BF16_Optimizer takes the norm before it orthogonalises, the others after it.
         self._norm_of_update = muon and not replicated
         if muon and world.device.type == "cpu":
@@ -165,24 +168,25 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed.backward(loss * self._world.size, scale_wrt_gas=False)
 
-    def step(self, step: int) -> StepResult:
-        """Reduces, clips and applies the gradients.
+    def step(self, step: int, keep: Keep = keep_any) -> StepResult:
+        """Reduces, clips and applies the gradients, or drops them; call on every rank.
 
         Args:
             step: optimizer step, counted from 1; decides the learning rate.
+            keep: asked for the step with a finite gradient, with its norm before clipping (with Muon, but for bf16 at
+                stage 1, the norm of the update); False drops the step.
         """
         factor = lr_factor(self._config, step, self._max_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        with self._eager_muon():
+        with self._eager_muon(), self._gate.judging(keep):
             self._deepspeed.step()
-        norm = self._norm if self.zero_stage == 0 else float(self._deepspeed.get_global_grad_norm())
-        norm = norm if 0 <= norm < float("inf") else float("inf")
+        norm, applied = self._gate.norm, self._gate.applied
+        assert self.zero_stage == 0 or applied == self._deepspeed.was_step_applied()
         lr = self._config.lr * factor
         if not self._norm_of_update:
-            return StepResult(norm, lr)
-        gradient_norm = self._norm_from_momentum()
-        return StepResult(gradient_norm if norm < float("inf") else norm, lr, update_norm=norm)
+            return StepResult(norm, lr, applied)
+        return StepResult(self._norm_from_momentum() if applied else float("inf"), lr, applied, update_norm=norm)
 
     @contextlib.contextmanager
     def _eager_muon(self) -> Iterator[None]:
@@ -194,13 +198,13 @@ class Engine:
             yield
 
     def _clip_stage_0(self, *_: Any) -> None:
-        """Stage 0 has no norm of its own. Runs between the reduction and the update; drops a non-finite gradient."""
+        """Stage 0 has no norm of its own. Runs between the reduction and the update."""
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         limit = self._config.grad_clip or float("inf")
         grads = [p.grad for p in params if p.grad is not None]
-        self._norm = float(torch.nn.utils.get_total_norm(grads))
-        if self._norm < float("inf"):
-            torch.nn.utils.clip_grads_with_norm_(params, limit, torch.tensor(self._norm))
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self._gate.judge(norm):
+            torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
         else:
             for p in params:
                 p.grad = None
@@ -227,7 +231,7 @@ class Engine:
 
     @property
     def optimizer_step(self) -> int:
-        """Updates applied so far; steps with a non-finite gradient do not count."""
+        """Updates applied so far; steps that were dropped do not count."""
         return max((int(s["step"]) for s in self._optimizer.state.values() if "step" in s), default=0)
 
     def slices(self) -> list[ParamSlice]:

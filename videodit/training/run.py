@@ -14,6 +14,7 @@ from torch import nn
 from videodit.config import to_dict
 from videodit.data.batch_sizes import BatchBy, BatchSize
 from videodit.data.batches import Batch
+from videodit.data.randomness import batch_digest
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
 from videodit.evaluation.machine import code_version
@@ -22,9 +23,11 @@ from videodit.progress import Progress
 from videodit.training.checkpoint import load_latest
 from videodit.training.checkpoint_writer import CheckpointWriter, Written
 from videodit.training.ema import PowerEMA
-from videodit.training.engine import Engine, check_combination
+from videodit.training.engine import Engine, StepResult, check_combination
+from videodit.training.guard import Guard, GuardConfig
 from videodit.training.meters import StepMeter
 from videodit.training.optim import OptimConfig
+from videodit.training.rollback import go_back, guard_of
 from videodit.training.run_folder import RunFolder
 from videodit.training.run_log import RunLog
 from videodit.training.stop import StopRequest
@@ -65,6 +68,8 @@ class RunConfig:
     """relative widths of the weight averages (edm2); the first is what samples and exports use"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """optimizer and schedule"""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """steps that are skipped, and when the run goes back"""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """wandb"""
 
@@ -103,6 +108,8 @@ class TrainingRun:
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
+        self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
+        self._went_back = False  # in the last step
         self._tracker = tracker
         self._stop = StopRequest(world.is_main)
         self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
@@ -155,6 +162,7 @@ class TrainingRun:
         found = load_latest(self.folder.path, self.engine.shapes)
         if found is not None:
             found.restore(self.engine, self.ema)
+            self.guard.load(guard_of(found.state))
             self.step = self.saved_step = found.step
         due = any(map(self.due, self.config.evaluation_intervals))
         self._evaluation_due = due and self.folder.evaluated_step() < self.step
@@ -190,6 +198,11 @@ class TrainingRun:
         """Whether there are steps left."""
         return self.step < self.config.max_steps
 
+    @property
+    def next_data_step(self) -> int:
+        """Which step's data comes next: the next step's, or later if the run has gone back past bad data."""
+        return self.step + 1 + self.guard.state.data_offset
+
     def total_weight(self, batches: list[Any]) -> float:
         """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data.
 
@@ -205,39 +218,71 @@ class TrainingRun:
             self._leave()
         return max(total, 1.0)
 
-    def finish_step(self, losses: dict[str, torch.Tensor], *, digest: str, tokens: int = 0, flops: int = 0) -> None:
-        """Applies the gradients, averages, logs, and begins to save when it is time.
+    def finish_step(
+        self, losses: dict[str, torch.Tensor], *, keys: Sequence[str], tokens: int = 0, flops: int = 0
+    ) -> None:
+        """Applies the gradients unless the guard objects, averages, logs, and begins to save when it is time.
 
         Args:
             losses: this rank's part of each loss (the sum over its micro batches of what `backward` got).
-            digest: of the sample keys.
+            keys: of the global batch's samples, in global order.
             tokens: tokens of the global batch.
             flops: floating-point operations of the global batch.
         Raises:
             SystemExit: with the code of the signal, after a checkpoint, if a rank was told to stop.
+            UserError: if too many steps in a row were skipped, and going back has not helped or cannot.
         """
         self._report(self.writer.poll())
         self.step += 1
-        with self.meter.phase("optimizer"):
-            result = self.engine.step(self.step)
-            self.ema.update(self.step)
+        row = self.guard.state.in_row
         reduced = all_reduce_sum(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
+        result, reason = self._guarded_step(dict(zip(losses, reduced)))
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
-        metrics |= result.metrics()
+        metrics |= result.metrics() | {"train/skipped": self.guard.state.skipped}
         metrics |= self.meter.step(tokens=tokens, flops=flops)
         metrics |= self._save_metrics
         self._save_metrics = {}
-        metrics["data/digest"] = digest
+        metrics["data/digest"] = batch_digest(keys)
         self.log(metrics)
+        if reason:
+            record = {"data_step": self.step + self.guard.state.data_offset, "reason": reason, "keys": list(keys)}
+            self.folder.log_skipped(self.step, record | {k: metrics[k] for k in ("train/loss", "train/grad_norm")})
+        self._went_back = self.guard.must_go_back
+        if self._went_back:
+            self._go_back(reason)
         stop = self._stop.on_any_rank()
-        if self.step % self.config.save_every == 0 or not self.running or stop:
-            self.save()
+        # Not after a skipped step, which has changed nothing: that would push out the one to go back to.
+        last_applied, every = self.step - 1 - row, self.config.save_every
+        due = self.step // every > last_applied // every and not self.guard.state.in_row and not self._went_back
+        if due or not self.running or stop:
+            self.save(scheduled=due)
         if self.world.is_main:
             waiting = metrics["data/wait_s"] / metrics["perf/step_s"]
             speed = f"{metrics['perf/step_s']:.3f} s/step  data wait {waiting:.0%}"
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {speed}")
         if stop:
             self._leave()
+
+    def _guarded_step(self, losses: dict[str, float]) -> tuple[StepResult, str]:
+        """One optimizer step, or none and the reason; decided from figures that are the same on all ranks."""
+        reason = self.guard.check_losses(losses)
+        with self.meter.phase("optimizer"):
+            result = self.engine.step(self.step, lambda norm: not (reason or self.guard.check_norm(norm)))
+            if result.applied:
+                self.ema.update(self.step)
+        if result.applied:
+            self.guard.applied(losses, result.grad_norm)
+            return result, ""
+        self.guard.skipped()
+        return result, reason or self.guard.check_norm(result.grad_norm)
+
+    def _go_back(self, reason: str) -> None:
+        """Goes on from the last checkpoint before the skipped steps, with the data after them."""
+        self._report(self.writer.wait())
+        back = go_back(self.folder, self.engine, self.ema, self.writer, self.guard, self.step, reason)
+        self.step = self.saved_step = back
+        self._tracker.start()  # metrics.jsonl has become shorter
+        self.meter.restart()
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Figures of the current step, to metrics.jsonl, which the tracker follows."""
@@ -250,8 +295,11 @@ class TrainingRun:
         self.log({name: {caption: str(path.relative_to(self.folder.path)) for caption, path in videos.items()}})
 
     def due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last one, is due; 0 is never."""
-        return bool(every and self.step) and (self.step % every == 0 or not self.running)
+        """Whether what is done every so many steps, and after the last one, is due; 0 is never.
+
+        Not again at the step that the run has just gone back to.
+        """
+        return bool(every and self.step) and not self._went_back and (self.step % every == 0 or not self.running)
 
     def evaluation_was_cut(self) -> bool:
         """Whether a run that goes on was ended in the samples or held-out figures of its step: then make them again."""
@@ -296,14 +344,18 @@ class TrainingRun:
         if self._stop.on_any_rank():
             raise _Stopped
 
-    def save(self) -> None:
-        """Begins to write a checkpoint of the current step unless there is one; waits for the one before."""
+    def save(self, *, scheduled: bool = False) -> None:
+        """Begins to write a checkpoint of the current step unless there is one; waits for the one before.
+
+        Args:
+            scheduled: whether a run that was never stopped has it too.
+        """
         if self.saved_step == self.step:
             return
         start = time.perf_counter()
         self._report(self.writer.wait())
         waited = time.perf_counter()
-        self.writer.save(self.step)
+        self.writer.save(self.step, {"guard": self.guard.to_dict(), "scheduled": scheduled})
         self.saved_step = self.step
         self._save_metrics["perf/save_s"] = time.perf_counter() - start
         self._save_metrics["perf/save_wait_s"] = waited - start

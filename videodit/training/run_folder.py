@@ -17,6 +17,8 @@ from videodit.parallel.mesh import World, broadcast_object
 from videodit.training.checkpoint import FOLDER, steps_in
 
 EVALUATED = "samples/.evaluated"
+SKIPPED = "skipped.jsonl"
+"""Name of the list of skipped steps."""
 
 
 class RunFolder:
@@ -147,6 +149,18 @@ class RunFolder:
             if not self._warned:
                 warnings.warn(f"metrics.jsonl cannot be written: {error}; training goes on", stacklevel=2)
             self._warned = True
+
+    def log_skipped(self, step: int, record: Mapping[str, Any]) -> None:
+        """Appends one line to skipped.jsonl, and warns; what a run that goes back or resumes has written stays."""
+        if not self._is_main:
+            return
+        line = json.dumps({"step": step, **{key: _json_value(value) for key, value in record.items()}})
+        try:
+            with (self.path / SKIPPED).open("a") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            warnings.warn(f"{SKIPPED} cannot be written: {error}; training goes on", stacklevel=2)
+        warnings.warn(f"step {step} is skipped: {record['reason']}; its samples are in {SKIPPED}", stacklevel=2)
 
     def close(self) -> None:
         """Gives the folder free."""

@@ -118,7 +118,7 @@ def train_vae(config: VAERunConfig) -> Path:
             held_out = _first_clips(config, eval_data, config.eval_clips)
         if run.evaluation_was_cut() and held_out is not None:
             _reconstruct(run, held_out, fps=8.0)
-        steps = loader.iterate(run.step + 1)
+        steps = loader.iterate(run.next_data_step)
         while run.running:
             plan, batches = next(steps)
             total = run.total_weight(batches)
@@ -135,7 +135,7 @@ def train_vae(config: VAERunConfig) -> Path:
                 sums["loss"] += loss.detach()
                 sums["mse"] += (weight * squared).sum().detach()
             positions = shape[1] * shape[2] * shape[3]
-            run.finish_step(sums, digest=loader.digest(plan), tokens=micro_batch_tokens(batches, positions, world.size))
+            run.finish_step(sums, keys=loader.keys(plan), tokens=micro_batch_tokens(batches, positions, world.size))
             if run.due(config.sample_every) and held_out is not None:
                 _reconstruct(run, held_out, fps=8.0)
         run.finish()
