@@ -16,7 +16,8 @@ from videodit.data.batch_sizes import BatchBy, BatchSize
 from videodit.data.batches import Batch
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
-from videodit.parallel.mesh import World, all_reduce_sum, any_rank, init_process, shutdown
+from videodit.parallel.mesh import TIMEOUT, World, all_reduce_sum, any_rank, init_process, shutdown
+from videodit.parallel.watch import enter, phase, tick, watching
 from videodit.progress import Progress
 from videodit.training import checkpoint
 from videodit.training.ema import PowerEMA
@@ -55,6 +56,8 @@ class RunConfig:
     """checkpoints kept"""
     sample_every: int = 500
     """steps between samples or reconstructions; 0 for none"""
+    hang_timeout_s: float = 600.0
+    """seconds that a rank may be silent or stay where it is while others wait for it, until the run ends; 0 for ever"""
     ema_profiles: tuple[float, ...] = (0.05, 0.10)
     """relative widths of the weight averages (edm2); the first is what samples and exports use"""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -70,6 +73,11 @@ class RunConfig:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1: use a positive number")
         if self.sample_every < 0:
             raise ValueError(f"sample_every {self.sample_every} is negative: use 0 for no samples")
+        if not 0 <= self.hang_timeout_s <= TIMEOUT.total_seconds():
+            raise ValueError(
+                f"hang_timeout_s {self.hang_timeout_s:g} is not within 0 and {TIMEOUT.total_seconds():g}, "
+                "when collectives give up by themselves: use 600, or 0 for no limit"
+            )
         if not self.ema_profiles:
             raise ValueError("ema_profiles is empty: give at least one width, for example 0.05")
         check_combination(self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim)
@@ -133,6 +141,7 @@ class TrainingRun:
             found.restore(self.engine, self.ema)
             self.step = self.saved_step = found.step
         self.folder.cut_metrics(self.step)
+        module.register_forward_pre_hook(tick)  # samples are many forward passes
         self.meter = StepMeter(self.world.device, self.world.size)
 
     def accept(self, sizes: Mapping[str, BatchSize]) -> None:
@@ -145,6 +154,7 @@ class TrainingRun:
         """
         self.folder.freeze("batches.json", {name: size.total for name, size in sizes.items()}, "clips a step")
         self.folder.accept_config()
+        enter("data", self.step + 1)
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """A batch's tensor on the run's device, in the number format of its weights."""
@@ -158,6 +168,7 @@ class TrainingRun:
     def total_weight(self, batches: list[Any]) -> float:
         """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data."""
         self.meter.data_ready()
+        enter("forward and backward")
         return max(float(all_reduce_sum(torch.stack([batch.weight.sum() for batch in batches]).sum())), 1.0)
 
     def finish_step(self, losses: dict[str, torch.Tensor], *, digest: str, tokens: int = 0, flops: int = 0) -> None:
@@ -172,6 +183,7 @@ class TrainingRun:
             SystemExit: with 128 + the signal's number, after a checkpoint, if a rank was told to stop.
         """
         self.step += 1
+        enter("optimizer")
         result = self.engine.step(self.step)
         self.ema.update(self.step)
         reduced = all_reduce_sum(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
@@ -185,6 +197,7 @@ class TrainingRun:
             self.save()
         if self.world.is_main:
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {metrics['perf/step_s']:.3f} s/step")
+        enter("data", self.step + 1)
         if stop:
             raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
 
@@ -206,7 +219,7 @@ class TrainingRun:
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The module with the first EMA's weights, in evaluation mode and without gradients; timing leaves it out."""
-        with self.engine.using(self.ema.averages[0]) as module, torch.no_grad():
+        with phase("samples", self.step), self.engine.using(self.ema.averages[0]) as module, torch.no_grad():
             module.eval()
             yield module
             module.train()
@@ -220,7 +233,9 @@ class TrainingRun:
         """
         if self.saved_step == self.step:
             return
-        if checkpoint.save(self.folder.path, self.step, self.engine, self.ema, {}, self.config.keep_last):
+        with phase("checkpoint"):
+            saved = checkpoint.save(self.folder.path, self.step, self.engine, self.ema, {}, self.config.keep_last)
+        if saved:
             self.saved_step = self.step
         elif not self.running:
             raise UserError(
@@ -266,7 +281,8 @@ def open_world(config: RunConfig) -> Iterator[World]:
     if device.type == "cpu":
         keep_freed_memory()
     try:
-        yield world
+        with watching(world, config.hang_timeout_s):
+            yield world
     finally:
         shutdown()
 
