@@ -116,7 +116,7 @@ class TrainingRun:
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
                 old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, run.request_stop)
             try:
-                with run._progress:
+                with run._progress, watching(world, config.hang_timeout_s):
                     yield run
             finally:
                 for number, handler in old_handlers.items():
@@ -281,8 +281,7 @@ def open_world(config: RunConfig) -> Iterator[World]:
     if device.type == "cpu":
         keep_freed_memory()
     try:
-        with watching(world, config.hang_timeout_s):
-            yield world
+        yield world
     finally:
         shutdown()
 
