@@ -80,7 +80,7 @@ def test_the_others_end_with_one_line(ranks: Ranks, latents: Path, tmp_path: Pat
     assert len(left.lines) == 1 and left.lines[0].startswith("error: rank 0 (") and " is gone" in left.lines[0]
     (left,) = runs["frozen"].end(0)
     assert len(left.lines) == 1 and left.lines[0].startswith("error: rank 1 (")
-    assert f"given no sign of life for {LIMIT_S + 1} s" in left.lines[0] or f"for {LIMIT_S} s" in left.lines[0]
+    assert "given no sign of life for" in left.lines[0]
     left, stuck = runs["stuck"].end(0, 1)
     assert len(left.lines) == 1 and left.lines[0].startswith("error: rank 1 (")
     assert "not moved for" in left.lines[0] and " in data, while the others wait" in left.lines[0]
