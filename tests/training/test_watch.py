@@ -62,22 +62,31 @@ class Lost:
         return left
 
 
-def test_the_others_end_with_one_line(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
-    """Four runs at a time, for each waits for seconds."""
-    names = {"killed": 3, "killed first": 2, "frozen": 2, "stuck": 2}
-    runs = {name: Lost(ranks, tmp_path / name, latents, size) for name, size in names.items()}
+@pytest.mark.slow
+def test_of_a_rank_that_is_killed(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    runs = {
+        name: Lost(ranks, tmp_path / name, latents, size) for name, size in {"killed": 3, "killed first": 2}.items()
+    }
     for run in runs.values():
         run.ready()
     runs["killed"].ranks[2].signal(signal.SIGKILL)
     runs["killed first"].ranks[0].signal(signal.SIGKILL)  # it holds the store
-    runs["frozen"].ranks[1].signal(signal.SIGSTOP)
-    os.kill(children(runs["stuck"].ranks[1].pid)[0], signal.SIGSTOP)  # its worker: the rank waits for data
-
     first, second = runs["killed"].end(0, 1)
     assert len(first.lines) == 1 and not second.lines  # one line a node
     assert first.lines[0].startswith("error: rank 2 (") and " is gone, last seen at step " in first.lines[0]
     (left,) = runs["killed first"].end(1)
     assert len(left.lines) == 1 and left.lines[0].startswith("error: rank 0 (") and " is gone" in left.lines[0]
+    for run in runs.values():
+        assert all("Traceback" not in rank.stderr for rank in run.ranks)
+
+
+def test_of_a_rank_that_is_frozen_or_stuck(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """Two runs at a time, for each waits for seconds."""
+    runs = {name: Lost(ranks, tmp_path / name, latents, 2) for name in ("frozen", "stuck")}
+    for run in runs.values():
+        run.ready()
+    runs["frozen"].ranks[1].signal(signal.SIGSTOP)
+    os.kill(children(runs["stuck"].ranks[1].pid)[0], signal.SIGSTOP)  # its worker: the rank waits for data
     (left,) = runs["frozen"].end(0)
     assert len(left.lines) == 1 and left.lines[0].startswith("error: rank 1 (")
     assert "given no sign of life for" in left.lines[0]

@@ -92,7 +92,9 @@ class Judge:
         verdict = self._silent(now, GRACE_S)
         if verdict is None and for_s > 4 * GRACE_S and self._cut_off():
             rank = self._cut_off()[0]
-            return Verdict(f"{self._name([rank])} lost a connection {self._at(rank)}: {self._beats[rank].why}; {_AGAIN}")
+            return Verdict(
+                f"{self._name([rank])} lost a connection {self._at(rank)}: {self._beats[rank].why}; {_AGAIN}"
+            )
         return verdict
 
     def _silent(self, now: float, limit_s: float) -> Verdict | None:

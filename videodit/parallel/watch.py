@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -103,7 +103,8 @@ def _is_broken_connection(error: Exception) -> bool:
 
 def _collectives() -> int:
     """Collectives that this rank has begun: the one that the others wait for has begun fewer."""
-    return sum(group._get_sequence_number_for_group() for group in list(distributed_c10d._world.pg_map))
+    groups: list[Any] = list(distributed_c10d._world.pg_map)  # Any: torch's types lack some of its methods
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 class _Watch:
@@ -111,7 +112,7 @@ class _Watch:
         global _place
         _place = _Place()
         self._world = world
-        self._others = [rank for rank in range(1, world.size)] if world.is_main else [0]
+        self._others = list(range(1, world.size)) if world.is_main else [0]
         self._judge = Judge(world.rank, world.size, limit_s)
         self._host, self._number = socket.gethostname(), 0
         self._state, self._why = "", ""
@@ -120,7 +121,8 @@ class _Watch:
         self._store_lost = False
         self._closing, self._wake = threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._store = distributed_c10d._get_default_store().clone()  # a connection that nobody else blocks
+        shared: Any = distributed_c10d._get_default_store()
+        self._store = shared.clone()  # a connection that nobody else blocks
         if world.is_main:
             self._store.set("watch/verdict", "")
         self._say()
