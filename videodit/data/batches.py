@@ -7,9 +7,12 @@ nothing but time.
 """
 
 import atexit
+import ctypes
 import logging
 import multiprocessing
+import os
 import signal
+import sys
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +32,8 @@ from videodit.errors import UserError
 
 MAX_CONSECUTIVE_FAILURES = 100
 """This many samples in a row that cannot be read are no accident: the data or the disk is broken."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +177,7 @@ def read_all(reader: RowReader, requests: Iterable[Request], num_workers: int, p
         num_workers=num_workers,
         prefetch_factor=prefetch,
         collate_fn=_as_it_is,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_follow_parent,
         # Fork, so that workers share the cache and the index without copies; they touch neither the GPU nor threads.
         multiprocessing_context="fork",
         generator=torch.Generator(),  # else torch would draw from the global generator of the run
@@ -196,10 +201,17 @@ def _as_it_is(rows: Any) -> Any:
     return rows
 
 
-def _ignore_signals(worker: int) -> None:
+def _follow_parent(worker: int) -> None:
+    """A worker ends when the main process does, and not before."""
     # Launchers and Ctrl-C signal the whole process tree: the main process decides, and then ends its workers itself.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # One that waits for a disk would outlive a main process that was killed, and hold the lock of its run folder.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:
+            os._exit(1)  # it was gone before
 
 
 def batch_fields(rows: Rows, keys: Sequence[str]) -> dict[str, Any]:

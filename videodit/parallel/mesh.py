@@ -10,6 +10,9 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from videodit.parallel.meeting import choose_interface, fresh_store
 
 T = TypeVar("T")
 
@@ -63,7 +66,10 @@ def init_process(device: str | None = None) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         if launched:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            choose_interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            store = fresh_store(store, rank, size, TIMEOUT.total_seconds())
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         else:
             # A store in memory needs no port, no file and no environment.
             store = dist.HashStore()  # type: ignore[attr-defined]

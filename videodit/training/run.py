@@ -18,7 +18,8 @@ from videodit.data.randomness import batch_digest
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
 from videodit.evaluation.machine import code_version
-from videodit.parallel.mesh import World, all_reduce_sum, init_process, shutdown
+from videodit.parallel.mesh import TIMEOUT, World, all_reduce_sum, init_process, shutdown
+from videodit.parallel.watch import enter, phase, tick, watching
 from videodit.progress import Progress
 from videodit.training.checkpoint import load_latest
 from videodit.training.checkpoint_writer import CheckpointWriter, Written
@@ -64,6 +65,8 @@ class RunConfig:
     """checkpoints of steps that this divides are kept too; 0 for none"""
     sample_every: int = 500
     """steps between samples or reconstructions; 0 for none"""
+    hang_timeout_s: float = 600.0
+    """seconds that a rank may be silent or stay where it is while others wait for it, until the run ends; 0 for ever"""
     ema_profiles: tuple[float, ...] = (0.05, 0.10)
     """relative widths of the weight averages (edm2); the first is what samples and exports use"""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -92,6 +95,11 @@ class RunConfig:
             raise ValueError(
                 f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: "
                 f"the nearest is {nearest}"
+            )
+        if not 0 <= self.hang_timeout_s <= TIMEOUT.total_seconds():
+            raise ValueError(
+                f"hang_timeout_s {self.hang_timeout_s:g} is not within 0 and {TIMEOUT.total_seconds():g}, "
+                "when collectives give up by themselves: use 600, or 0 for no limit"
             )
         if not self.ema_profiles:
             raise ValueError("ema_profiles is empty: give at least one width, for example 0.05")
@@ -136,7 +144,7 @@ class TrainingRun:
             try:
                 with run._stop.listening():
                     try:
-                        with run._progress:
+                        with run._progress, watching(world, config.hang_timeout_s):
                             yield run
                     except BaseException as error:
                         run._end_writing(at_once=isinstance(error, KeyboardInterrupt))
@@ -170,6 +178,7 @@ class TrainingRun:
         self._tracker.start()
         version = ", ".join(f"{name} {value}" for name, value in code_version().items() if value)
         self._log.info(f"from step {self.step} of {self.config.max_steps}: {self.world.size} ranks, {version}")
+        module.register_forward_pre_hook(tick)  # samples are many forward passes
         self.meter = StepMeter(self.world.device, self.world.size)
 
     def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any]) -> None:
@@ -188,6 +197,7 @@ class TrainingRun:
         self.folder.accept_config()
         if self._stop.on_any_rank():  # before the wait for data
             self._leave()
+        enter("data", self.step + 1)
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """A batch's tensor on the run's device, in the number format of its weights."""
@@ -210,6 +220,7 @@ class TrainingRun:
             SystemExit: as `finish_step`, if a rank was told to stop since the last step.
         """
         self.meter.data_ready()
+        enter("forward and backward")
         self._note_evaluated()
         weight = torch.stack([batch.weight.sum() for batch in batches]).sum()
         with self.meter.phase("ranks", on_cpu=True):  # until the last of them has its data
@@ -235,6 +246,7 @@ class TrainingRun:
         self._report(self.writer.poll())
         self.step += 1
         row = self.guard.state.in_row
+        enter("optimizer")
         reduced = all_reduce_sum(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
         result, reason = self._guarded_step(dict(zip(losses, reduced)))
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
@@ -260,6 +272,7 @@ class TrainingRun:
             waiting = metrics["data/wait_s"] / metrics["perf/step_s"]
             speed = f"{metrics['perf/step_s']:.3f} s/step  data wait {waiting:.0%}"
             self._progress.update(self.step, f"loss {metrics['train/loss']:.4f}  {speed}")
+        enter("data", self.step + 1)
         if stop:
             self._leave()
 
@@ -278,8 +291,9 @@ class TrainingRun:
 
     def _go_back(self, reason: str) -> None:
         """Goes on from the last checkpoint before the skipped steps, with the data after them."""
-        self._report(self.writer.wait())
-        back = go_back(self.folder, self.engine, self.ema, self.writer, self.guard, self.step, reason)
+        with phase("going back"):
+            self._report(self.writer.wait())
+            back = go_back(self.folder, self.engine, self.ema, self.writer, self.guard, self.step, reason)
         self.step = self.saved_step = back
         self._tracker.start()  # metrics.jsonl has become shorter
         self.meter.restart()
@@ -327,7 +341,7 @@ class TrainingRun:
         """
         try:
             using = self.engine.using(self.ema.averages[0]) if weights == "ema" else nullcontext(self.engine.module)
-            with using as module, torch.no_grad():
+            with phase("samples", self.step), using as module, torch.no_grad():
                 hook = module.register_forward_pre_hook(lambda *_: self.stop_if_asked())
                 module.eval()
                 try:
@@ -353,9 +367,10 @@ class TrainingRun:
         if self.saved_step == self.step:
             return
         start = time.perf_counter()
-        self._report(self.writer.wait())
-        waited = time.perf_counter()
-        self.writer.save(self.step, {"guard": self.guard.to_dict(), "scheduled": scheduled})
+        with phase("checkpoint"):
+            self._report(self.writer.wait())
+            waited = time.perf_counter()
+            self.writer.save(self.step, {"guard": self.guard.to_dict(), "scheduled": scheduled})
         self.saved_step = self.step
         self._save_metrics["perf/save_s"] = time.perf_counter() - start
         self._save_metrics["perf/save_wait_s"] = waited - start
@@ -367,14 +382,16 @@ class TrainingRun:
         Raises:
             UserError: if that of the last step cannot be; before, training goes on without.
         """
-        self._report(self.writer.wait())
+        with phase("checkpoint"):
+            self._report(self.writer.wait())
         self._note_evaluated()
 
     def _leave(self) -> NoReturn:
         """Ends the run between two steps, on every rank, with a checkpoint if a step was ever made."""
         if self.step:
             self.save()
-        self._report(self.writer.wait())
+        with phase("checkpoint"):
+            self._report(self.writer.wait())
         raise SystemExit(self._stop.exit_code)
 
     def _report(self, written: Written | None) -> None:

@@ -1,0 +1,125 @@
+"""Real ranks that are killed, frozen or stuck: the others end with one line, nothing is left, and torchrun goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.forked_ranks import Rank, Ranks, alive, children, steps_of, wait_until
+from tests.training.toy import assert_same, whole
+from videodit.training.checkpoint import load_latest
+
+STEPS = 40
+LIMIT_S = 5  # hang_timeout_s
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("encoded")
+    return tiny.make_latents(root / "latents", tiny.make_shards(root / "shards"), tiny.make_vae(root / "vae"))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+def options(run_dir: Path, latents: Path, max_steps: int = 100_000) -> list[str]:
+    changes = [f"--run_dir={run_dir}", f"--data.shards={latents}", f"--max_steps={max_steps}", "--save_every=5"]
+    changes += ["--global_batch_size=4", "--micro_batch_size=2", f"--hang_timeout_s={LIMIT_S}", "--dtype=fp32"]
+    changes += ["--data.num_workers=1", "--data.cache_gib=0", "--sample_every=0", "--optim.warmup_steps=0"]
+    return ["train", "dit", *changes, *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS]
+
+
+class Lost:
+    """A run in which something was done to a rank."""
+
+    def __init__(self, ranks: Ranks, run_dir: Path, latents: Path, size: int) -> None:
+        self.run_dir, self.ranks = run_dir, ranks.start(options(run_dir, latents), size)
+        self.seen: set[int] = set()
+
+    def ready(self) -> None:
+        """Waits until it trains."""
+        wait_until(lambda: steps_of(self.run_dir) > 2, lambda: self.ranks[0].stderr)
+        self.seen = {pid for rank in self.ranks for pid in rank.family()}
+        assert len(self.seen) == 2 * len(self.ranks)  # each has a worker
+
+    def end(self, *survivors: int) -> list[Rank]:
+        """Waits for the survivors, which fail; kills what torchrun would kill. Nothing else is left."""
+        left = [self.ranks[rank] for rank in survivors]
+        assert [rank.wait() for rank in left] == [1] * len(left)
+        for rank in self.ranks:
+            if rank not in left and alive(rank.pid):
+                rank.signal(signal.SIGKILL)
+        wait_until(lambda: not any(map(alive, self.seen)))
+        return left
+
+
+@pytest.mark.slow
+def test_of_a_rank_that_is_killed(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    runs = {
+        name: Lost(ranks, tmp_path / name, latents, size) for name, size in {"killed": 3, "killed first": 2}.items()
+    }
+    for run in runs.values():
+        run.ready()
+    runs["killed"].ranks[2].signal(signal.SIGKILL)
+    runs["killed first"].ranks[0].signal(signal.SIGKILL)  # it holds the store
+    first, second = runs["killed"].end(0, 1)
+    assert len(first.lines) == 1 and not second.lines  # one line a node
+    assert first.lines[0].startswith("error: rank 2 (") and " is gone, last seen at step " in first.lines[0]
+    (left,) = runs["killed first"].end(1)
+    assert len(left.lines) == 1 and left.lines[0].startswith("error: rank 0 (") and " is gone" in left.lines[0]
+    for run in runs.values():
+        assert all("Traceback" not in rank.stderr for rank in run.ranks)
+
+
+def test_of_a_rank_that_is_frozen_or_stuck(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """Two runs at a time, for each waits for seconds."""
+    runs = {name: Lost(ranks, tmp_path / name, latents, 2) for name in ("frozen", "stuck")}
+    for run in runs.values():
+        run.ready()
+    runs["frozen"].ranks[1].signal(signal.SIGSTOP)
+    os.kill(children(runs["stuck"].ranks[1].pid)[0], signal.SIGSTOP)  # its worker: the rank waits for data
+    (left,) = runs["frozen"].end(0)
+    assert len(left.lines) == 1 and left.lines[0].startswith("error: rank 1 (")
+    assert "given no sign of life for" in left.lines[0]
+    left, stuck = runs["stuck"].end(0, 1)
+    assert len(left.lines) == 1 and left.lines[0].startswith("error: rank 1 (")
+    assert "not moved for" in left.lines[0] and " in data, while the others wait" in left.lines[0]
+    assert not stuck.lines and "rank 1 is here:" in stuck.stderr and "in read_all" in stuck.stderr
+    for run in runs.values():
+        assert all("Traceback" not in rank.stderr for rank in run.ranks)
+
+
+def test_torchrun_starts_a_run_again_that_lost_a_rank(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    straight = ranks.start(options(tmp_path / "straight", latents, STEPS), 2)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "videodit"]
+    command = [sys.executable, "-m", *torchrun, *options(tmp_path / "killed", latents, STEPS)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as agent:
+        try:
+            wait_until(lambda: steps_of(tmp_path / "killed") > STEPS // 2)
+            seen = [pid for rank in children(agent.pid) for pid in [rank, *children(rank)]]
+            assert len(seen) == 4
+            os.kill(next(pid for pid in children(agent.pid) if is_rank(pid, 1)), signal.SIGKILL)
+            _, stderr = agent.communicate(timeout=240)
+        finally:
+            agent.kill()
+    assert agent.returncode == 0, stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: rank 1 (") and " is gone" in line and "Traceback" not in stderr
+    assert not any(map(alive, seen))
+    assert [rank.wait() for rank in straight] == [0, 0] and not any(rank.lines for rank in straight)
+    ends = [load_latest(tmp_path / name) for name in ("straight", "killed")]
+    assert all(end is not None and end.step == STEPS for end in ends)
+    assert_same(*(whole(end) for end in ends if end is not None))
+
+
+def is_rank(pid: int, rank: int) -> bool:
+    return f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
