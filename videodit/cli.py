@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -233,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The command `videodit`: `main`, and then the end of the process with its exit code."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
     try:
         code = main()
     except SystemExit as end:

@@ -10,6 +10,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,12 @@ def held_out_loss(world: World, stage: int) -> None:
     assert gather_objects(shares) == [shares] * world.size
 
 
+def refuse(asked: list[float], norm: float) -> bool:
+    """Says no, and keeps what it was asked."""
+    asked.append(norm)
+    return False
+
+
 @contextlib.contextmanager
 def spoilt_gradient(layer: nn.Module) -> Iterator[None]:
     """What runs inside gets an infinite gradient in this layer's weights, and finite ones elsewhere."""
@@ -258,8 +265,7 @@ def dropped_step(world: World, stage: int, dtype: str, name: str, first: bool) -
             loss = engine(clip, token).float().square().sum()
         engine.backward(loss * (float("nan") if hit and "loss" in fault else 1.0))
         asked: list[float] = []
-        refuse = asked.append  # its answer, None, counts as a no
-        result = engine.step(2, refuse)  # type: ignore[arg-type]
+        result = engine.step(2, partial(refuse, asked))
         assert not result.applied and bool(asked) == (fault == "refused"), (fault, asked)
         known = name == "adamw" or (stage, dtype) == (1, "bf16")
         assert result.grad_norm == (asked[0] if asked and known else float("inf"))
