@@ -10,8 +10,9 @@ import numpy as np
 
 from videodit.data.batches import check_workers
 from videodit.data.order import ClipPlaces
-from videodit.data.remote import RemoteFolder, is_remote, open_remote
+from videodit.data.remote import RemoteFolder, open_remote
 from videodit.data.shards import Entry, ShardSet
+from videodit.data.storage import is_remote
 from videodit.errors import UserError
 
 

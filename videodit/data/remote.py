@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from videodit.data.shards import INDEX, PART, ShardSet, check_sizes, read_index, read_span
+from videodit.data.storage import open_system, reason, version_of
 from videodit.errors import UserError
 
 SIDE_FILES = (INDEX, "ingest.json", "latents.json", "empty_text.safetensors")
@@ -30,12 +31,6 @@ TRIES = 3
 _PAUSE_S = 1.0  # before the second try; twice as long before each that follows
 _ROOM = ".room"  # as large as the shard that is being fetched: others count it
 _THREADS = 4  # that fetch ahead, in each process
-_VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
-
-
-def is_remote(folder: str) -> bool:
-    """Whether it is an address for fsspec, such as s3://bucket/shards, and not a path."""
-    return "://" in folder
 
 
 class RemoteFolder:
@@ -58,13 +53,12 @@ class RemoteFolder:
         try:
             filesystem, path = self._connect()
             files = [file for file in filesystem.ls(path, detail=True) if file["type"] == "file"]
+        except UserError:
+            raise
         except Exception as error:  # each store has its own
-            raise UserError(f"data.shards {address} cannot be read: {_reason(error)}") from error
+            raise UserError(f"data.shards {address} cannot be read: {reason(error)}") from error
         self.sizes = {Path(file["name"]).name: int(file["size"]) for file in files}
-        listed = sorted(
-            (Path(file["name"]).name, file["size"], next((str(file[key]) for key in _VERSION_KEYS if key in file), ""))
-            for file in files
-        )
+        listed = sorted((Path(file["name"]).name, file["size"], version_of(file)) for file in files)
         version = hashlib.sha256(json.dumps([address, listed]).encode()).hexdigest()[:16]
         self.local = self.cache_dir / f"{Path(path).name or 'shards'}-{version}"
         try:
@@ -74,7 +68,7 @@ class RemoteFolder:
                     if name in self.sizes and not (self.local / name).exists():
                         self.get(name)
         except Exception as error:
-            raise UserError(f"data.shards {address} cannot be read into {self.local}: {_reason(error)}") from error
+            raise UserError(f"data.shards {address} cannot be read into {self.local}: {reason(error)}") from error
 
     def get(self, name: str) -> None:
         """Fetches one file; it appears when all of it is there. Call it under a lock.
@@ -95,10 +89,7 @@ class RemoteFolder:
     def _connect(self) -> tuple[Any, str]:
         """The store, and the path in it: anew in each process, for drivers with threads don't survive a fork."""
         if self._connected is None or self._connected[0] != os.getpid():
-            import fsspec  # takes 0.1 s, and its drivers more
-
-            filesystem, path = fsspec.core.url_to_fs(self.address, skip_instance_cache=True)
-            self._connected = os.getpid(), filesystem, path
+            self._connected = os.getpid(), *open_system(self.address, anew=True)
         return self._connected[1:]
 
 
@@ -166,7 +157,7 @@ class ShardCache:
                     return
                 except Exception as error:  # each store has its own
                     problem = error
-            raise OSError(f"{self._folder.address}/{shard} could not be fetched: {_reason(problem)}") from problem
+            raise OSError(f"{self._folder.address}/{shard} could not be fetched: {reason(problem)}") from problem
         finally:
             room.unlink(missing_ok=True)
 
@@ -247,10 +238,6 @@ def open_remote(folder: RemoteFolder, limit_bytes: float) -> ShardSet:
     if not used:
         raise UserError(f"data.shards {folder.address} has no samples that filters left in")
     return ShardSet(folder.local, used, folder.address, ShardCache(folder, limit_bytes))
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -101,7 +101,7 @@ def walk(root: str, exclude: Iterable[Path] = ()) -> Iterator[dict[str, Found]]:
 
 def _walk_remote(root: str) -> Iterator[dict[str, Found]]:
     with _explained(root):
-        system, top = _open_system(root)
+        system, top = open_system(root)
         listed: dict[str, dict[str, Any]] = system.find(top, detail=True)
     folders: dict[str, dict[str, Found]] = defaultdict(dict)
     _, chained, chain = root.partition("::")
@@ -137,13 +137,17 @@ def state(address: str) -> FileState:
         facts = os.stat(address)
         return FileState(facts.st_size, str(facts.st_mtime_ns))
     with _explained(address):
-        system, path = _open_system(address)
+        system, path = open_system(address)
         return _state(system.info(path))
 
 
 def _state(facts: dict[str, Any]) -> FileState:
-    version = next((str(facts[name]) for name in _VERSIONS if facts.get(name) is not None), "")
-    return FileState(int(facts.get("size") or 0), version)
+    return FileState(int(facts.get("size") or 0), version_of(facts))
+
+
+def version_of(facts: Mapping[str, Any]) -> str:
+    """What of a file system's facts about a file changes with it; empty if it gives nothing of the kind."""
+    return next((str(facts[name]) for name in _VERSIONS if facts.get(name) is not None), "")
 
 
 def read_bytes(address: str) -> bytes:
@@ -156,7 +160,7 @@ def read_bytes(address: str) -> bytes:
     if not is_remote(address):
         return Path(address).read_bytes()
     with _explained(address):
-        system, path = _open_system(address)
+        system, path = open_system(address)
         data: bytes = system.cat_file(path)
         return data
 
@@ -169,7 +173,7 @@ def open_file(address: str) -> Iterator[BinaryIO]:
             yield file
         return
     with _explained(address):
-        system, path = _open_system(address)
+        system, path = open_system(address)
         with system.open(path, "rb", block_size=_BLOCK_BYTES) as file, tempfile.TemporaryFile() as copy:
             if not file.seekable():  # a server that gives whole files only
                 shutil.copyfileobj(file, copy)
@@ -197,7 +201,7 @@ def fetch(address: str, copy: Path, beat: Callable[[], None], span: tuple[int, i
 
     for pause_s in (*_PAUSES_S, None):
         try:
-            system, path = _open_system(address)
+            system, path = open_system(address)
             if span is None:
                 system.get_file(path, str(copy), callback=Beat())
             else:
@@ -211,7 +215,7 @@ def fetch(address: str, copy: Path, beat: Callable[[], None], span: tuple[int, i
             if isinstance(error, OSError) and (error.errno in _FULL or error.filename == str(copy)):
                 raise
             if pause_s is None:
-                raise FetchError(f"cannot be fetched: {_reason(error)}") from error
+                raise FetchError(f"cannot be fetched: {reason(error)}") from error
             time.sleep(pause_s)
             beat()
 
@@ -229,13 +233,20 @@ def map_all(function: Callable[[Item], Result], items: Sequence[Item], at_once: 
         return list(pool.map(function, items))
 
 
-def _open_system(address: str) -> tuple[Any, str]:
-    """(fsspec's file system, the path in it)."""
+def open_system(address: str, *, anew: bool = False) -> tuple[Any, str]:
+    """(fsspec's file system, the path in it).
+
+    Args:
+        address: of a file or folder.
+        anew: with connections of its own, as a forked process needs.
+    Raises:
+        MissingExtra: if fsspec is not installed.
+    """
     try:
-        import fsspec
+        import fsspec  # takes 0.1 s, and its drivers more
     except ImportError:
         raise MissingExtra("fsspec", "remote") from None
-    system, path = fsspec.core.url_to_fs(address)
+    system, path = fsspec.core.url_to_fs(address, skip_instance_cache=anew)
     return system, str(path)
 
 
@@ -248,11 +259,12 @@ def _explained(address: str) -> Iterator[None]:
         raise
     except ImportError as error:
         extra = "pip install 'videodit[remote]' brings what http and S3 need"
-        raise UserError(f"{address} cannot be read: {_reason(error)}; {extra}") from error
+        raise UserError(f"{address} cannot be read: {reason(error)}; {extra}") from error
     except Exception as error:  # every file system has errors of its own
-        raise UserError(f"{address} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{address} cannot be read: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    """A file system's error as a short text; most of them are told by their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ImportError) and text else f"{type(error).__name__}{f': {text}' if text else ''}"
