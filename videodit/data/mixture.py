@@ -10,9 +10,8 @@ import numpy as np
 
 from videodit.data.batches import check_workers
 from videodit.data.order import ClipPlaces
-from videodit.data.remote import RemoteFolder, open_remote
+from videodit.data.remote import RemoteFolder, is_address, open_remote
 from videodit.data.shards import Entry, ShardSet
-from videodit.data.storage import is_remote
 from videodit.errors import UserError
 
 
@@ -47,7 +46,7 @@ class ShardsConfig:
         for weight in self.weights:
             if not 0 < weight <= 1000:
                 raise ValueError(f"data.weights {weight} must be above 0 and at most 1000: leave out an unused folder")
-        remote = next((folder for folder in self.folders if is_remote(folder)), None)
+        remote = next((folder for folder in self.folders if is_address(folder)), None)
         if remote is not None and not self.disk_cache:
             raise ValueError(f"data.shards {remote} is not on a disk: give --data.disk_cache DIR, a folder on one")
         if self.disk_cache_gib <= 0:
@@ -106,7 +105,7 @@ def local_folders(config: ShardsConfig) -> dict[str, Path]:
         UserError: if an address cannot be read.
     """
     return {
-        folder: RemoteFolder(folder, config.disk_cache).local if is_remote(folder) else Path(folder)
+        folder: RemoteFolder(folder, config.disk_cache).local if is_address(folder) else Path(folder)
         for folder in config.folders
     }
 
@@ -127,7 +126,7 @@ def open_shards(config: ShardsConfig) -> ShardSet:
     """
     sets = [
         open_remote(RemoteFolder(folder, config.disk_cache), config.disk_cache_gib * 2**30)
-        if is_remote(folder)
+        if is_address(folder)
         else ShardSet.open(folder)
         for folder in config.folders
     ]

@@ -33,6 +33,11 @@ _ROOM = ".room"  # as large as the shard that is being fetched: others count it
 _THREADS = 4  # that fetch ahead, in each process
 
 
+def is_address(folder: str) -> bool:
+    """Whether shards are fetched through the cache: from s3://bucket/shards, or a slow disk as file:///nfs/shards."""
+    return "://" in folder
+
+
 class RemoteFolder:
     """What a store holds at an address, and where it lies here.
 
