@@ -20,7 +20,7 @@ from videodit.planning.memory import Memory, rank_memory
 from videodit.planning.workload import DiTWorkload, VAEWorkload, Workload
 from videodit.settings import read_yaml
 from videodit.training.dit_config import DiTRunConfig, follow_latents
-from videodit.training.run import RunConfig
+from videodit.training.run_config import RunConfig
 from videodit.training.vae_trainer import VAERunConfig
 
 USABLE = 0.92

@@ -22,7 +22,7 @@ from videodit.models.folder import WEIGHTS_NAME, load_config
 from videodit.models.lora import LoRAConfig
 from videodit.models.text import ByteTextConfig
 from videodit.models.vae_folder import load_vae
-from videodit.training.run import RunConfig
+from videodit.training.run_config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ from videodit.training.dit_model import (
 )
 from videodit.training.engine import sharded_construction
 from videodit.training.held_out import HeldOutLoss, check_held_out
-from videodit.training.run import TrainingRun, micro_batch_tokens, open_world, run_dtype
+from videodit.training.run import TrainingRun, micro_batch_tokens
+from videodit.training.run_config import open_world, run_dtype
 
 
 def train_dit(config: DiTRunConfig) -> Path:

@@ -22,7 +22,8 @@ from videodit.errors import UserError
 from videodit.evaluation.reconstruction import psnr
 from videodit.models.vae import VAEConfig, VideoVAE, gaussian_kl
 from videodit.training.checkpoint import Checkpoint, load_average, load_latest
-from videodit.training.run import RunConfig, TrainingRun, micro_batch_tokens, open_world
+from videodit.training.run import TrainingRun, micro_batch_tokens
+from videodit.training.run_config import RunConfig, open_world
 
 FIT_CLIPS = 64
 """Clips whose blocks give the VAE's linear shortcut."""
