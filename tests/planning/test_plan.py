@@ -11,6 +11,9 @@ from videodit import cli
 from videodit.config import load_yaml
 from videodit.errors import UserError
 from videodit.models.checkpointing import POLICIES
+from videodit.models.dit import VideoDiT
+from videodit.models.lora import add_lora
+from videodit.models.text import ByteTextEncoder
 from videodit.planning.footprint import ParameterCount
 from videodit.planning.machines import GIB, find_machine
 from videodit.planning.memory import rank_memory
@@ -179,3 +182,20 @@ def test_sharding_divides_what_it_shards(dtype: torch.dtype, muon: bool) -> None
         assert (many.gradients < one.gradients) == (stage > 1)
     assert one.total > 16 * 10**9 and one.total / GIB < 30
     assert isinstance(VAEPlanConfig(), VAEPlanConfig)
+
+
+def test_lora_plans_moments_for_what_it_trains(tmp_path: Path) -> None:
+    """Frozen weights are weights and nothing else; the numbers are those of the real model."""
+    config = small(tmp_path, **{"init": "unused", "lora.rank": 2})
+    model = VideoDiT(config.model)
+    whole = sum(p.numel() for p in model.parameters())
+    model.requires_grad_(False)
+    add_lora(model.blocks, config.lora)
+    text = sum(p.numel() for p in ByteTextEncoder(config.text).parameters())
+    count = config.workload().parameters()
+    assert count.total == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+    assert count.frozen == whole + text
+    options = {"zero_stage": 2, "ranks": 4, "dtype": torch.bfloat16, "muon": False, "ema_profiles": 2}
+    memory = rank_memory(count, 0.0, **options)
+    assert memory.weights == 2 * (count.total + count.frozen)
+    assert (memory.optimizer, memory.ema) == (12 * count.total / 4, 8 * count.total / 4)

@@ -17,8 +17,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     config, machine = plan.config, plan.machine
     kind = "DiT" if isinstance(config, DiTPlanConfig) else "VAE"
     dtype = "bf16" if plan.dtype == torch.bfloat16 else "fp32"
+    count = plan.parameters
+    parameters = f"{(count.total + count.frozen) / 1e6:,.1f} M parameters"
+    if count.frozen:
+        parameters += f", {count.total / 1e6:,.2f} M of them trained,"
     console.print(
-        f"{kind} of {plan.parameters.total / 1e6:,.1f} M parameters on {config.gpus} x {machine.name} "
+        f"{kind} of {parameters} on {config.gpus} x {machine.name} "
         f"({machine.memory_bytes / GIB:.0f} GiB, {machine.peak_flops / 1e12:,.1f} TFLOP/s peak), {dtype}, "
         f"global batch {config.global_batch_size}, micro batch {plan.chosen.micro_batch_size}",
         highlight=False,
