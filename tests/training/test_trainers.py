@@ -284,6 +284,12 @@ def test_a_full_disk_does_not_stop_training(latents: Path, tmp_path: Path, monke
         assert line["perf/save_s"] >= line["perf/save_wait_s"] >= 0
 
 
+def test_a_sharded_run_leaves_torch_as_it_was(latents: Path, tmp_path: Path) -> None:
+    linear = torch.nn.functional.linear
+    train_dit(dit_config(tmp_path / "run", latents, max_steps=1, zero_stage=3))
+    assert torch.nn.functional.linear is linear
+
+
 def test_a_finished_run_is_left_alone(latents: Path, tmp_path: Path) -> None:
     config = dit_config(tmp_path / "run", latents, max_steps=2)
     train_dit(config)

@@ -34,6 +34,8 @@ from videodit.training.gradient_gate import GradientGate, Keep, keep_any  # noqa
 from videodit.training.optim import OptimConfig, lr_factor, param_groups, whole_shape  # noqa: E402
 from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReader  # noqa: E402
 
+_linear = torch.nn.functional.linear
+
 if not torch.cuda.is_available():
     # Probing and building its shared-memory collective takes ninja and seconds; gloo does the work.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
@@ -332,9 +334,15 @@ def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 
 
+def _leave_deepspeed() -> None:
+    deepspeed.comm.destroy_process_group()  # else its cached groups outlive the run
+    # At ZeRO-3 it puts a function of its own there, which keeps no gathered weight for the backward pass, for good.
+    torch.nn.functional.linear = _linear
+
+
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], local_rank: int) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # its sanity check wants it, torchrun or not
-    destroy_with(deepspeed.comm.destroy_process_group)  # else its cached groups outlive the run
+    destroy_with(_leave_deepspeed)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
