@@ -7,8 +7,7 @@ from torch import nn
 
 from tests.training.toy import Toy
 from videodit.models.dit import DiTConfig, VideoDiT
-from videodit.training.engine import check_combination
-from videodit.training.optim import OptimConfig, learning_rate, lr_factor, param_groups
+from videodit.training.optim import OptimConfig, check_combination, learning_rate, lr_factor, param_groups
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "wsd"])

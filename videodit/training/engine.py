@@ -31,7 +31,7 @@ from videodit.models.initialise import gathering  # noqa: E402
 from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
 from videodit.training.batched_muon import BatchedMuon  # noqa: E402
 from videodit.training.gradient_gate import GradientGate, Keep, keep_any  # noqa: E402
-from videodit.training.optim import OptimConfig, lr_factor, param_groups, whole_shape  # noqa: E402
+from videodit.training.optim import OptimConfig, check_combination, lr_factor, param_groups, whole_shape  # noqa: E402
 from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReader  # noqa: E402
 
 _linear = torch.nn.functional.linear
@@ -305,22 +305,6 @@ def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
     init = deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False)
     with contextlib.redirect_stdout(io.StringIO()), init, gathering(gather):
         yield
-
-
-def check_combination(zero_stage: int, dtype: str, optim: OptimConfig) -> None:
-    """Refuses what DeepSpeed cannot do, before anything is built.
-
-    Raises:
-        ValueError: names the value and the fix.
-    """
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage is {zero_stage}; use 0, 1, 2 or 3")
-    if dtype not in ("fp32", "bf16"):
-        raise ValueError(f"dtype is {dtype!r}; use fp32 or bf16")
-    if dtype == "bf16" and zero_stage == 0:
-        raise ValueError("dtype bf16 at zero_stage 0 keeps no fp32 master weights; set zero_stage to 1")
-    if optim.name == "muon" and zero_stage == 0:
-        raise ValueError("optim.name muon at zero_stage 0 is not DeepSpeed's Muon; set zero_stage to 1")
 
 
 def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

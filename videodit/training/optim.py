@@ -54,6 +54,22 @@ class OptimConfig:
             raise ValueError("optim.final_lr_ratio must lie in [0, 1] and optim.decay_fraction in (0, 1]")
 
 
+def check_combination(zero_stage: int, dtype: str, optim: OptimConfig) -> None:
+    """Refuses what DeepSpeed cannot do, before anything is built.
+
+    Raises:
+        ValueError: names the value and the fix.
+    """
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_stage is {zero_stage}; use 0, 1, 2 or 3")
+    if dtype not in ("fp32", "bf16"):
+        raise ValueError(f"dtype is {dtype!r}; use fp32 or bf16")
+    if dtype == "bf16" and zero_stage == 0:
+        raise ValueError("dtype bf16 at zero_stage 0 keeps no fp32 master weights; set zero_stage to 1")
+    if optim.name == "muon" and zero_stage == 0:
+        raise ValueError("optim.name muon at zero_stage 0 is not DeepSpeed's Muon; set zero_stage to 1")
+
+
 def lr_factor(config: OptimConfig, step: int, max_steps: int) -> float:
     """The learning rate of a step as a part of its peak: warm-up times schedule.
 

@@ -10,9 +10,8 @@ from videodit.data.batch_sizes import BatchBy
 from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
 from videodit.errors import UserError
 from videodit.parallel.mesh import TIMEOUT, World, init_process, shutdown
-from videodit.training.engine import check_combination
 from videodit.training.guard import GuardConfig
-from videodit.training.optim import OptimConfig
+from videodit.training.optim import OptimConfig, check_combination
 from videodit.training.tracker import TrackerConfig
 
 
