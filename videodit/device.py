@@ -1,6 +1,9 @@
 """Which device and number format a command uses."""
 
 import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -49,6 +52,23 @@ def choose_dtype(name: str, device: torch.device) -> DType:
 def torch_dtype(name: DType) -> torch.dtype:
     """fp32 or bf16 as torch names it."""
     return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Inside, every operation gives the same bits each time on one machine, or raises RuntimeError.
+
+    On a CPU that is so anyway. Begin before the GPU is first used: cuBLAS reads its workspace setting then.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def keep_freed_memory() -> None:

@@ -284,6 +284,32 @@ def test_a_full_disk_does_not_stop_training(latents: Path, tmp_path: Path, monke
         assert line["perf/save_s"] >= line["perf/save_wait_s"] >= 0
 
 
+@pytest.mark.parametrize("kind", ["vae", "dit"])
+def test_deterministic_runs_are_identical(
+    shards: Path, latents: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled: list[bool] = []
+    log = TrainingRun.log
+
+    def see(run: TrainingRun, figures: dict[str, Any]) -> None:
+        enabled.append(torch.are_deterministic_algorithms_enabled())
+        log(run, figures)
+
+    monkeypatch.setattr(TrainingRun, "log", see)
+    for name in ("one", "two"):
+        changes = {"max_steps": 2, "deterministic": True}
+        if kind == "vae":
+            train_vae(vae_config(tmp_path / name, shards, **changes))
+        else:
+            train_dit(dit_config(tmp_path / name, latents, **changes))
+    assert all(enabled) and len(enabled) >= 4 and not torch.are_deterministic_algorithms_enabled()
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+    one, two = (load_latest(tmp_path / name) for name in ("one", "two"))
+    assert one is not None and two is not None
+    for name, weight in read_full(one, "weight").items():
+        assert torch.equal(weight, read_full(two, "weight")[name]), name
+
+
 def test_a_sharded_run_leaves_torch_as_it_was(latents: Path, tmp_path: Path) -> None:
     linear = torch.nn.functional.linear
     train_dit(dit_config(tmp_path / "run", latents, max_steps=1, zero_stage=3))

@@ -1,13 +1,13 @@
 """The settings that every training run has, and what follows from them before it begins."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from videodit.data.batch_sizes import BatchBy
-from videodit.device import DType, choose_device, choose_dtype, keep_freed_memory
+from videodit.device import DType, choose_device, choose_dtype, deterministic_algorithms, keep_freed_memory
 from videodit.errors import UserError
 from videodit.parallel.mesh import TIMEOUT, World, init_process, shutdown
 from videodit.training.guard import GuardConfig
@@ -37,6 +37,8 @@ class RunConfig:
     """auto, cpu or cuda"""
     dtype: str = "auto"
     """auto (bf16 where the hardware has it and ZeRO keeps fp32 master weights, else fp32), fp32 or bf16"""
+    deterministic: bool = False
+    """algorithms whose sums have one order only, and an error where there is none: two runs on one GPU are identical"""
     save_every: int = 500
     """steps between checkpoints"""
     keep_last: int = 2
@@ -105,10 +107,11 @@ def open_world(config: RunConfig) -> Iterator[World]:
         raise UserError(str(error)) from None
     # Every rank draws the same initial weights, so that they do not depend on the number of ranks.
     torch.manual_seed(config.seed)
-    world = init_process(device.type)
-    if device.type == "cpu":
-        keep_freed_memory()
-    try:
-        yield world
-    finally:
-        shutdown()
+    with deterministic_algorithms() if config.deterministic else nullcontext():
+        world = init_process(device.type)
+        if device.type == "cpu":
+            keep_freed_memory()
+        try:
+            yield world
+        finally:
+            shutdown()
