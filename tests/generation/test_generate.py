@@ -95,6 +95,7 @@ def test_half_precision(model: str, tmp_path: Path) -> None:
         ({"height": 20}, "height 20 is not a multiple of"),
         ({"num_steps": 0}, "num_steps 0 is below 1"),
         ({"sampler": "rk4"}, "'rk4' is not one of"),
+        ({"crop_top": 8}, "crop_top is given to a model without micro_conditioning: leave it out"),
         ({"device": "tpu"}, "device 'tpu'"),
         ({"dtype": "fp8"}, "dtype 'fp8'"),
     ],

@@ -71,6 +71,26 @@ def test_seed_prompt_and_options_matter() -> None:
         assert (changed - base).abs().max() > 1e-3
 
 
+def test_micro_conditions_are_the_sizes_own_unless_they_are_given() -> None:
+    text = tiny_text()
+    told = TextToVideoModel(tiny_dit(micro_conditioning=True), text)
+    pipe = TextToVideo(told, tiny_vae(), text, Parameterization(), DEFAULTS)
+    base = pipe.sample_latents(PROMPTS)
+    whole = {"original_height": 32, "original_width": 16, "crop_top": 0, "crop_left": 0, "fps": 8.0}
+    assert torch.equal(pipe.sample_latents(PROMPTS, conditions=whole), base)
+    for name in whole:
+        changed = pipe.sample_latents(PROMPTS, conditions={name: 40})
+        assert (changed - base).abs().max() > 1e-3, name
+        alone = pipe.sample_latents(PROMPTS[1:2], seed=1, conditions={name: 40})
+        torch.testing.assert_close(alone[0], changed[1], rtol=1e-3, atol=1e-4)
+    for conditions, message in (
+        ({"zoom": 2}, "conditions 'zoom' is not one of original_height, .*, fps"),
+        ({"crop_top": -1}, "sampling.crop_top -1 is below 0: give pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.sample_latents(PROMPTS, conditions=conditions)
+
+
 def test_no_guidance_towards_anything_is_the_empty_prompt() -> None:
     torch.testing.assert_close(
         PIPE.sample_latents(["red circle"], guidance_scale=0.0), PIPE.sample_latents([""], guidance_scale=1.0)

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all kinds": {"pattern": "tfs", "depth": 3, "cross_attention": "stf"},
     "three heads": {"pattern": "ft", "num_heads": 3, "qk_norm": "all", "size": (3, 6, 6)},
     "patches over time": {"patch_size": (3, 2, 2), "size": (9, 6, 6)},
+    "micro-conditions": {"micro_conditioning": True},
     "local layers": {"local_width": 8, "absolute_position": True, "final_modulation": "bias"},
     **{f"checkpointing {policy}": {"policy": policy, "pattern": "stf", "depth": 3} for policy in POLICIES[1:]},
 }
@@ -42,7 +43,8 @@ def equals_one_process(policy: str = "none", size: tuple[int, int, int] = (5, 6,
     """Loss, output and gradients are those of one process with all tokens."""
     model = tiny_dit(**changes).train()
     latents, sigma, text, mask = inputs(size)
-    whole = model(latents, sigma, text, mask)
+    conditions = torch.tensor([[48.0, 64.0, 0.0, 3.0, 8.0], [90.0, 50.0, 4.0, 0.0, 24.0]])
+    whole = model(latents, sigma, text, mask, micro_conditions=conditions)
     whole_loss = (whole - latents).square().mean()
     whole_loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -52,7 +54,7 @@ def equals_one_process(policy: str = "none", size: tuple[int, int, int] = (5, 6,
     pt, ph, pw = model.config.patch_size
     layout = split_layout(group, size[0] // pt, size[1] // ph * (size[2] // pw))
     assert isinstance(layout, SplitTokens)
-    out = model(latents, sigma, text, mask, layout=layout)
+    out = model(latents, sigma, text, mask, micro_conditions=conditions, layout=layout)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
     loss = (out - latents).square().mean() / dist.get_world_size()
     loss.backward()

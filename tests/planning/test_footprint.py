@@ -33,6 +33,7 @@ def dit(policy: str = "none", **changes) -> VideoDiT:
         {"pattern": "f", "qk_norm": "all", "mask_text": False, "text_length": 20},
         {"pattern": "st", "cross_attention": "st", "patch_size": (2, 1, 2)},
         {"local_width": 8, "absolute_position": True, "final_modulation": "bias"},
+        {"micro_conditioning": True},
     ],
 )
 def test_flops_are_those_of_the_real_model(changes: dict) -> None:

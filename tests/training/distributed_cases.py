@@ -5,6 +5,7 @@ or traceback to FOLDER/report.json.
 """
 
 import contextlib
+import dataclasses
 import gc
 import json
 import sys
@@ -217,8 +218,9 @@ def held_out_loss(world: World, stage: int) -> None:
         tiny.make_latents(root / "latents", tiny.make_shards(root / "clips", 3), tiny.make_vae(root / "vae"))
     barrier()
     data = LatentDataConfig(shards=str(root / "latents"))
+    shape = dataclasses.replace(tiny.DIT, micro_conditioning=True)
     config = DiTRunConfig(
-        run_dir="unused", data=data, eval_shards=data.shards, model=tiny.DIT, text=tiny.TEXT, micro_batch_size=1
+        run_dir="unused", data=data, eval_shards=data.shards, model=shape, text=tiny.TEXT, micro_batch_size=1
     )
     torch.manual_seed(0)
     model = build_model(config)
@@ -335,9 +337,12 @@ def storages() -> dict[int, int]:
 
 def sharded_from_the_start(world: World, dtype: str, name: str) -> None:
     """At ZeRO-3 a model is built in parts, has the weights of one that is built whole, and trains the same."""
-    shape = DiTConfig(in_channels=4, hidden_size=96, depth=6, num_heads=2, text_dim=16, frequency_dim=32)
+    shape = DiTConfig(
+        in_channels=4, hidden_size=96, depth=6, num_heads=2, text_dim=16, frequency_dim=32, micro_conditioning=True
+    )
     size = 4 * sum(p.numel() for p in VideoDiT(shape).parameters())
     latents, mask = torch.randn(2, 4, 2, 4, 4), torch.ones(2, 3, dtype=torch.bool)
+    told = {"micro_conditions": torch.tensor([[48.0, 64.0, 0.0, 3.0, 8.0], [90.0, 50.0, 4.0, 0.0, 24.0]])}
     states, results = [], []
     for sharded in (False, True):
         torch.manual_seed(3)
@@ -353,11 +358,12 @@ def sharded_from_the_start(world: World, dtype: str, name: str) -> None:
         states.append(toy.full_state(engine))
         for step in (1, 2):
             text = torch.ones(2, 3, 16, dtype=engine.dtype)
-            out = engine(latents.to(engine.dtype), torch.full((2,), 0.5), text, mask).float()
+            out = engine(latents.to(engine.dtype), torch.full((2,), 0.5), text, mask, **told).float()
             engine.backward((out - latents).square().mean() / world.size)
             results.append(engine.step(step).grad_norm)
         with engine.using([part.weight for part in engine.slices()]) as module, torch.no_grad():  # sampling
-            results.append(float(module(latents.to(engine.dtype), torch.full((2,), 0.5), text, mask).float().sum()))
+            out = module(latents.to(engine.dtype), torch.full((2,), 0.5), text, mask, **told)
+            results.append(float(out.float().sum()))
     toy.assert_same(*states)
     assert results[:3] == results[3:], results
 

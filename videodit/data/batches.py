@@ -27,7 +27,7 @@ from videodit.data.buckets import Bucket
 from videodit.data.captions import Captions
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_noise, sample_unit
-from videodit.data.transforms import to_model_range
+from videodit.data.transforms import ClipCut, to_model_range
 from videodit.errors import UserError
 
 MAX_CONSECUTIVE_FAILURES = 100
@@ -64,6 +64,8 @@ class ClipBatch(Batch):
 
     frames: Tensor
     """(b, t, h, w, c) uint8, or of fields standardised float32; rows of weight 0 are zeros."""
+    cuts: dict[int, ClipCut] = field(default_factory=dict)
+    """Row -> how its clip was cut; rows of weight 0 are missing."""
 
     def clip(self, device: torch.device | str = "cpu") -> Tensor:
         """(b, c, t, h, w) float32 in [-1, 1], or standardised, as models see it; the device does the conversion."""
@@ -84,6 +86,8 @@ class LatentBatch(Batch):
     """(b, l) bool, true where there is text; None if the latents have no embeddings."""
     origin: Tensor | None = None
     """(b, 2) first row and column of each clip's window in its latents; None if these are whole."""
+    micro_conditions: Tensor | None = None
+    """(b, 5) float32 of `MICRO_CONDITIONS`, a window's place counted to the crop; zeros in rows of weight 0."""
 
     def draw(self, seed: int) -> Tensor:
         """(b, c, t, h, w): a sample of each posterior, a function of (seed, epoch, key)."""
@@ -116,6 +120,8 @@ class Rows:
     captions: list[str]
     failures: dict[int, str] = field(default_factory=dict)
     """Row -> why its sample could not be read."""
+    cuts: dict[int, ClipCut] = field(default_factory=dict)
+    """Row -> how its clip was cut, where rows are clips."""
 
 
 class RowReader(Protocol):

@@ -19,7 +19,14 @@ from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_rng
 from videodit.data.shards import Entry, ShardSet
-from videodit.data.transforms import crop, frame_stride, frames_after_stride, resize_and_crop, temporal_window
+from videodit.data.transforms import (
+    ClipCut,
+    crop,
+    frame_stride,
+    frames_after_stride,
+    resize_to_cover,
+    temporal_window,
+)
 from videodit.data.video_io import VideoError, read_frames
 from videodit.errors import UserError
 
@@ -189,27 +196,29 @@ class ClipReader:
             if index == PADDING:
                 continue
             try:
-                clips[row] = self._clip(index, bucket, request.epochs[row])
+                clips[row], rows.cuts[row] = self._clip(index, bucket, request.epochs[row])
                 key = self.shards.entries[index].key
                 captions = self.shards.weighted_captions(index)
                 number = choose_caption(captions, self.seed, request.epochs[row], key)
                 rows.captions[row] = "" if number is None else captions.texts[number]
             except (VideoError, UserError, OSError, ValueError) as error:
                 rows.failures[row] = str(error)
+                rows.cuts.pop(row, None)
                 clips[row] = 0
         return rows
 
-    def _clip(self, index: int, bucket: Bucket, epoch: int) -> Tensor:
-        """(t, h, w, c), uint8 or, of a field, float32 and standardised: no more than the window is read or decoded,
-        unless all of it is to be kept.
+    def _clip(self, index: int, bucket: Bucket, epoch: int) -> tuple[Tensor, ClipCut]:
+        """(t, h, w, c), uint8 or, of a field, float32 and standardised, and how it was cut: no more than the window is
+        read or decoded, unless all of it is to be kept.
         """
         rng = sample_rng(self.seed, epoch, self.shards.entries[index].key, "crop") if self.random_crop else None
         stride = self._strides[index]
         start, stop = temporal_window(self._shapes[index][0], bucket.frames, stride, rng)
         if self.statistics is not None:
             values = read_window(partial(self.shards.read, index, FIELD_EXTENSION), self._shapes[index], start, stop)
-            part = crop(values[::stride], bucket.height, bucket.width, rng)
-            return torch.from_numpy(self.statistics.standardise(part))
+            part, corner = crop(values[::stride], bucket.height, bucket.width, rng)
+            cut = ClipCut(values.shape[1], values.shape[2], *corner, start, stride)
+            return torch.from_numpy(self.statistics.standardise(part)), cut
         if self._cache is None:
             frames = self._read(index, start, stop)
         else:
@@ -220,7 +229,9 @@ class ClipReader:
             frames = whole[start:stop]
         if len(frames) != stop - start:
             raise ValueError(f"it ends at frame {start + len(frames)}, the index says {self._shapes[index][0]}")
-        return torch.from_numpy(resize_and_crop(frames[::stride], bucket.height, bucket.width, rng))
+        resized = resize_to_cover(frames[::stride], bucket.height, bucket.width)
+        part, corner = crop(resized, bucket.height, bucket.width, rng)
+        return torch.from_numpy(part), ClipCut(frames.shape[1], frames.shape[2], *corner, start, stride)
 
     def _read(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         members = self.shards.entries[index].members

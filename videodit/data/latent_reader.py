@@ -11,12 +11,19 @@ from videodit.data.batches import Request, Rows, choose_caption
 from videodit.data.buckets import Bucket, parse_bucket
 from videodit.data.captions import Captions
 from videodit.data.latent_crop import LatentCropConfig, crop, draw_windows, window_weights
-from videodit.data.latents import LatentSample, read_empty_text, read_latent_sample, read_manifest
+from videodit.data.latents import (
+    LatentSample,
+    micro_conditions,
+    read_empty_text,
+    read_latent_sample,
+    read_manifest,
+)
 from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_uniform
 from videodit.data.shards import ShardSet
 from videodit.errors import UserError
+from videodit.models.micro_conditioning import MICRO_CONDITIONS
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,10 @@ class LatentReader:
         logvar = torch.zeros_like(mean)
         rows = Rows(request, {"mean": mean, "logvar": logvar}, [""] * len(request.ids))
         samples = self._samples(request, rows.failures)
+        conditions = rows.tensors["micro_conditions"] = torch.zeros(len(request.ids), len(MICRO_CONDITIONS))
+        for row in samples:
+            meta = self.shards.entries[request.ids[row]].meta
+            conditions[row] = torch.tensor(micro_conditions(meta, request.bucket))
         if request.windowed:
             rows.tensors["origin"] = torch.zeros(len(request.ids), 2, dtype=torch.int64)
             self._read_windows(rows, samples, size)
@@ -140,6 +151,10 @@ class LatentReader:
         weights = [self._window_weights(request.ids[row], sample, size) for row, (sample, _) in samples.items()]
         origin = draw_windows(torch.cat(weights), self.patch, uniform)
         rows.tensors["origin"][places] = origin
+        height, width = self.latent_shapes[request.bucket][2:]
+        pixels = torch.tensor([request.bucket.height / height, request.bucket.width / width])  # of a latent
+        crop_corner = slice(MICRO_CONDITIONS.index("crop_top"), MICRO_CONDITIONS.index("crop_left") + 1)
+        rows.tensors["micro_conditions"][places, crop_corner] += origin * pixels
         for name in ("mean", "logvar"):
             whole = torch.stack([getattr(sample, name) for sample, _ in samples.values()])
             rows.tensors[name][places] = crop(whole, origin, size).float()

@@ -1,7 +1,8 @@
 """Latent shards: what `videodit encode` writes and DiT training reads.
 
 A sample is KEY.safetensors (fp16 `mean` and `logvar` of the posterior, (c, t, h, w), normalised) and KEY.json
-(captions, `bucket` in pixels, `latent_shape`, and what came along from the clip). With a frozen text encoder,
+(captions, `bucket` in pixels, `latent_shape`, how the clip was cut, see `ClipCut`, `fps` after the stride, and what
+came along from the clip). With a frozen text encoder,
 KEY.safetensors also has `text/0`, `text/1`, … (l, d): the captions in their order, real tokens only; the embedding of
 "" lies in empty_text.safetensors. Beside the shards lies latents.json: what the latents were made from and how. It is
 written last: without it, or with another fingerprint, they are stale.
@@ -21,9 +22,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from videodit.data.buckets import Bucket
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import Entry, ShardSet, json_bytes
 from videodit.errors import UserError, user_error
+from videodit.models.micro_conditioning import MICRO_CONDITIONS
 
 MANIFEST = "latents.json"
 EMPTY_TEXT = "empty_text.safetensors"
@@ -103,6 +106,17 @@ def read_latent_sample(shards: ShardSet, index: int) -> LatentSample:
         return LatentSample(tensors["mean"], tensors["logvar"], [tensors[f"text/{number}"] for number in range(count)])
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"damaged latents: {error}") from error
+
+
+def micro_conditions(meta: Mapping[str, Any], bucket: Bucket) -> list[float]:
+    """What a sample's json says of `MICRO_CONDITIONS`, in their order.
+
+    Args:
+        meta: plain values of KEY.json.
+        bucket: of the sample: of latents that say nothing, the size of an original that was not cropped.
+    """
+    whole = {"original_height": bucket.height, "original_width": bucket.width}
+    return [float(meta.get(name, whole.get(name, 0))) for name in MICRO_CONDITIONS]
 
 
 def write_empty_text(out_dir: str | Path, embedding: Tensor) -> None:

@@ -125,13 +125,13 @@ def read_latents(reader: LatentReader, requests: Iterable[Request]) -> Iterator[
 
 
 def _latent_batch(rows: Rows, fields: dict[str, Any]) -> LatentBatch:
-    tensors = rows.tensors
-    optional: dict[str, Any] = {name: tensors.get(name) for name in ("text", "text_mask", "origin")}
+    tensors, names = rows.tensors, ("text", "text_mask", "origin", "micro_conditions")
+    optional: dict[str, Any] = {name: tensors.get(name) for name in names}
     return LatentBatch(mean=tensors["mean"], logvar=tensors["logvar"], **optional, **fields)
 
 
 def _clip_batch(rows: Rows, fields: dict[str, Any]) -> ClipBatch:
-    return ClipBatch(frames=rows.tensors["clip"], **fields)
+    return ClipBatch(frames=rows.tensors["clip"], cuts=rows.cuts, **fields)
 
 
 def clips_in_order(

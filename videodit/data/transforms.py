@@ -4,6 +4,8 @@ Random choices are drawn in a fixed order (start, top, left), so that the loader
 `fit_clip` on the whole clip give the same result from the same generator.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -11,6 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from videodit.data.buckets import Bucket
+
+
+@dataclass(frozen=True)
+class ClipCut:
+    """What was done to a clip to make it fit a bucket."""
+
+    original_height: int
+    """pixels before the resize"""
+    original_width: int
+    """pixels before the resize"""
+    crop_top: int
+    """pixels after the resize, above the crop"""
+    crop_left: int
+    """pixels after the resize, left of the crop"""
+    first_frame: int
+    """of the clip"""
+    stride: int
+    """every how many frames were taken"""
 
 
 def frame_stride(clip_fps: float, target_fps: float | None) -> int:
@@ -65,6 +85,11 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int, rng: np.random.
     Returns:
         (t, height, width, c) uint8; `frames` itself where nothing has to change.
     """
+    return crop(resize_to_cover(frames, height, width), height, width, rng)[0]
+
+
+def resize_to_cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(t, h, w, c) uint8 -> the same, at least height x width, one of the two exact; `frames` itself where it fits."""
     h, w = frames.shape[1:3]
     if (h, w) != (height, width):
         scale = max(height / h, width / w)
@@ -74,10 +99,12 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int, rng: np.random.
             pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w")
             resized = F.interpolate(pixels, size=(h, w), mode="bilinear", antialias=True)
             frames = rearrange(resized, "t c h w -> t h w c").numpy()
-    return crop(frames, height, width, rng)
+    return frames
 
 
-def crop(frames: np.ndarray, height: int, width: int, rng: np.random.Generator | None) -> np.ndarray:
+def crop(
+    frames: np.ndarray, height: int, width: int, rng: np.random.Generator | None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Cuts height x width out of frames.
 
     Args:
@@ -85,7 +112,7 @@ def crop(frames: np.ndarray, height: int, width: int, rng: np.random.Generator |
         height, width: pixels wanted.
         rng: draws top and left; None takes the centre.
     Returns:
-        (t, height, width, c), a view.
+        (t, height, width, c), a view, and its top and left in `frames`.
     Raises:
         ValueError: if frames are smaller.
     """
@@ -94,7 +121,7 @@ def crop(frames: np.ndarray, height: int, width: int, rng: np.random.Generator |
         raise ValueError(f"frames of {h}x{w} are smaller than the bucket's {height}x{width}")
     top = (h - height) // 2 if rng is None else int(rng.integers(h - height + 1))
     left = (w - width) // 2 if rng is None else int(rng.integers(w - width + 1))
-    return frames[:, top : top + height, left : left + width]
+    return frames[:, top : top + height, left : left + width], (top, left)
 
 
 def fit_clip(frames: np.ndarray, bucket: Bucket, rng: np.random.Generator | None, stride: int = 1) -> np.ndarray:

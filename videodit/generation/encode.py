@@ -1,7 +1,7 @@
 """`videodit encode`: clips to latent and text-embedding shards, a cache that knows when it is out of date."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,10 @@ def encode_clips(config: EncodeConfig, progress: Callable[[int, int], None] | No
                 kept: dict[str, Any] = {name: clip[name] for name in ("fps", "source", "extra") if name in clip}
                 kept["captions"] = captions[row].texts  # also those of a .txt member
                 kept |= captions[row].weights_record()
-                meta = {**kept, "bucket": batch.bucket.name, "clip": batch.keys[row]}
+                cut = batch.cuts[row]
+                if "fps" in kept:
+                    kept["fps"] = float(kept["fps"]) / cut.stride
+                meta = {**kept, **asdict(cut), "bucket": batch.bucket.name, "clip": batch.keys[row]}
                 key = latent_key(batch.keys[row])
                 write_latent_sample(writer, key, posterior.mean[row], posterior.logvar[row], meta, text[row])
                 count += 1

@@ -2,6 +2,7 @@
 reproduces it.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from videodit.errors import UserError, user_error
 from videodit.generation.pipeline import TextToVideo
 from videodit.kernels.choice import choose_kernels
 from videodit.models.folder import weights_sha256
+from videodit.models.micro_conditioning import MICRO_CONDITIONS
 
 OPTIONS = ("num_frames", "height", "width", "num_steps", "guidance_scale", "sampler")  # the model's own where None
 
@@ -50,7 +52,15 @@ class GenerateConfig:
     width: int | None = None
     """pixels; the model's own by default"""
     fps: float | None = None
-    """frames per second of the file; the model's own by default"""
+    """frames per second of the file, and of the clip if the model has micro_conditioning; the model's own by default"""
+    original_height: int | None = None
+    """with micro_conditioning: pixels of the original that the clip is as if made from; the model's own by default"""
+    original_width: int | None = None
+    """likewise"""
+    crop_top: int | None = None
+    """with micro_conditioning: pixels that are as if cut off above; the model's own by default, mostly 0"""
+    crop_left: int | None = None
+    """likewise, on the left"""
     batch_size: int = 1
     """clips computed at once; more is faster, and then a clip made again alone may differ in the last bit of a pixel"""
     keep_existing: bool = False
@@ -94,6 +104,14 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
         raise user_error(error, out) from None
     options = {name: getattr(config, name) for name in OPTIONS}
     used = {name: getattr(pipe.defaults, name) if value is None else value for name, value in options.items()}
+    conditions = {name: getattr(config, name) for name in MICRO_CONDITIONS if getattr(config, name) is not None}
+    if pipe.model.dit.config.micro_conditioning:
+        try:
+            used |= dataclasses.replace(pipe.defaults, **{**used, **conditions}).micro_conditions()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    else:
+        conditions.pop("fps", None)  # then it is of the file alone
     fps = config.fps if config.fps is not None else pipe.defaults.fps
     made_by: dict[str, Any] = {"model": config.model, "weights_sha256": weights_sha256(Path(config.model))}
     made_by |= {"batch_size": config.batch_size, "dtype": dtype, "device": str(device), "torch": torch.__version__}
@@ -107,7 +125,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
         rows = range(start, min(start + config.batch_size, len(prompts)))
         if not (config.keep_existing and all(_is_made(paths[row], records[row]) for row in rows)):
             try:
-                clips = pipe([prompts[row] for row in rows], seed=config.seed + start, **options)
+                clips = pipe([prompts[row] for row in rows], seed=config.seed + start, **options, conditions=conditions)
             except ValueError as error:
                 raise UserError(str(error)) from None
             for row, clip in zip(rows, clips):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from videodit.flow.noise_level import sampling_levels
 from videodit.flow.path import Parameterization, coefficients, to_velocity
 from videodit.flow.samplers import SAMPLERS
 from videodit.models.dit import DiTConfig, TextContext, VideoDiT
+from videodit.models.micro_conditioning import MICRO_CONDITIONS
 from videodit.models.text import TextEncoder
 from videodit.models.text_folder import load_text_encoder
 from videodit.models.text_to_video import TextToVideoModel
@@ -38,7 +39,15 @@ class SamplingDefaults:
     width: int = 64
     """pixels"""
     fps: float = 8.0
-    """frames per second of the files that are written"""
+    """frames per second of the files that are written, and of the clips that a model with micro_conditioning makes"""
+    original_height: int | None = None
+    """micro-condition: as if made from an original of so many pixels; height by default"""
+    original_width: int | None = None
+    """micro-condition: as if made from an original of so many pixels; width by default"""
+    crop_top: int = 0
+    """micro-condition: as if so many pixels had been cut off above"""
+    crop_left: int = 0
+    """micro-condition: as if so many pixels had been cut off on the left"""
     num_steps: int = 20
     """sampler steps"""
     guidance_scale: float = 3.0
@@ -53,6 +62,15 @@ class SamplingDefaults:
             raise ValueError(f"sampling.sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
         if self.num_steps < 1:
             raise ValueError(f"sampling.num_steps {self.num_steps} is below 1: use for example 20")
+        for name, least in {"original_height": 1, "original_width": 1, "crop_top": 0, "crop_left": 0}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"sampling.{name} {value} is below {least}: give pixels")
+
+    def micro_conditions(self) -> dict[str, float]:
+        """`MICRO_CONDITIONS` by name, in their order."""
+        values = {name: getattr(self, name) for name in MICRO_CONDITIONS}
+        size = {"original_height": self.height, "original_width": self.width}
+        return {name: size[name] if value is None else value for name, value in values.items()}
 
 
 def _read_index(folder: Path) -> tuple[Parameterization, SamplingDefaults]:
@@ -191,6 +209,7 @@ class TextToVideo:
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
+        conditions: Mapping[str, float] | None = None,
     ) -> Tensor:
         """As `__call__`, but gives the normalised latents (b, c, k+1, h/8, w/8)."""
         if isinstance(prompts, str) or not prompts:
@@ -204,16 +223,23 @@ class TextToVideo:
             "sampler": sampler,
         }
         given = {name: value for name, value in overrides.items() if value is not None}
-        options = dataclasses.replace(self.defaults, **given)  # type: ignore[arg-type]
+        if conditions and not self.model.dit.config.micro_conditioning:
+            raise ValueError(f"{next(iter(conditions))} is given to a model without micro_conditioning: leave it out")
+        if odd := set(conditions or {}) - set(MICRO_CONDITIONS):
+            raise ValueError(f"conditions {sorted(odd)[0]!r} is not one of {', '.join(MICRO_CONDITIONS)}")
+        options = dataclasses.replace(self.defaults, **given, **(conditions or {}))  # type: ignore[arg-type]
         shape = latent_shape(self.vae.config, self.model.dit.config, options.num_frames, options.height, options.width)
         device, dtype = self.model.dit.patch_out.weight.device, self.model.dit.patch_out.weight.dtype
         guided = options.guidance_scale != 1.0
         features = self.text_encoder.encode(list(prompts) + ([""] * len(prompts) if guided else []))
         context = self.model.text_context(features)
+        micro = torch.tensor([list(options.micro_conditions().values())], dtype=torch.float32, device=device)
+
         # Only the model computes in its own dtype: the state, and what of it a prediction builds on, stay in float32.
-        velocity = velocity_function(
-            lambda x, sigma, text: self.model(x.to(dtype), sigma, text), self.parameterization, context
-        )
+        def model(x: Tensor, sigma: Tensor, text: TextContext) -> Tensor:
+            return self.model(x.to(dtype), sigma, text, micro_conditions=micro.expand(len(x), -1))  # type: ignore[no-any-return]
+
+        velocity = velocity_function(model, self.parameterization, context)
         if guided:
             velocity = guided_velocity(velocity, options.guidance_scale)
         noise = RowNoise([seed + row for row in range(len(prompts))], shape, device)
@@ -232,6 +258,7 @@ class TextToVideo:
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
+        conditions: Mapping[str, float] | None = None,
     ) -> np.ndarray:
         """Generates one clip per prompt; row i depends on seed + i alone, not on the batch.
 
@@ -242,10 +269,11 @@ class TextToVideo:
             num_steps: sampler steps.
             guidance_scale: classifier-free guidance, 1 is none.
             sampler: euler, heun or renoise.
+            conditions: of `MICRO_CONDITIONS`, those that are not to be the model's own; with and without the prompt.
         Returns:
             (b, t, h, w, 3) uint8; of a model of fields (b, t, h, w, c) float32 in the fields' units.
         Raises:
-            ValueError: if a size does not fit; names the nearest that does.
+            ValueError: if a size does not fit; names the nearest that does. If the model has no micro_conditioning.
         """
         latents = self.sample_latents(
             prompts,
@@ -256,6 +284,7 @@ class TextToVideo:
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
+            conditions=conditions,
         )
         clips = self.vae.decode(latents.float())
         return (self.statistics.restore(clips) if self.statistics else to_pixels(clips)).cpu().numpy()

@@ -20,6 +20,7 @@ from videodit.models.folder import load_model, save_model
 from videodit.models.initialise import whole
 from videodit.models.layers import ACTIVATIONS, MLP, FinalBias, Modulation, modulate, sinusoidal_embedding
 from videodit.models.local import FrameConv, LocalLayers
+from videodit.models.micro_conditioning import MicroEmbedding
 from videodit.models.patchify import PatchIn, PatchOut, patchify, patchify_last, unpatchify, unpatchify_last
 from videodit.models.rope import absolute_embedding, rope_table
 from videodit.models.token_layout import WHOLE, TokenLayout
@@ -59,6 +60,8 @@ class DiTConfig:
     """RMS norm of queries and keys: head, all or none"""
     absolute_position: bool = False
     """add sines and cosines of each token's place: RoPE alone tells distances, not where in the frame a token is"""
+    micro_conditioning: bool = False
+    """tell the model each clip's original size, crop and fps, as the latents record them, see docs/training.md"""
     final_modulation: str = "linear"
     """of the last norm: linear, a layer of its own as in DiT; or bias, the embedding and a bias as in Wan"""
     frequency_dim: int = 256
@@ -161,6 +164,7 @@ class VideoDiT(nn.Module):
             PatchIn(config.local_width, config.patch_size, d) if config.local_width else nn.Linear(patch_channels, d)
         )
         self.sigma_embedding = nn.Sequential(nn.Linear(config.frequency_dim, d), nn.SiLU(), nn.Linear(d, d))
+        self.micro_embedding = MicroEmbedding(config.frequency_dim, d) if config.micro_conditioning else None
         self.modulation = nn.Linear(d, 6 * d)
         self.text_projection = MLP(config.text_dim, d, d, activation=config.activation)
         self.blocks = nn.ModuleList(
@@ -190,7 +194,8 @@ class VideoDiT(nn.Module):
 
         Linear layers: Xavier uniform, biases zero. Convolutions: normal 1/sqrt(fan_in), biases zero. Noise-level
         embedding: normal 0.02. Zero: the modulations (so that every gate starts closed and each block is the identity,
-        adaLN-Zero), the cross-attention's output and the last layer (so that the first prediction is zero). Norms: one.
+        adaLN-Zero), the cross-attention's output, the last layer (so that the first prediction is zero) and that of the
+        micro-conditions (so that they change nothing before they are learned). Norms: one.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, FrameConv)):
@@ -208,6 +213,8 @@ class VideoDiT(nn.Module):
         if self.local is not None:  # then patch_out is a hidden layer, and conv_out and latent_gate are the last
             local = self.local
             zero[-1:] = [local.modulation, local.final_modulation, local.conv_out, local.latent_gate]
+        if self.micro_embedding is not None:
+            zero.append(self.micro_embedding.out)
         weights = [layer.weight for layer in zero]
         weights.append(getattr(self.final_modulation, "weight", self.final_modulation.bias))
         for block in cast("Iterable[DiTBlock]", self.blocks):
@@ -246,6 +253,7 @@ class VideoDiT(nn.Module):
         text_mask: Tensor | None = None,
         *,
         origin: Tensor | None = None,
+        micro_conditions: Tensor | None = None,
         layout: TokenLayout = WHOLE,
     ) -> Tensor:
         """Velocity noise - x0 at the given noise level.
@@ -257,11 +265,12 @@ class VideoDiT(nn.Module):
             text_mask: (b, l) bool; needed unless text is a `TextContext`.
             origin: (b, 2) first row and column of each clip in the latents that it is a crop of, multiples of the
                 patch; with `absolute_position` the model sees them.
+            micro_conditions: (b, 5) of `MICRO_CONDITIONS`; needed with `micro_conditioning`, else not looked at.
             layout: where the tokens lie; every rank that shares them gives the same latents and gets the same result.
         Returns:
             The latents' shape and dtype.
         Raises:
-            ValueError: if the patch does not divide the latents, or sigma does not fit.
+            ValueError: if the patch does not divide the latents, sigma does not fit, or micro_conditions are missing.
         """
         b, _, t, h, w = latents.shape
         pt, ph, pw = self.config.patch_size
@@ -279,6 +288,8 @@ class VideoDiT(nn.Module):
         condition = self.sigma_embedding(embedded.to(latents.dtype))  # b t d
         if text.pooled is not None:
             condition = condition + text.pooled[:, None]
+        if self.micro_embedding is not None:
+            condition = condition + self.micro_embedding(micro_conditions, condition)
         embedding, condition = condition, nn.functional.silu(condition)
         per_frame = condition
         if self.local is None:

@@ -35,6 +35,7 @@ class TextToVideoModel(nn.Module):
         text: list[str] | TextFeatures | TextContext,
         *,
         origin: Tensor | None = None,
+        micro_conditions: Tensor | None = None,
         layout: TokenLayout = WHOLE,
         with_level_error: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -45,12 +46,13 @@ class TextToVideoModel(nn.Module):
             sigma: (b,) or (b, t).
             text: b captions for the joint encoder, features of a frozen one, or a context made by `text_context`.
             origin: (b, 2) where crops lie, as `VideoDiT.forward` takes it.
+            micro_conditions: (b, 5), as `VideoDiT.forward` takes them.
             layout: where the tokens lie, as `VideoDiT.forward` takes it.
             with_level_error: gives sigma's log error as well, in sigma's shape; the loss asks here and not at
                 `level_error` itself because ZeRO-3 has a module's weights in its forward call only.
         """
         context = text if isinstance(text, TextContext) else self.text_context(text)
-        velocity = self.dit(latents, sigma, context, origin=origin, layout=layout)
+        velocity = self.dit(latents, sigma, context, origin=origin, micro_conditions=micro_conditions, layout=layout)
         if not with_level_error:
             return velocity
         if self.level_error is None:

@@ -17,6 +17,7 @@ from videodit.errors import UserError
 from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import VideoDiT
 from videodit.models.lora import add_lora
+from videodit.models.micro_conditioning import MICRO_CONDITIONS
 from videodit.models.text import ByteTextEncoder
 from videodit.models.vae import VAEConfig, VideoVAE
 from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
@@ -110,7 +111,9 @@ def dit_pass(model: nn.Module, shape: tuple[int, int, int, int, int], text_token
     like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     text = torch.zeros(shape[0], text_tokens, model.config.text_dim, **like)
     mask = torch.ones(shape[0], text_tokens, dtype=torch.bool, device=weight.device)
-    out = model(torch.zeros(shape, **like), torch.zeros(shape[0], shape[2], device=weight.device), text, mask)
+    conditions = torch.zeros(shape[0], len(MICRO_CONDITIONS), device=weight.device)
+    latents, sigma = torch.zeros(shape, **like), torch.zeros(shape[0], shape[2], device=weight.device)
+    out = model(latents, sigma, text, mask, micro_conditions=conditions)
     out.float().square().mean().backward()
 
 

@@ -128,6 +128,7 @@ class NoisyBatch:
         target: (b, c, t, h, w) what it should predict.
         weight: (b, t) weight of each latent frame in the loss.
         origin: (b, 2) where the clip lies in the latents that it is a window of, or None for whole ones.
+        micro_conditions: (b, 5) of `MICRO_CONDITIONS`, given with and without caption; None where nobody knows.
     """
 
     latents: Tensor
@@ -135,6 +136,7 @@ class NoisyBatch:
     target: Tensor
     weight: Tensor
     origin: Tensor | None
+    micro_conditions: Tensor | None
 
 
 def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfig) -> NoisyBatch:
@@ -161,7 +163,8 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
         sigma, weight = sigma.masked_fill(clean, 0.0), weight.masked_fill(clean, 0.0)
     level = sigma[:, None, :, None, None]
     latents = interpolate(config.flow.path, x0, noise, level)
-    return NoisyBatch(latents, sigma, target(config.flow, x0, noise, level), weight, batch.origin)
+    wanted = target(config.flow, x0, noise, level)
+    return NoisyBatch(latents, sigma, wanted, weight, batch.origin, batch.micro_conditions)
 
 
 def clip_losses(
@@ -179,12 +182,12 @@ def clip_losses(
     device = run.world.device
     latents, sigma = run.cast(noisy.latents), noisy.sigma.to(device)
     target, weight = noisy.target.to(device), noisy.weight.to(device)
+    options = {"origin": noisy.origin, "micro_conditions": noisy.micro_conditions, "layout": layout}
     if weighting == "learned":
-        options = {"origin": noisy.origin, "layout": layout, "with_level_error": True}
-        prediction, log_error = run.engine(latents, sigma, text, **options)
+        prediction, log_error = run.engine(latents, sigma, text, **options, with_level_error=True)
         loss = likelihood_loss(prediction, target, weight, log_error)
     else:
-        prediction = run.engine(latents, sigma, text, origin=noisy.origin, layout=layout)
+        prediction = run.engine(latents, sigma, text, **options)
         loss = flow_loss(prediction, target, weight)
     return loss, flow_loss(prediction.detach(), target, (weight > 0).float())
 

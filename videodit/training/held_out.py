@@ -98,7 +98,8 @@ class HeldOutLoss:
         weight = next(module.parameters())
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         seen = interpolate(config.flow.path, x0, noise, wide).to(**like)
-        prediction = module(seen, sigma.to(weight.device), read_text(batch, **like), layout=self._layout(shape))
+        options = {"micro_conditions": batch.micro_conditions, "layout": self._layout(shape)}
+        prediction = module(seen, sigma.to(weight.device), read_text(batch, **like), **options)
         wanted = target(config.flow, x0, noise, wide).to(weight.device)
         return flow_loss(prediction, wanted, torch.ones_like(sigma, device=weight.device)).cpu()
 
