@@ -111,7 +111,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             frames, positions = token_shape(config.model, shape)
             tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
             flops = micro_batch_tokens(batches, clip_flops.get(shape[1:], 0), mesh.data_size)
-            run.finish_step(sums, keys=loader.keys(plan), tokens=tokens, flops=flops)
+            run.finish_step(sums, bucket=plan.bucket, keys=loader.keys(plan), tokens=tokens, flops=flops)
             evaluate()
         run.finish()
     return Path(config.run_dir)
