@@ -183,20 +183,21 @@ class TrainingRun:
         module.register_forward_pre_hook(tick)  # samples are many forward passes
         self.meter = StepMeter(self.world.device, self.world.size)
 
-    def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any]) -> None:
+    def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any], *, free: tuple[str, ...] = ()) -> None:
         """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
 
         Args:
             sizes: of batches, by bucket; a run that goes on must see the same ones.
             order: settings that the order of clips follows, by their names; as above.
+            free: endings of the names of those that may still change.
         Raises:
             UserError: on every rank, if the batches are not those that the run began with.
             SystemExit: if a rank was told to stop.
         """
         clips = {name: size.total for name, size in sizes.items()}
         self._several, self._mixed = len(sizes) > 1, len(set(map(is_image, sizes))) > 1
-        self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back")
-        self.folder.freeze("order.json", order)
+        self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back", free=free)
+        self.folder.freeze("order.json", order, free=free)
         self.folder.accept_config()
         if self._stop.on_any_rank():  # before the wait for data
             self._leave()
