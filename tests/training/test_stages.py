@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import signal
 from itertools import islice
 from pathlib import Path
@@ -80,7 +81,11 @@ def test_a_stage_is_the_run_with_what_it_sets(tmp_path: Path, latents: dict[str,
         (2, 4, 1),
     ]
     assert [part.crop_steps for part in parts] == [0, 1, 0] and [part.seed for part in parts] == [0, 1, 2]
+    config = dataclasses.replace(
+        config, data=LatentDataConfig(cache_gib=0.0, num_workers=1)
+    )  # of a stage its worker ends with it
     train_dit(config)
+    assert not multiprocessing.active_children()
     lines = metrics(tmp_path / "run")
     expected = [digest for part in parts for digest in digests(part, 1, 2)]
     assert [line["data/digest"] for line in lines] == expected and len(set(expected)) == 6
@@ -94,9 +99,7 @@ def test_a_stage_is_the_run_with_what_it_sets(tmp_path: Path, latents: dict[str,
     assert again.stages == config.stages and (sampling.num_frames, sampling.height) == (tiny.FRAMES, tiny.SIZE)
 
 
-@pytest.mark.parametrize(
-    "at", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("at", [2, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 3, 4, 5))])
 def test_stops_inside_stages_and_at_their_borders_change_nothing(
     tmp_path: Path, latents: dict[str, Path], at: int
 ) -> None:
@@ -132,11 +135,9 @@ def test_only_what_has_not_begun_may_change(
     for changes, message in (
         (({}, {"global_batch_size": 3}, {}), r"clips a step of .* \(stage 2\): 3, but .* was trained with 4: set"),
         (({"steps": 1}, {}, {}), r"steps before \(stage 2\): 1, but .* was trained with 2: set it back"),
-        (({}, {"steps": 1}, {}), r"steps before \(stage 3\): 3, but .*"),
     ):
-        if "stage 3" not in message.replace("\\", ""):
-            with pytest.raises(UserError, match=message):
-                train_dit(staged(tmp_path / "run", latents, stages=stages(latents, *changes)))
+        with pytest.raises(UserError, match=message):
+            train_dit(staged(tmp_path / "run", latents, stages=stages(latents, *changes)))
     train_dit(staged(tmp_path / "run", latents, stages=stages(latents, {}, {"steps": 3}, {"global_batch_size": 2})))
     assert len(metrics(tmp_path / "run")) == 7
 
@@ -161,7 +162,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, latents: dict[str
     assert refusal(late_share=0.5).startswith("late_share 0.5 does not go with stages: leave it out")
     assert "was made by another VAE than" in refusal({}, {}, {"data": {"shards": str(latents["other"])}})
     patch = dataclasses.replace(tiny.DIT, patch_size=(1, 4, 4))
-    assert f"bucket {SMALL}: change the patch" in refusal(model=patch)
+    assert f"bucket {SMALL}: change the patch" in refusal({}, {"crop": {}}, {}, model=patch)
 
 
 def test_plan_shows_each_stage(tmp_path: Path, latents: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Progressive training: one run in stages, each with its own latents, noise levels and batches."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,6 +133,8 @@ class StagedLoader:
         self.sizes: dict[str, BatchSize] = {}
         self.settings: dict[str, Any] = {}
         self._current: Stage | None = None
+        self._loader: LatentLoader
+        self._steps: Generator[tuple[StepPlan, list[LatentBatch]], None, None]
         self._position = 0  # data step of the stage that the iterator gives next
         for stage in self.stages:
             loader = open_loader(stage.config)
