@@ -136,13 +136,13 @@ def import_wan(argv: Sequence[str], prog: str, summary: str) -> None:
 
 
 def plan(argv: Sequence[str], prog: str, summary: str) -> None:
-    from videodit.planning.plan import config_class, make_plan
-    from videodit.planning.table import print_plan
+    from videodit.planning.plan import config_class, make_plans
+    from videodit.planning.table import print_plans
     from videodit.settings import option_values
 
     example = "videodit plan --config configs/dit_base.yaml --gpus 8 --gpu h100"
     cls = config_class(option_values(argv, "config"))
-    print_plan(make_plan(parse_config(cls, argv, prog, summary, example)))
+    print_plans(make_plans(parse_config(cls, argv, prog, summary, example)))
 
 
 def doctor(argv: Sequence[str], prog: str, summary: str) -> None:

@@ -116,9 +116,18 @@ def parse_command(
     return _build(cls, [*layers, ("", values)]), given
 
 
-def from_dict(cls: type[ConfigT], values: Mapping[str, Any], origin: str = "config") -> ConfigT:
-    """Build `cls` from nested plain values; `origin` is what error messages call them. Raises UserError."""
-    return _build(cls, [(origin, dict(values))])
+def from_dict(
+    cls: type[ConfigT], values: Mapping[str, Any], origin: str = "config", *, base: Mapping[str, Any] | None = None
+) -> ConfigT:
+    """Build `cls` from nested plain values, what they leave out from `base`. Raises UserError.
+
+    Args:
+        cls: a dataclass.
+        values: nested plain values.
+        origin: what error messages call them.
+        base: nested plain values below them; by default nothing.
+    """
+    return _build(cls, [("", dict(base or {})), (origin, dict(values))])
 
 
 def load_yaml(cls: type[ConfigT], path: str | Path, overrides: Mapping[str, Any] | None = None) -> ConfigT:

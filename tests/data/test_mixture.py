@@ -51,6 +51,22 @@ def rows_of(loaders, steps, start=1):
     return rows
 
 
+@pytest.mark.parametrize(("images", "videos", "steps"), [(1.0, 1.0, (3, 5)), (2.0, 0.5, (6, 3)), (1 / 3, 2.0, (1, 9))])
+def test_weights_are_the_ratio_of_images_and_videos(tmp_path, images, videos, steps):
+    """Of 12 images and 18 videos, every epoch; their steps are of 4, the last one of an epoch padded."""
+    folders = [
+        write_latents(tmp_path / "i", "image", 12, (4, 1, 4, 4), bucket="1x32x32"),
+        write_latents(tmp_path / "v", "video", 18),
+    ]
+    loader = loader_of(folders, [images, videos])
+    assert loader.steps_per_epoch == sum(steps)
+    for epoch in range(3):
+        plans = [loader.order.batch(epoch * sum(steps) + step) for step in range(1, sum(steps) + 1)]
+        clips = Counter(id < 12 for plan in plans for id in plan.ids if id >= 0)
+        assert (clips[True], clips[False]) == (12 * images, 18 * videos)
+        assert Counter(plan.bucket for plan in plans) == {"1x32x32": steps[0], "5x32x32": steps[1]}
+
+
 def test_sets_come_by_their_weights_with_images_among_videos(three):
     """Twice a, half of b, images once; keys that both have are told apart, and read from their own set."""
     loader = loader_of(three, [2.0, 0.5, 1.0])

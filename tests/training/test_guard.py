@@ -315,6 +315,33 @@ def test_only_applied_steps_are_averaged(figures: list[float]) -> None:
     assert guard.state.average == pytest.approx(float(np.mean(finite)) if finite else 0.0, rel=1e-9, abs=1e-9)
 
 
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 1e6)), max_size=60), st.booleans())
+def test_images_and_videos_are_judged_as_if_the_others_were_not_there(
+    steps: list[tuple[bool, float]], watch_norm: bool
+) -> None:
+    config = GuardConfig(spike_factor=2, spike_length=5, spike_warmup_steps=3)
+    mixed, images, videos = (Guard(config, watch_norm=watch_norm) for _ in range(3))
+
+    def reason(guard: Guard, figure: float, image: bool) -> str:
+        why = guard.check_losses({"mse": figure}, images=image) or guard.check_norm(figure, images=image)
+        if why:
+            guard.skipped()
+        else:
+            guard.applied({"mse": figure}, figure, images=image)
+        return why
+
+    for image, figure in steps:
+        assert reason(mixed, figure, image) == reason(images if image else videos, figure, image)
+    assert mixed.state.applied == videos.state.applied and mixed.state.image_applied == images.state.image_applied
+
+
+def test_a_checkpoint_from_before_images_had_their_own_average_loads() -> None:
+    guard = Guard(GuardConfig(), watch_norm=True)
+    guard.load({"average": 2.0, "applied": 500, "skipped": 1, "in_row": 0, "data_offset": 3, "failed_at": 9})
+    assert guard.check_norm(41.0) == "train/grad_norm 41 is over guard.spike_factor 20 times its average 2"
+    assert guard.check_norm(41.0, images=True) == "" and guard.state.data_offset == 3
+
+
 def test_a_finite_gradient_of_a_loss_that_is_not_is_skipped() -> None:
     guard = Guard(GuardConfig(), watch_norm=True)
     assert guard.check_losses({"loss": 1.0, "mse": float("nan")}) == "train/mse is not finite"

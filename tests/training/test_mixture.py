@@ -8,10 +8,36 @@ import pytest
 from tests import tiny
 from tests.training.test_trainers import metrics
 from videodit import cli
+from videodit.training.checkpoint import load_latest
+from videodit.training.run_folder import read_metrics
 
 
 def run(*words: object) -> int:
     return cli.main([str(word) for word in words])
+
+
+def test_images_and_videos_have_figures_of_their_own(tmp_path: Path) -> None:
+    """An epoch of 8 videos and 8 images at weight 0.5, by 4: two steps and one."""
+    clips, vae = tiny.make_shards(tmp_path / "clips"), tiny.make_vae(tmp_path / "vae")
+    image = f"1x{tiny.SIZE}x{tiny.SIZE}"
+    videos = tiny.make_latents(tmp_path / "videos", clips, vae)
+    encode = ["encode", "--data.shards", clips, f"--data.buckets=[{image}]", "--vae", vae, "--device=cpu"]
+    assert run(*encode, "--out", tmp_path / "images") == 0
+    both = ["--data.shards", f"[{videos},{tmp_path / 'images'}]", "--data.weights=[1,0.5]"]
+    dit = ["train", "dit", *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS, "--global_batch_size=4", "--micro_batch_size=2"]
+    assert run(*dit, *both, "--run_dir", tmp_path / "run", "--max_steps=6") == 0
+    lines = read_metrics(tmp_path / "run")
+    assert [sum(line["data/bucket"] == name for line in lines) for name in (tiny.BUCKET, image)] == [4, 2]
+    for line in lines:
+        own, other = ("image", "video") if line["data/bucket"] == image else ("video", "image")
+        assert line[f"train/grad_norm_{own}"] == line["train/grad_norm"] and f"train/grad_norm_{other}" not in line
+        assert line[f"perf/step_s/{line['data/bucket']}"] == line["perf/step_s"]
+    saved = load_latest(tmp_path / "run")
+    assert saved is not None
+    assert [saved.state["extra"]["guard"][name] for name in ("applied", "image_applied")] == [4, 2]
+    assert run(*dit, "--data.shards", videos, "--run_dir", tmp_path / "one", "--max_steps=1") == 0
+    (line,) = read_metrics(tmp_path / "one")
+    assert not {"train/grad_norm_video", f"perf/step_s/{tiny.BUCKET}"} & set(line)
 
 
 def test_both_models_train_on_two_sets_one_of_them_remote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,11 @@ class Bucket(NamedTuple):
         return (self.frames - 1) // FRAMES_PER_LATENT + 1
 
 
+def is_image(name: str) -> bool:
+    """Whether clips of the bucket of this name have one frame."""
+    return name.startswith("1x")
+
+
 def nearest_frames(frames: int) -> int:
     """The number of the form 4k+1 nearest to `frames` (the smaller of two equally near), at least 1."""
     below = max(0, (frames - 1) // FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1

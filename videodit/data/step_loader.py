@@ -8,7 +8,7 @@ nothing but time; the order and the samples are the same for any number of ranks
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from videodit.data.batch_sizes import BatchBy, batch_sizes
@@ -120,8 +120,8 @@ class StepLoader(Generic[BatchT]):
         """The step's samples in global order, without padding; the same on every rank."""
         return [self._keys[clip] for clip in plan.ids if clip != PADDING]
 
-    def iterate(self, start_step: int = 1) -> Iterator[tuple[StepPlan, list[BatchT]]]:
-        """Steps without end; whoever iterates decides when to stop.
+    def iterate(self, start_step: int = 1) -> Generator[tuple[StepPlan, list[BatchT]], None, None]:
+        """Steps without end; whoever iterates decides when to stop, and may close it to end the workers.
 
         Args:
             start_step: first optimizer step, from 1; a resumed run gives its checkpoint's step + 1.

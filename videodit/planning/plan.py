@@ -10,7 +10,6 @@ import torch
 from videodit.data.batch_sizes import batch_sizes
 from videodit.data.buckets import Bucket
 from videodit.data.latents import read_manifests
-from videodit.data.mixture import local_folders
 from videodit.device import has_bf16, torch_dtype
 from videodit.errors import UserError
 from videodit.models.checkpointing import POLICIES
@@ -19,8 +18,9 @@ from videodit.planning.machines import GIB, Machine, find_machine
 from videodit.planning.memory import Memory, rank_memory
 from videodit.planning.workload import DiTWorkload, VAEWorkload, Workload
 from videodit.settings import read_yaml
-from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_folders
 from videodit.training.run_config import RunConfig
+from videodit.training.stages import stages_of
 from videodit.training.vae_trainer import VAERunConfig
 
 USABLE = 0.92
@@ -85,7 +85,7 @@ PlanConfig = DiTPlanConfig | VAEPlanConfig
 def _fill_in(config: PlanConfig) -> None:
     """A plan needs no data and writes nothing."""
     object.__setattr__(config, "run_dir", config.run_dir or "unused")
-    if not config.data.shards:
+    if not config.data.shards and not getattr(config, "stages", ()):
         object.__setattr__(config, "data", dataclasses.replace(config.data, shards="unused"))
 
 
@@ -179,16 +179,41 @@ class Plan:
         return sum(plan.step_s for plan in self.buckets) / len(self.buckets) * self.config.max_steps
 
 
+def make_plans(config: PlanConfig) -> list[Plan]:
+    """Plans a training run: each of its stages.
+
+    Raises:
+        UserError: if one does not fit the machine; names it and the nearest that does.
+    """
+    config = _follow(config)
+    if not (isinstance(config, DiTPlanConfig) and config.stages):
+        return [make_plan(config)]
+    plans = []
+    for stage in stages_of(config):
+        assert isinstance(stage.config, DiTPlanConfig)
+        try:
+            plans.append(make_plan(stage.config))
+        except UserError as error:
+            raise UserError(f"stage {stage.number}: {error}") from None
+    return plans
+
+
+def _follow(config: PlanConfig) -> PlanConfig:
+    """With what its latents decide, if they are there."""
+    if isinstance(config, DiTPlanConfig) and read_manifests(latent_folders(config)) is not None:
+        followed = follow_latents(config)
+        assert isinstance(followed, DiTPlanConfig)
+        return followed
+    return config
+
+
 def make_plan(config: PlanConfig) -> Plan:
-    """Plans a training run.
+    """Plans a training run, or one stage of it.
 
     Raises:
         UserError: if it does not fit the machine; names the nearest that does.
     """
-    if isinstance(config, DiTPlanConfig) and read_manifests(local_folders(config.data)) is not None:
-        followed = follow_latents(config)
-        assert isinstance(followed, DiTPlanConfig)
-        config = followed
+    config = _follow(config)
     sharing, batch = sharing_of(config), config.global_batch_size
     if config.gpus % sharing:
         raise UserError(

@@ -1,5 +1,6 @@
 """A plan as the terminal shows it."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -9,6 +10,21 @@ from rich.table import Table
 from videodit.planning.machines import GIB
 from videodit.planning.memory import Memory
 from videodit.planning.plan import DiTPlanConfig, Plan
+
+
+def print_plans(plans: Sequence[Plan], console: Console | None = None) -> None:
+    """The plan of a run, or those of its stages one by one with their sum."""
+    console = console or Console()
+    for number, plan in enumerate(plans, 1):
+        if len(plans) > 1:
+            console.print(f"stage {number} of {len(plans)}: {plan.config.data.name}", highlight=False)
+        print_plan(plan, console)
+    if len(plans) > 1:
+        hours = sum(plan.seconds for plan in plans) / 3600
+        steps, gpus = sum(plan.config.max_steps for plan in plans), plans[0].config.gpus
+        console.print(
+            f"all stages, {steps:,} steps: {hours / 24:,.2f} days, {hours * gpus:,.1f} GPU-hours", highlight=False
+        )
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 
 from videodit.data.buckets import Bucket, parse_bucket
 from videodit.data.latents import read_manifests
-from videodit.data.mixture import local_folders
 from videodit.errors import UserError
 from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import VideoDiT
@@ -22,7 +21,7 @@ from videodit.models.text import ByteTextEncoder
 from videodit.models.vae import VAEConfig, VideoVAE
 from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
 from videodit.planning.footprint import ParameterCount, activation_bytes, count_parameters, step_flops
-from videodit.training.dit_config import DiTRunConfig
+from videodit.training.dit_config import DiTRunConfig, latent_folders
 from videodit.training.vae_trainer import VAEObjective, VAERunConfig
 
 
@@ -169,7 +168,7 @@ def _vae_pass(model: nn.Module, shape: tuple[int, int, int, int, int], config: V
 def _latent_shapes(config: DiTRunConfig, names: Sequence[str]) -> Iterator[tuple[Bucket, tuple[int, int, int, int]]]:
     """(bucket, (c, t, h, w)) of every clip shape."""
     vae: VideoAutoencoderConfig = load_vae(config.vae).config if config.vae else VAEConfig()
-    manifest = read_manifests(local_folders(config.data))
+    manifest = read_manifests(latent_folders(config))
     if not names and manifest is not None:
         names = list(manifest["fingerprint"]["buckets"])
     sampling = config.sampling

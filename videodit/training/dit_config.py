@@ -23,6 +23,7 @@ from videodit.models.lora import LoRAConfig
 from videodit.models.text import ByteTextConfig
 from videodit.models.vae_folder import load_vae
 from videodit.training.run_config import RunConfig
+from videodit.training.stages import settled, stages_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class DiTRunConfig(RunConfig):
     """at which levels it is trained in the last late_share of the steps, where it learns to draw"""
     late_share: float = 0.0
     """share of max_steps, the last ones, that draws its levels from late_noise"""
+    stages: tuple[dict[str, Any], ...] = ()
+    """parts of the run, one after the other: each gives its steps, and what it has other than the run of data, noise,
+    crop, condition_rate, global_batch_size, micro_batch_size, batch_by and checkpointing; max_steps is their sum"""
     sample_posterior: bool = True
     """train on samples of the VAE's posterior; false: on its mean, for which less noise is drawn"""
     crop: LatentCropConfig = field(default_factory=LatentCropConfig)
@@ -85,8 +89,10 @@ class DiTRunConfig(RunConfig):
     """how many of the held-out clips"""
 
     def __post_init__(self) -> None:
+        if self.stages:
+            object.__setattr__(self, "max_steps", settled(self))
         super().__post_init__()
-        if not self.data.shards:
+        if not self.data.shards and not self.stages:
             raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit encode writes it")
         for name in ("eval_every", "eval_clips"):
             if getattr(self, name) < 1:
@@ -95,6 +101,11 @@ class DiTRunConfig(RunConfig):
             raise ValueError(f"condition_rate {self.condition_rate} is no share: use a number from 0 to 1")
         if not 0 <= self.late_share <= 1:
             raise ValueError(f"late_share {self.late_share} is no share: use a number from 0 to 1")
+        for name, share, own in (("late_share", self.late_share, "noise"), ("crop.share", self.crop.share, "crop")):
+            if share and self.stages:
+                raise ValueError(
+                    f"{name} {share} does not go with stages: leave it out, and give a stage its own {own}"
+                )
         if self.lora.rank and not self.init:
             raise ValueError(
                 f"lora.rank {self.lora.rank} needs a model to fine-tune: give --init MODEL, or lora.rank 0"
@@ -113,6 +124,8 @@ class DiTRunConfig(RunConfig):
                 f"crop.size {list(self.crop.size)} is not divided by the {patch[0]}x{patch[1]} of model.patch_size: "
                 f"use for example {[edge * max(1, size // edge) for size, edge in zip(self.crop.size, patch)]}"
             )
+        if self.stages:
+            stages_of(self)
 
     @property
     def evaluation_intervals(self) -> tuple[int, ...]:
@@ -134,14 +147,27 @@ class DiTRunConfig(RunConfig):
         return self.late_noise if step > self.max_steps - self.late_steps else self.noise
 
 
+def latent_names(config: DiTRunConfig) -> list[str]:
+    """The sets of latents that a run reads, in any stage."""
+    return list(dict.fromkeys(name for stage in stages_of(config) for name in stage.config.data.folders))
+
+
+def latent_folders(config: DiTRunConfig) -> dict[str, Path]:
+    """Each of `latent_names` -> its folder, see `local_folders`."""
+    return {name: root for stage in stages_of(config) for name, root in local_folders(stage.config.data).items()}
+
+
 def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
     """The config with what the latents decide filled in: channels, VAE, frozen text encoder, size of the samples.
 
+    The samples' size is that of the last stage.
+
     Raises:
-        UserError: if the folder is no finished set of latents, the patch does not divide them, or a text encoder is
-            given that made no embeddings.
+        UserError: if a folder is no finished set of latents, the patch does not divide them, those of the stages were
+            made by different VAEs or text encoders, or a text encoder is given that made no embeddings.
     """
-    roots = local_folders(config.data)
+    roots = latent_folders(config)
+    names = ", ".join(roots)
     manifest = read_manifests(roots)
     if manifest is None:
         name = next(name for name, root in roots.items() if read_manifest(root) is None)
@@ -149,18 +175,20 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
     frozen = manifest.get("text_encoder") or {}
     if config.text_encoder and not frozen:
         raise UserError(
-            f"text_encoder {config.text_encoder} is given, but data.shards {config.data.name} has no embeddings: "
+            f"text_encoder {config.text_encoder} is given, but data.shards {names} has no embeddings: "
             f"run videodit encode with --text_encoder {config.text_encoder}, or leave it out"
         )
-    config = _follow_init(config, frozen)
+    config = _follow_init(config, frozen, names)
     vae = load_vae(config.vae or manifest["vae"])
     if config.init and vae.config.latent_channels != config.model.in_channels:
         raise UserError(
-            f"init {config.init} is for {config.model.in_channels} latent channels, but {config.data.name} has "
+            f"init {config.init} is for {config.model.in_channels} latent channels, but {names} has "
             f"{vae.config.latent_channels}: encode the clips with the VAE of that model, --vae {config.init}/vae"
         )
-    check_patch(config.model.patch_size, manifest, config.vae or manifest["vae"], config.data.name)
-    frames, height, width = parse_bucket(manifest["fingerprint"]["buckets"][0], multiple=1)
+    check_patch(config.model.patch_size, manifest, config.vae or manifest["vae"], names)
+    last = read_manifests(local_folders(stages_of(config)[-1].config.data))
+    assert last is not None  # it is among those above
+    frames, height, width = parse_bucket(last["fingerprint"]["buckets"][0], multiple=1)
     text_dim = frozen.get("dim", config.text.dim)
     return dataclasses.replace(
         config,
@@ -195,12 +223,13 @@ def check_patch(patch_size: tuple[int, int, int], manifest: dict[str, Any], vae:
                 )
 
 
-def _follow_init(config: DiTRunConfig, frozen: dict[str, Any]) -> DiTRunConfig:
+def _follow_init(config: DiTRunConfig, frozen: dict[str, Any], names: str) -> DiTRunConfig:
     """The config with the shapes of the model that training starts from.
 
     Args:
         config: of the run.
         frozen: what the latents say of the frozen text encoder; empty if they have no embeddings.
+        names: of the latents, for messages.
     """
     if not config.init:
         return config
@@ -209,13 +238,13 @@ def _follow_init(config: DiTRunConfig, frozen: dict[str, Any]) -> DiTRunConfig:
     text = config.text
     if frozen and frozen["dim"] != model.text_dim:
         raise UserError(
-            f"init {config.init} reads text of {model.text_dim} channels, but the embeddings in {config.data.name} "
+            f"init {config.init} reads text of {model.text_dim} channels, but the embeddings in {names} "
             f"have {frozen['dim']}: encode the clips with the text encoder of that model"
         )
     if not frozen:
         if not (init / "text_encoder" / WEIGHTS_NAME).is_file():
             raise UserError(
-                f"init {config.init} has a frozen text encoder, but {config.data.name} has no embeddings: "
+                f"init {config.init} has a frozen text encoder, but {names} has no embeddings: "
                 "encode the clips with it, --text_encoder FOLDER"
             )
         text = load_config(ByteTextConfig, init / "text_encoder")

@@ -42,6 +42,7 @@ from videodit.training.engine import sharded_construction
 from videodit.training.held_out import HeldOutLoss, check_held_out
 from videodit.training.run import TrainingRun, micro_batch_tokens
 from videodit.training.run_config import open_world, run_dtype
+from videodit.training.stages import Stage, StagedLoader, stages_of
 
 
 def train_dit(config: DiTRunConfig) -> Path:
@@ -60,44 +61,37 @@ def train_dit(config: DiTRunConfig) -> Path:
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
         mesh = _mesh(config, world)
         layout_of = functools.partial(_layout, config.model, mesh)
-        loader = LatentLoader(
-            config.data,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
-            batch_by=config.batch_by,
-            rank=mesh.data_rank,
-            world=mesh.data_size,
-            crop=config.crop,
-            crop_steps=config.crop_steps,
-            patch=config.model.patch_size[1:],
-        )
-        # Counted before DeepSpeed starts: what it does to torch at ZeRO-3 falsifies the count.
-        clip_flops = _clip_flops(config, loader) if run.counts_flops else {}
+        clip_flops: dict[torch.Size, int] = {}
+
+        def count(stage: Stage, loader: LatentLoader) -> None:
+            # Before DeepSpeed starts: what it does to torch at ZeRO-3 falsifies the count.
+            clip_flops.update(_clip_flops(stage.config, loader) if run.counts_flops else {})
+
+        loader = StagedLoader(stages_of(config), functools.partial(_open_latents, mesh), count)
         with sharded_construction(config.zero_stage, world):
             model = fine_tuned(build_model(config), config)
         text_encoder = model.text_encoder or _read_prompts(config, world)
-        model.dit.checkpointing = _checkpointing(config, world)
+        policies = {stage.number: _checkpointing(stage.config, world) for stage in loader.stages}
         if config.compile:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)
         if config.lora.rank:
             facts = frozen_facts(config) if world.is_main else {}
             run.folder.freeze("frozen.json", facts)
-        run.accept(loader.batch_sizes, loader.order_settings)
+        run.accept(loader.sizes, loader.settings, free=loader.endings_after(run.step))
         held_out = HeldOutLoss(config, mesh, layout_of) if config.eval_shards else None
         evaluate = functools.partial(_evaluate, run, config, held_out, text_encoder)
         if run.evaluation_was_cut():
             evaluate()
-        steps = loader.iterate(run.next_data_step)
         while run.running:
-            plan, batches = next(steps)
+            stage, plan, batches, keys = loader.read(run.step + 1, run.next_data_step)
+            model.dit.checkpointing = policies[stage.number]
             total = run.total_weight(batches)
-            levels = config.noise_at(run.step + 1)
+            levels = stage.config.noise_at(run.step + 1 - stage.steps_before)
             # Summed on the device: a figure that is fetched would wait for the kernels at every micro batch.
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
-                noisy = make_noisy(batch, config, levels)
+                noisy = make_noisy(batch, stage.config, levels)
                 layout = layout_of(noisy.latents.shape)
                 with run.meter.phase("forward"):
                     text = read_text(batch, world.device, run.engine.dtype)
@@ -112,7 +106,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             frames, positions = token_shape(config.model, shape)
             tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
             flops = micro_batch_tokens(batches, clip_flops.get(shape[1:], 0), mesh.data_size)
-            run.finish_step(sums, keys=loader.keys(plan), tokens=tokens, flops=flops)
+            run.finish_step(sums, bucket=plan.bucket, keys=keys, tokens=tokens, flops=flops)
             evaluate()
         run.finish()
     return Path(config.run_dir)
@@ -144,7 +138,7 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
 
     Args:
         batch: clean latents.
-        config: of the run.
+        config: of the run, or its stage.
         levels: density of the noise levels in this step, see `DiTRunConfig.noise_at`.
     """
     seed, epochs, keys = config.seed, batch.epochs, batch.keys
@@ -203,6 +197,21 @@ def _mesh(config: DiTRunConfig, world: World) -> Mesh:
         return make_mesh(world, config.sequence_parallel)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _open_latents(mesh: Mesh, config: DiTRunConfig) -> LatentLoader:
+    return LatentLoader(
+        config.data,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        batch_by=config.batch_by,
+        rank=mesh.data_rank,
+        world=mesh.data_size,
+        crop=config.crop,
+        crop_steps=config.crop_steps,
+        patch=config.model.patch_size[1:],
+    )
 
 
 def _layout(model: DiTConfig, mesh: Mesh, shape: torch.Size) -> TokenLayout:

@@ -9,7 +9,7 @@ from videodit.config import load_yaml
 from videodit.errors import UserError
 from videodit.models.folder import write_readme
 from videodit.training.checkpoint import load_latest
-from videodit.training.dit_config import DiTRunConfig
+from videodit.training.dit_config import DiTRunConfig, latent_names
 from videodit.training.dit_model import export_dit
 from videodit.training.posthoc_ema import PosthocEMA
 from videodit.training.vae_trainer import VAERunConfig, export_vae
@@ -51,6 +51,6 @@ def export_run(run_dir: str | Path, out: str | Path, ema_length: float | None = 
     else:
         dit_config = load_yaml(DiTRunConfig, path)
         export_dit(dit_config, checkpoint, out, weights)
-        facts |= {"kind": "text-to-video model", "latents": dit_config.data.name, "vae": dit_config.vae}
+        facts |= {"kind": "text-to-video model", "latents": ", ".join(latent_names(dit_config)), "vae": dit_config.vae}
     write_readme(out, "export", facts)
     return str(facts["average"])

@@ -15,11 +15,12 @@ class GuardConfig:
     """Which steps are skipped, and when the run goes back to a checkpoint."""
 
     spike_factor: float = 20.0
-    """A step is skipped if its gradient norm (with Muon: train/mse) is over so many times its average; 0 for never."""
+    """A step is skipped if its gradient norm (with Muon: train/mse) is over so many times its average, which steps of
+    images and of videos have each; 0 for never."""
     spike_length: int = 100
     """Steps that the average looks back, exponentially."""
     spike_warmup_steps: int = 100
-    """Applied steps before the first spike can be seen."""
+    """Applied steps, of images or of videos, before the first spike among them can be seen."""
     max_skipped_in_row: int = 10
     """So many skipped steps in a row, and the run goes back to the last checkpoint before them, and past their data."""
 
@@ -40,8 +41,10 @@ class GuardState:
     """What a resumed run needs to decide as it would have decided.
 
     Attributes:
-        average: of the watched figure over the applied steps.
+        average: of the watched figure over the applied steps of videos; in a checkpoint from before images had their
+            own, of all.
         applied: steps that the average has seen.
+        image_average, image_applied: the same of steps of images.
         skipped: steps skipped so far; those that a rollback undid count too.
         in_row: of them, up to the current step without one that was applied.
         data_offset: steps' worth of data that rollbacks left out: step s reads the data of step s + data_offset.
@@ -50,6 +53,8 @@ class GuardState:
 
     average: float = 0.0
     applied: int = 0
+    image_average: float = 0.0
+    image_applied: int = 0
     skipped: int = 0
     in_row: int = 0
     data_offset: int = 0
@@ -58,6 +63,9 @@ class GuardState:
 
 class Guard:
     """Decides about each step, and counts.
+
+    Methods that take `images` (whether the step was of images) keep to what such steps were like: a video's gradient
+    is no measure of an image's.
 
     Args:
         config: when to skip.
@@ -69,32 +77,38 @@ class Guard:
         self.config, self.watch_norm = config, watch_norm
         self.state = GuardState()
 
-    def check_losses(self, losses: Mapping[str, float]) -> str:
+    def check_losses(self, losses: Mapping[str, float], *, images: bool = False) -> str:
         """Why a step with these losses (`mse` among them), the same on all ranks, must be skipped; "" if not."""
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad:
             return f"train/{bad[0]} is not finite"
-        return "" if self.watch_norm else self._check_spike("train/mse", losses["mse"])
+        return "" if self.watch_norm else self._check_spike("train/mse", losses["mse"], images)
 
-    def check_norm(self, norm: float) -> str:
+    def check_norm(self, norm: float, *, images: bool = False) -> str:
         """Why a step whose gradient has this global norm (inf if it is not finite) must be skipped; "" if not."""
         if not math.isfinite(norm):
             return "the gradient is not finite"
-        return self._check_spike("train/grad_norm", norm) if self.watch_norm else ""
+        return self._check_spike("train/grad_norm", norm, images) if self.watch_norm else ""
 
-    def _check_spike(self, name: str, value: float) -> str:
+    def _check_spike(self, name: str, value: float, images: bool) -> str:
         state, factor = self.state, self.config.spike_factor
-        if not factor or state.applied < self.config.spike_warmup_steps or value <= factor * state.average:
+        average, applied = (state.image_average, state.image_applied) if images else (state.average, state.applied)
+        if not factor or applied < self.config.spike_warmup_steps or value <= factor * average:
             return ""
-        return f"{name} {value:.4g} is over guard.spike_factor {factor:g} times its average {state.average:.4g}"
+        return f"{name} {value:.4g} is over guard.spike_factor {factor:g} times its average {average:.4g}"
 
-    def applied(self, losses: Mapping[str, float], norm: float) -> None:
+    def applied(self, losses: Mapping[str, float], norm: float, *, images: bool = False) -> None:
         """Takes in an applied step: the mean of the first spike_length steps, then an exponential average."""
         state = self.state
         state.in_row = 0
-        state.applied += 1
         value = norm if self.watch_norm else losses["mse"]
-        state.average += (value - state.average) / min(state.applied, self.config.spike_length)
+        if images:
+            state.image_applied += 1
+            seen = min(state.image_applied, self.config.spike_length)
+            state.image_average += (value - state.image_average) / seen
+        else:
+            state.applied += 1
+            state.average += (value - state.average) / min(state.applied, self.config.spike_length)
 
     def skipped(self) -> None:
         """Counts a skipped step."""

@@ -17,7 +17,6 @@ from videodit.data.deal import num_micro_batches
 from videodit.data.latent_reader import LatentReader
 from videodit.data.latents import read_manifest
 from videodit.data.loader import read_latents
-from videodit.data.mixture import local_folders
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_noise, stable_hash
 from videodit.data.shards import ShardSet
@@ -27,7 +26,7 @@ from videodit.flow.noise_level import sigma_from_uniform
 from videodit.flow.path import interpolate, target
 from videodit.models.token_layout import TokenLayout
 from videodit.parallel.mesh import Mesh, all_reduce_sum
-from videodit.training.dit_config import DiTRunConfig, check_patch
+from videodit.training.dit_config import DiTRunConfig, check_patch, latent_folders
 from videodit.training.dit_model import read_text
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -120,7 +119,7 @@ def check_held_out(config: DiTRunConfig) -> None:
     if manifest is None:
         raise UserError(f"eval_shards {held_out} has no finished latents: run videodit encode --out {held_out}")
     theirs = manifest["fingerprint"]
-    for name, root in local_folders(config.data).items():
+    for name, root in latent_folders(config).items():
         training = read_manifest(root)
         assert training is not None  # follow_latents has seen it
         ours = training["fingerprint"]

@@ -13,6 +13,7 @@ from torch import nn
 from videodit.config import to_dict
 from videodit.data.batch_sizes import BatchSize
 from videodit.data.batches import Batch
+from videodit.data.buckets import is_image
 from videodit.data.randomness import batch_digest
 from videodit.errors import UserError
 from videodit.evaluation.machine import code_version
@@ -45,6 +46,7 @@ class TrainingRun:
         self.step = self.saved_step = 0
         self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
         self._went_back = False  # in the last step
+        self._several = self._mixed = False  # whether there are several buckets, and images as well as videos
         self._tracker = tracker
         self._stop = StopRequest(world.is_main)
         self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
@@ -108,19 +110,21 @@ class TrainingRun:
         module.register_forward_pre_hook(tick)  # samples are many forward passes
         self.meter = StepMeter(self.world.device, self.world.size)
 
-    def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any]) -> None:
+    def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any], *, free: tuple[str, ...] = ()) -> None:
         """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
 
         Args:
             sizes: of batches, by bucket; a run that goes on must see the same ones.
             order: settings that the order of clips follows, by their names; as above.
+            free: endings of the names of those that may still change.
         Raises:
             UserError: on every rank, if the batches are not those that the run began with.
             SystemExit: if a rank was told to stop.
         """
         clips = {name: size.total for name, size in sizes.items()}
-        self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back")
-        self.folder.freeze("order.json", order)
+        self._several, self._mixed = len(sizes) > 1, len(set(map(is_image, sizes))) > 1
+        self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back", free=free)
+        self.folder.freeze("order.json", order, free=free)
         self.folder.accept_config()
         if self._stop.on_any_rank():  # before the wait for data
             self._leave()
@@ -157,12 +161,13 @@ class TrainingRun:
         return max(total, 1.0)
 
     def finish_step(
-        self, losses: dict[str, torch.Tensor], *, keys: Sequence[str], tokens: int = 0, flops: int = 0
+        self, losses: dict[str, torch.Tensor], *, bucket: str, keys: Sequence[str], tokens: int = 0, flops: int = 0
     ) -> None:
         """Applies the gradients unless the guard objects, averages, logs, and begins to save when it is time.
 
         Args:
             losses: this rank's part of each loss (the sum over its micro batches of what `backward` got).
+            bucket: name of that which the step was of.
             keys: of the global batch's samples, in global order.
             tokens: tokens of the global batch.
             flops: floating-point operations of the global batch.
@@ -175,13 +180,20 @@ class TrainingRun:
         row = self.guard.state.in_row
         enter("optimizer")
         reduced = all_reduce_sum(torch.stack([loss.detach().float() for loss in losses.values()])).tolist()
-        result, reason = self._guarded_step(dict(zip(losses, reduced)))
+        images = is_image(bucket)
+        result, reason = self._guarded_step(dict(zip(losses, reduced)), images)
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics() | {"train/skipped": self.guard.state.skipped}
         metrics |= self.meter.step(tokens=tokens, flops=flops)
         metrics |= self._save_metrics
         self._save_metrics = {}
-        metrics["data/digest"] = batch_digest(keys)
+        if self._mixed:
+            metrics[f"train/grad_norm_{'image' if images else 'video'}"] = metrics["train/grad_norm"]
+        if self._several:
+            for name in ("perf/step_s", "perf/mfu"):
+                if name in metrics:
+                    metrics[f"{name}/{bucket}"] = metrics[name]
+        metrics |= {"data/bucket": bucket, "data/digest": batch_digest(keys)}
         self.log(metrics)
         if reason:
             record = {"data_step": self.step + self.guard.state.data_offset, "reason": reason, "keys": list(keys)}
@@ -203,18 +215,20 @@ class TrainingRun:
         if stop:
             self._leave()
 
-    def _guarded_step(self, losses: dict[str, float]) -> tuple[StepResult, str]:
+    def _guarded_step(self, losses: dict[str, float], images: bool) -> tuple[StepResult, str]:
         """One optimizer step, or none and the reason; decided from figures that are the same on all ranks."""
-        reason = self.guard.check_losses(losses)
+        reason = self.guard.check_losses(losses, images=images)
         with self.meter.phase("optimizer"):
-            result = self.engine.step(self.step, lambda norm: not (reason or self.guard.check_norm(norm)))
+            result = self.engine.step(
+                self.step, lambda norm: not (reason or self.guard.check_norm(norm, images=images))
+            )
             if result.applied:
                 self.ema.update(self.step)
         if result.applied:
-            self.guard.applied(losses, result.grad_norm)
+            self.guard.applied(losses, result.grad_norm, images=images)
             return result, ""
         self.guard.skipped()
-        return result, reason or self.guard.check_norm(result.grad_norm)
+        return result, reason or self.guard.check_norm(result.grad_norm, images=images)
 
     def _go_back(self, reason: str) -> None:
         """Goes on from the last checkpoint before the skipped steps, with the data after them."""

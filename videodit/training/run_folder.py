@@ -74,7 +74,15 @@ class RunFolder:
         if self._is_main:
             _write_config(self.path, self._config_text)
 
-    def freeze(self, name: str, values: Mapping[str, Any], what: str = "", fix: str = "set it back") -> None:
+    def freeze(
+        self,
+        name: str,
+        values: Mapping[str, Any],
+        what: str = "",
+        fix: str = "set it back",
+        *,
+        free: tuple[str, ...] = (),
+    ) -> None:
         """Writes values that must not change while the run goes on. Call on every rank.
 
         Args:
@@ -82,6 +90,7 @@ class RunFolder:
             values: what to keep; rank 0's count.
             what: the values' name in messages, if their keys are not enough.
             fix: what to do where they differ, in messages.
+            free: endings of the keys that may still change.
         Raises:
             UserError: on every rank, if the run has checkpoints and began with others.
         """
@@ -89,7 +98,7 @@ class RunFolder:
         if self._is_main:
             file = self.path / name
             old = json.loads(file.read_text()) if file.exists() and steps_in(self.path) else dict(values)
-            changed = differences("", old, dict(values))
+            changed = [item for item in differences("", old, dict(values)) if not item[0].endswith(free)]
             if changed:
                 key, before, after = changed[0]
                 name = f"{what} of {key.lstrip('.')}" if what else key.lstrip(".")

@@ -136,7 +136,12 @@ def train_vae(config: VAERunConfig) -> Path:
                 sums["loss"] += loss.detach()
                 sums["mse"] += (weight * squared).sum().detach()
             positions = shape[1] * shape[2] * shape[3]
-            run.finish_step(sums, keys=loader.keys(plan), tokens=micro_batch_tokens(batches, positions, world.size))
+            run.finish_step(
+                sums,
+                bucket=plan.bucket,
+                keys=loader.keys(plan),
+                tokens=micro_batch_tokens(batches, positions, world.size),
+            )
             if run.due(config.sample_every) and held_out is not None:
                 _reconstruct(run, held_out, fps=8.0)
         run.finish()
