@@ -314,9 +314,11 @@ def test_samples_of_the_run_are_those_of_the_export(world: World) -> None:
 
 
 def test_weights_sharded_over_ranks_train_the_same(world: World, tmp_path: Path) -> None:
-    train_dit(run_config(tmp_path / "dit", world.encode.out, zero_stage=3))
-    for one, three in zip(*(read_losses(folder) for folder in (world.run, tmp_path / "dit")), strict=True):
-        assert one == pytest.approx(three, rel=1e-4)
+    for stage in (1, 3):
+        # fp32: with bf16 the linear layers that DeepSpeed has at stage 3 round the bias's sum once more.
+        train_dit(run_config(tmp_path / f"stage-{stage}", world.encode.out, zero_stage=stage, dtype="fp32"))
+    losses = [read_losses(tmp_path / f"stage-{stage}") for stage in (1, 3)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def read_losses(run: Path) -> list[float]:
