@@ -88,7 +88,7 @@ def test_other_frozen_weights_are_refused(latents: Path, model: Path, tmp_path: 
         dit_config(tmp_path / "new", latents, lora=LORA)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_two_ranks_at_zero_3_agree_with_one_at_zero_1(latents: Path, model: Path, tmp_path: Path, dtype: str) -> None:
     losses = []
     for ranks, stage in ((1, 1), (2, 3)):

@@ -123,6 +123,7 @@ def test_a_rollback_over_a_border_leaves_the_data_out_in_both_stages(
     assert [line["data/digest"] for line in metrics(tmp_path / "straight")] == expected
 
 
+@pytest.mark.slow
 def test_only_what_has_not_begun_may_change(
     tmp_path: Path, latents: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
