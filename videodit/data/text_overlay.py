@@ -77,6 +77,8 @@ def _letters(strokes: np.ndarray, gray: np.ndarray) -> np.ndarray:
 
 def _rows(letters: np.ndarray) -> list[tuple[int, int, int, int]]:
     """(top, bottom, left, right) of every row of letters."""
+    if letters.shape[1] < _MIN_ROW:
+        return []
     left, top, width, height, level = letters
     right, bottom, middle = left + width, top + height, top + height / 2
     # Pairs are looked at from left to right, so that each comes once, and few of them are near each other.
