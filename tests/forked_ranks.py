@@ -61,9 +61,10 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked_ranks"], stdin=subprocess.PIPE, cwd=Path(__file__).parents[1]
-        )
+        # As torchrun does: ranks with as many threads as there are cores each would wait for each other's.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.forked_ranks"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path(__file__).parents[1], env=environment)
 
     def start(self, argv: Sequence[str], size: int, address: str = "127.0.0.1", namespaces: Sequence[str] = ()) -> Any:
         """`videodit ARGV` on all ranks, each in its network namespace if there are any: then each is a node."""

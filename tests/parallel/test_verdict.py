@@ -48,6 +48,15 @@ def test_a_stuck_rank_is_named_after_the_limit() -> None:
     assert "rank 2 (node-1) has not moved for 61 s at step 10 in data, while the others wait" in verdict.line
 
 
+def test_a_rank_that_freezes_in_a_long_step_is_silent_not_stuck() -> None:
+    def frozen(now: float) -> Beat | None:
+        return stuck(10)(now) if now < 30 else None  # its last move is long ago when it falls silent
+
+    now, verdict = trial([waiting(10), frozen], 200)
+    assert now == 29 + LIMIT_S + 1 and verdict.lost == [1]
+    assert "has given no sign of life for 61 s" in verdict.line
+
+
 def test_a_rank_that_ticks_is_not_stuck_and_who_waits_for_it_neither() -> None:
     def samples(now: float) -> Beat:
         return replace(training(min(now, 10)), phase="samples", ticks=int(now / (LIMIT_S - 1)))

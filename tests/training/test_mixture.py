@@ -40,6 +40,7 @@ def test_images_and_videos_have_figures_of_their_own(tmp_path: Path) -> None:
     assert not {"train/grad_norm_video", f"perf/step_s/{tiny.BUCKET}"} & set(line)
 
 
+@pytest.mark.slow
 def test_both_models_train_on_two_sets_one_of_them_remote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     near, far = tiny.make_shards(tmp_path / "near", 4), tiny.make_shards(tmp_path / "far", 6)
     vae = tiny.make_vae(tmp_path / "vae")

@@ -119,6 +119,8 @@ class Judge:
             return None
         least = min(tuple(beat.order) for beat in working.values())
         last = sorted(rank for rank, beat in working.items() if tuple(beat.order) == least)
+        if any(now - self._heard[rank] > 3 * PERIOD_S for rank in last):
+            return None  # frozen or gone rather than stuck: `_silent` tells so when its time has come
         for_s = now - max(self._moved[rank] for rank in last)
         if for_s <= self._limit_s:
             return None
