@@ -34,17 +34,6 @@ BAD = "clip-3"
 SOON = GuardConfig(spike_warmup_steps=1)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_shards(tmp_path_factory.mktemp("clips"))
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    root = tmp_path_factory.mktemp("encoded")
-    return tiny.make_latents(root / "latents", shards, tiny.make_vae(root / "vae"))
-
-
 def spoil(latents: Path, folder: Path, value: float) -> Path:
     """A copy whose sample BAD has this value in all its latents, written over them where they lie in the tar."""
     shutil.copytree(latents, folder)

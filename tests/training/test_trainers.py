@@ -55,17 +55,6 @@ RUN: dict[str, Any] = {
 TIMES = ("perf/", "data/wait_s")
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_shards(tmp_path_factory.mktemp("clips"))
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    root = tmp_path_factory.mktemp("encoded")
-    return tiny.make_latents(root / "latents", shards, tiny.make_vae(root / "vae"))
-
-
 def vae_config(run_dir: Path, shards: Path, **changes: Any) -> VAERunConfig:
     data = DataConfig(shards=str(shards), buckets=[tiny.BUCKET])
     config = VAERunConfig(run_dir=str(run_dir), data=data, model=tiny.VAE, optim=OptimConfig(lr=1e-3), **RUN)
