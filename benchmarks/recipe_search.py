@@ -36,7 +36,7 @@ from videodit.data.shards import ShardSet
 from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.evaluation.machine import machine_facts
 from videodit.evaluation.prompt_following import measure
-from videodit.flow.loss import flow_loss, level_weight, likelihood_loss
+from videodit.flow.loss import flow_loss, frame_error, level_weight, likelihood_loss
 from videodit.flow.noise_level import frame_levels, frames_to_denoise, sigma_from_uniform
 from videodit.flow.path import interpolate, target
 from videodit.generation.pipeline import TextToVideo
@@ -156,9 +156,10 @@ class Search:
         predicted = self.model.dit(noisy, sigma, context, origin=origin)
         wanted = target(config.flow, x0, noise, level)
         weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, self.levels)
+        error = frame_error(predicted, wanted)
         if self.model.level_error is None:
-            return flow_loss(predicted, wanted, weight).mean()
-        return likelihood_loss(predicted, wanted, weight, self.model.level_error(sigma)).mean()
+            return flow_loss(error, weight).mean()
+        return likelihood_loss(error, weight, self.model.level_error(sigma)).mean()
 
     def step(self) -> None:
         """One update of Muon and AdamW (without decay), and of the average."""

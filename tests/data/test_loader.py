@@ -330,6 +330,14 @@ def test_latents_come_by_bucket_and_as_written(latents):
             assert batch.captions[row] == (f"clip {index}" if index >= 0 else "")
 
 
+def test_the_means_alone_are_those_of_the_posteriors(latents):
+    sizes = {"seed": 1, "global_batch_size": 4, "micro_batch_size": 4, "crop_steps": 3}
+    config, crop = LatentDataConfig(shards=latents), LatentCropConfig(size=(2, 2), share=0.5)
+    both, means = (LatentLoader(config, crop=crop, posterior=posterior, **sizes) for posterior in (True, False))
+    for (_, (whole,)), (_, (mean,)) in islice(zip(both.iterate(), means.iterate()), 6):
+        assert torch.equal(whole.mean, mean.mean) and mean.logvar is None and whole.logvar.shape == whole.mean.shape
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_by_tokens_smaller_buckets_have_more_clips(latents, num_workers):
     """32 positions a clip against 16: 4 clips a step and 2 a forward pass, against 8 and 4; on any ranks the same."""

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videodit.flow.loss import likelihood_loss
+from videodit.flow.loss import frame_error, likelihood_loss
 from videodit.models.level_error import GAIN, KNOTS, MAX_LOGIT, LevelError
 
 
@@ -36,7 +36,9 @@ def test_finds_the_error_of_each_level() -> None:
         error = 0.05 + 0.95 * sigma**4
         missed = error.sqrt()[..., None, None, None] * torch.randn(32, 1, 1, 4, 4)
         optimizer.zero_grad()
-        likelihood_loss(missed, torch.zeros_like(missed), torch.ones(32, 1), module(sigma)).mean().backward()
+        likelihood_loss(
+            frame_error(missed, torch.zeros_like(missed)), torch.ones(32, 1), module(sigma)
+        ).mean().backward()
         optimizer.step()
     sigma = torch.linspace(0.05, 0.95, 19)
     with torch.no_grad():

@@ -78,8 +78,8 @@ class LatentBatch(Batch):
 
     mean: Tensor
     """(b, c, t, h, w) float32, normalised."""
-    logvar: Tensor
-    """(b, c, t, h, w) float32 log-variance in the same units."""
+    logvar: Tensor | None = None
+    """(b, c, t, h, w) float32 log-variance in the same units; None where only the mean is read."""
     text: Tensor | None = None
     """(b, l, d) float16 embeddings of `captions`, zero at padding; None if the latents have none."""
     text_mask: Tensor | None = None
@@ -90,7 +90,8 @@ class LatentBatch(Batch):
     """(b, 5) float32 of `MICRO_CONDITIONS`, a window's place counted to the crop; zeros in rows of weight 0."""
 
     def draw(self, seed: int) -> Tensor:
-        """(b, c, t, h, w): a sample of each posterior, a function of (seed, epoch, key)."""
+        """(b, c, t, h, w): a sample of each posterior, a function of (seed, epoch, key); needs `logvar`."""
+        assert self.logvar is not None
         b, c, t, h, w = self.mean.shape
         noise = sample_noise(seed, self.epochs, self.keys, (c, t, h, w), "posterior")
         return self.mean + torch.exp(0.5 * self.logvar) * noise

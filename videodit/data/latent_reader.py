@@ -46,7 +46,7 @@ class LatentDataConfig(ShardsConfig):
 
 
 class LatentReader:
-    """Reads micro batches of posteriors and, where a frozen text encoder made them, of embeddings.
+    """Reads micro batches of posteriors or their means and, where a frozen text encoder made them, of embeddings.
 
     Args:
         shards: latent shards.
@@ -54,6 +54,7 @@ class LatentReader:
         seed: the run's seed.
         window: what requests may ask for instead of whole latents.
         patch: rows and columns of the DiT's patch: windows start on its grid.
+        posterior: whether to read the log-variances beside the means.
     Raises:
         UserError: if the shards hold no latents, or should have embeddings and lack that of the empty caption.
     """
@@ -65,7 +66,10 @@ class LatentReader:
         seed: int,
         window: LatentCropConfig,
         patch: tuple[int, int],
+        *,
+        posterior: bool = True,
     ) -> None:
+        self._parts = ("mean", "logvar") if posterior else ("mean",)
         self.shards, self.config, self.seed = shards, config, seed
         self.window, self.patch = window, patch
         self._weights: dict[int, Tensor] = {}  # of each clip's windows, which are the same in every epoch
@@ -95,9 +99,8 @@ class LatentReader:
         shape = self.latent_shapes[request.bucket]
         height, width = shape[2:]
         size = self.window.size_in(height, width) if request.windowed else (height, width)
-        mean = torch.zeros(len(request.ids), *shape[:2], *size)
-        logvar = torch.zeros_like(mean)
-        rows = Rows(request, {"mean": mean, "logvar": logvar}, [""] * len(request.ids))
+        parts = {name: torch.zeros(len(request.ids), *shape[:2], *size) for name in self._parts}
+        rows = Rows(request, dict(parts), [""] * len(request.ids))
         samples = self._samples(request, rows.failures)
         conditions = rows.tensors["micro_conditions"] = torch.zeros(len(request.ids), len(MICRO_CONDITIONS))
         for row in samples:
@@ -108,7 +111,8 @@ class LatentReader:
             self._read_windows(rows, samples, size)
         else:
             for row, (sample, _) in samples.items():
-                mean[row], logvar[row] = sample.mean, sample.logvar
+                for name, values in parts.items():
+                    values[row] = getattr(sample, name)
         text = [] if self.empty_text is None else [self.empty_text] * len(request.ids)
         for row, (sample, captions) in samples.items():
             key = self.shards.entries[request.ids[row]].key
@@ -155,7 +159,7 @@ class LatentReader:
         pixels = torch.tensor([request.bucket.height / height, request.bucket.width / width])  # of a latent
         crop_corner = slice(MICRO_CONDITIONS.index("crop_top"), MICRO_CONDITIONS.index("crop_left") + 1)
         rows.tensors["micro_conditions"][places, crop_corner] += origin * pixels
-        for name in ("mean", "logvar"):
+        for name in self._parts:
             whole = torch.stack([getattr(sample, name) for sample, _ in samples.values()])
             rows.tensors[name][places] = crop(whole, origin, size).float()
 

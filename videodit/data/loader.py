@@ -72,6 +72,7 @@ class LatentLoader(StepLoader[LatentBatch]):
         seed, global_batch_size, micro_batch_size, batch_by, rank, world: as in StepLoader.
         crop: windows that the first crop_steps steps read; the others read whole latents.
         patch: rows and columns of the DiT's patch: windows start on its grid.
+        posterior: whether batches have the posteriors' log-variances beside their means.
     Raises:
         UserError: if there are no latents, or fewer than a global batch.
     """
@@ -89,9 +90,10 @@ class LatentLoader(StepLoader[LatentBatch]):
         crop: LatentCropConfig | None = None,
         crop_steps: int = 0,
         patch: tuple[int, int] = (1, 1),
+        posterior: bool = True,
     ) -> None:
         self.shards = open_shards(config)
-        reader = LatentReader(self.shards, config, seed, crop or LatentCropConfig(), patch)
+        reader = LatentReader(self.shards, config, seed, crop or LatentCropConfig(), patch, posterior=posterior)
         self.latent_shapes = reader.latent_shapes
         super().__init__(
             reader,
@@ -125,9 +127,9 @@ def read_latents(reader: LatentReader, requests: Iterable[Request]) -> Iterator[
 
 
 def _latent_batch(rows: Rows, fields: dict[str, Any]) -> LatentBatch:
-    tensors, names = rows.tensors, ("text", "text_mask", "origin", "micro_conditions")
+    tensors, names = rows.tensors, ("logvar", "text", "text_mask", "origin", "micro_conditions")
     optional: dict[str, Any] = {name: tensors.get(name) for name in names}
-    return LatentBatch(mean=tensors["mean"], logvar=tensors["logvar"], **optional, **fields)
+    return LatentBatch(mean=tensors["mean"], **optional, **fields)
 
 
 def _clip_batch(rows: Rows, fields: dict[str, Any]) -> ClipBatch:

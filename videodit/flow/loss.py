@@ -10,35 +10,43 @@ MIN_SIGMA = 0.05
 """Below this noise level the velocity weight grows no further (arXiv:2511.13720 clips at the same value)."""
 
 
-def flow_loss(prediction: Tensor, target: Tensor, frame_weight: Tensor) -> Tensor:
-    """Mean squared error of each clip, over its weighted latent frames.
+def frame_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each latent frame.
 
     Args:
         prediction: (b, c, t, h, w).
         target: the same shape.
+    Returns:
+        (b, t) float32.
+    """
+    return (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))
+
+
+def flow_loss(error: Tensor, frame_weight: Tensor) -> Tensor:
+    """Mean squared error of each clip, over its weighted latent frames.
+
+    Args:
+        error: (b, t) from `frame_error`.
         frame_weight: (b, t) weight of each latent frame, 0 for a frame that is given as a condition.
     Returns:
         (b,) float32; 0 for a clip all of whose frames are conditions.
     """
-    error = (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))  # b t
     return _frame_mean(error, frame_weight)
 
 
-def likelihood_loss(prediction: Tensor, target: Tensor, frame_weight: Tensor, log_error: Tensor) -> Tensor:
+def likelihood_loss(error: Tensor, frame_weight: Tensor, log_error: Tensor) -> Tensor:
     """error / e^u + u of each clip, over its weighted latent frames: least where e^u is the expected error.
 
     Every noise level then has the same share of the gradient, whatever error is left at it.
 
     Args:
-        prediction: (b, c, t, h, w).
-        target: the same shape.
+        error: (b, t) from `frame_error`.
         frame_weight: (b, t), 0 for a frame that is given as a condition.
         log_error: (b, t) u, see `videodit.models.level_error`.
     Returns:
         (b,) float32; 0 for a clip all of whose frames are conditions.
     Source: Karras et al. (2024), EDM2, arXiv:2312.02696 (loss weighting by learned uncertainty).
     """
-    error = (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))  # b t
     return _frame_mean(error * torch.exp(-log_error) + log_error, frame_weight)
 
 

@@ -14,7 +14,7 @@ from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise, sample_uniform
 from videodit.device import choose_device, torch_dtype
 from videodit.errors import UserError
-from videodit.flow.loss import Weighting, flow_loss, level_weight, likelihood_loss
+from videodit.flow.loss import Weighting, flow_loss, frame_error, level_weight, likelihood_loss
 from videodit.flow.noise_level import NoiseLevelConfig, frame_levels, frames_to_denoise, sigma_from_uniform
 from videodit.flow.path import interpolate, target
 from videodit.generation.pipeline import TextToVideo
@@ -179,11 +179,13 @@ def clip_losses(
     options = {"origin": noisy.origin, "micro_conditions": noisy.micro_conditions, "layout": layout}
     if weighting == "learned":
         prediction, log_error = run.engine(latents, sigma, text, **options, with_level_error=True)
-        loss = likelihood_loss(prediction, target, weight, log_error)
+        error = frame_error(prediction, target)
+        loss = likelihood_loss(error, weight, log_error)
     else:
         prediction = run.engine(latents, sigma, text, **options)
-        loss = flow_loss(prediction, target, weight)
-    return loss, flow_loss(prediction.detach(), target, (weight > 0).float())
+        error = frame_error(prediction, target)
+        loss = flow_loss(error, weight)
+    return loss, flow_loss(error.detach(), (weight > 0).float())
 
 
 def token_shape(model: DiTConfig, shape: torch.Size) -> tuple[int, int]:
@@ -211,6 +213,7 @@ def _open_latents(mesh: Mesh, config: DiTRunConfig) -> LatentLoader:
         crop=config.crop,
         crop_steps=config.crop_steps,
         patch=config.model.patch_size[1:],
+        posterior=config.sample_posterior,
     )
 
 

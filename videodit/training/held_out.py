@@ -21,7 +21,7 @@ from videodit.data.order import PADDING
 from videodit.data.randomness import sample_noise, stable_hash
 from videodit.data.shards import ShardSet
 from videodit.errors import UserError
-from videodit.flow.loss import flow_loss
+from videodit.flow.loss import frame_error
 from videodit.flow.noise_level import sigma_from_uniform
 from videodit.flow.path import interpolate, target
 from videodit.models.token_layout import TokenLayout
@@ -52,7 +52,9 @@ class HeldOutLoss:
         self._config, self._mesh, self._layout = config, mesh, layout
         shards = ShardSet.open(config.eval_shards)
         data = replace(config.data, shards=config.eval_shards, weights=[], caption_drop=0.0)
-        self._reader = LatentReader(shards, data, config.seed, config.crop, config.model.patch_size[1:])
+        self._reader = LatentReader(
+            shards, data, config.seed, config.crop, config.model.patch_size[1:], posterior=config.sample_posterior
+        )
         keys = [entry.key for entry in shards.entries]
         order = sorted(range(len(keys)), key=lambda index: stable_hash(config.seed, 0, keys[index], "held out"))
         self._chosen = set(order[: config.eval_clips])
@@ -100,7 +102,7 @@ class HeldOutLoss:
         options = {"micro_conditions": batch.micro_conditions, "layout": self._layout(shape)}
         prediction = module(seen, sigma.to(weight.device), read_text(batch, **like), **options)
         wanted = target(config.flow, x0, noise, wide).to(weight.device)
-        return flow_loss(prediction, wanted, torch.ones_like(sigma, device=weight.device)).cpu()
+        return frame_error(prediction, wanted).mean(dim=1).cpu()
 
 
 def check_held_out(config: DiTRunConfig) -> None:
