@@ -74,7 +74,8 @@ def test_losses_are_eagers_in_two_buckets_and_graphs_are_few(
     buckets = [line["data/bucket"] for line in lines]
     assert min(buckets.count(name) for name in set(buckets)) >= 2 == len(set(buckets))
     assert_alike(lines, eager, rel=1e-4)
-    assert 0 < counters["stats"]["unique_graphs"] <= 2 * 2  # two kinds of blocks, two buckets, never one more
+    # Two kinds of blocks, each for its first size, then for any size, and for any length of texts: no more for steps.
+    assert 0 < counters["stats"]["unique_graphs"] <= 2 * 3
 
 
 def test_a_stopped_run_goes_on_with_the_same_losses(latents: Path, eager: list[dict[str, Any]], tmp_path: Path) -> None:
