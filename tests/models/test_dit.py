@@ -315,13 +315,13 @@ def test_a_local_block_reaches_its_neighbours_in_space_and_time() -> None:
 
 def test_noisy_latents_pass_the_local_layers_through_their_gate() -> None:
     layers = LocalLayers(4, 8, 1, 24, "gelu")  # the convolution that writes is zero here
-    latents, features = torch.randn(2, 4, 3, 5, 5), torch.randn(2, 3, 5, 5, 8)
+    latents, features = torch.randn(2, 3, 5, 5, 4), torch.randn(2, 3, 5, 5, 8)
     gate = torch.tensor([0.0, 0.5, 1.0, -1.0])
     with torch.no_grad():
         layers.conv_out.weight.zero_(), layers.conv_out.bias.zero_()
         layers.latent_gate.weight.zero_(), layers.latent_gate.bias.copy_(gate)
     out = layers.write(features, latents, torch.randn(2, 1, 24))
-    torch.testing.assert_close(out, gate.view(4, 1, 1, 1) * latents)
+    torch.testing.assert_close(out, gate * latents)
     torch.nn.init.normal_(layers.latent_gate.weight)  # now what the features say opens it
     condition = torch.randn(2, 1, 24)
     opened = layers.write(features, latents, condition)

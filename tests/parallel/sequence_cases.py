@@ -11,9 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.tiny import tiny_dit
 from videodit.models.checkpointing import POLICIES
+from videodit.models.dit import VideoDiT
+from videodit.models.local import LocalBlock
+from videodit.models.token_layout import WHOLE, TokenLayout
 from videodit.parallel.mesh import gather_objects, init_process, leave, shutdown
 from videodit.parallel.sequence import SplitTokens, exchange, split_layout
 
@@ -29,6 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
     "patches over time": {"patch_size": (3, 2, 2), "size": (9, 6, 6)},
     "micro-conditions": {"micro_conditioning": True},
     "local layers": {"local_width": 8, "absolute_position": True, "final_modulation": "bias"},
+    "local layers, full": {"local_width": 8, "pattern": "tfs", "depth": 3, "size": (8, 4, 4)},
+    "local layers, more ranks than frames": {"local_width": 8, "size": (3, 6, 6)},
+    "local layers, one frame": {"local_width": 8, "size": (1, 6, 6)},
+    "local layers, patches over time": {"local_width": 8, "patch_size": (3, 2, 2), "size": (9, 6, 6)},
     **{f"checkpointing {policy}": {"policy": policy, "pattern": "stf", "depth": 3} for policy in POLICIES[1:]},
 }
 
@@ -74,7 +82,10 @@ def all_to_alls() -> Iterator[list[int]]:
     original = dist.all_to_all_single
 
     def count(received: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(given.numel() * given.element_size() * (dist.get_world_size() - 1) // dist.get_world_size())
+        leaves = given.numel() * given.element_size()
+        if not args:  # equal parts, one of which stays
+            leaves = leaves * (dist.get_world_size() - 1) // dist.get_world_size()
+        sent.append(leaves)
         return original(received, given, *args, **kwargs)
 
     dist.all_to_all_single = count
@@ -107,6 +118,39 @@ def full_attention_moves_heads() -> None:
     assert len(sent) == 4 * 2 and len(set(sent)) == 1
 
 
+def local_layers_work_on_their_own_frames() -> None:
+    """1/n of the local blocks' FLOPs, for each one frame of features to either neighbour, and a switch before the last.
+
+    Halos are sent, not computed again: no FLOPs for them.
+    """
+    n, rank = dist.get_world_size(), dist.get_rank()
+    b, t, h, w, width, depth = 2, 8, 4, 6, 8, 2
+    model = tiny_dit(local_width=width, local_depth=depth, depth=6)
+    given = inputs((t, h, w), b)
+    layout = split_layout(dist.group.WORLD, t, h // 2 * (w // 2))
+    whole, part = (local_flops(model, *given, layout=each) for each in (WHOLE, layout))
+    assert part * n == whole > 0, (part, whole)
+    with all_to_alls() as sent, torch.no_grad():
+        model(*given, layout=layout)
+    halo = b * h * w * width * 4 * ((rank > 0) + (rank < n - 1))
+    switch = b * (t // n) * (-(-6 // n) * n) * 24 * 4 * (n - 1) // n
+    positions = b * t * -(-6 // n) * 24 * 4 * (n - 1) // n
+    switches = [switch, positions] * 3  # the last one back to whole frames, for the layers after the patches
+    assert sent == [halo] * depth + switches + [halo] * depth, (sent, halo, switches)
+    with all_to_alls() as sent:
+        model(*given, layout=layout).sum().backward()
+    assert sent.count(halo) == 4 * depth  # each again, backwards
+
+
+def local_flops(model: VideoDiT, *given: Tensor, layout: TokenLayout) -> int:
+    """Of all local blocks in a forward pass, those over time and in each frame."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*given, layout=layout)
+    blocks = [name for name, module in model.named_modules() if isinstance(module, LocalBlock)]
+    counts = counter.get_flop_counts()
+    return sum(sum(counts[f"VideoDiT.{name}"].values()) for name in blocks)
+
+
 def exchange_is_its_own_inverse() -> None:
     x = torch.randn(2, 3, 4 * dist.get_world_size(), 5)
     there = exchange(x, dist.group.WORLD, split=2, join=1)
@@ -135,7 +179,13 @@ if __name__ == "__main__":
     world = init_process("cpu")
     torch.manual_seed(0)
     report = {name: run(equals_one_process, **options) for name, options in CASES.items()}
-    for extra in (two_switches_a_pair, full_attention_moves_heads, exchange_is_its_own_inverse, layouts_are_values):
+    for extra in (
+        two_switches_a_pair,
+        full_attention_moves_heads,
+        local_layers_work_on_their_own_frames,
+        exchange_is_its_own_inverse,
+        layouts_are_values,
+    ):
         report[extra.__name__] = run(extra)
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(report))

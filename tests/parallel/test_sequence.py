@@ -10,7 +10,13 @@ import pytest
 from tests.parallel.sequence_cases import CASES
 
 ROOT = Path(__file__).parents[2]
-EXTRA = ["two_switches_a_pair", "full_attention_moves_heads", "exchange_is_its_own_inverse", "layouts_are_values"]
+EXTRA = [
+    "two_switches_a_pair",
+    "full_attention_moves_heads",
+    "local_layers_work_on_their_own_frames",
+    "exchange_is_its_own_inverse",
+    "layouts_are_values",
+]
 
 
 @pytest.fixture(scope="module")

@@ -67,15 +67,19 @@ def _pairs(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
+def _scaled(exact: Tensor, rstd: Tensor, x: Tensor) -> Tensor:
+    """exact * rstd, in place where exact is a copy of x and not x itself."""
+    return exact * rstd if exact.data_ptr() == x.data_ptr() else exact.mul_(rstd)
+
+
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, table: Tensor, eps: float) -> Tensor:
         dtype, n = _exact(x), weight.numel()
-        groups = x.reshape(*x.shape[:3], -1, n)
-        norm = torch.linalg.vector_norm(groups, dim=-1, keepdim=True, dtype=dtype)
+        groups = x.to(dtype).reshape(*x.shape[:3], -1, n)  # once: norm and product would convert it each
+        norm = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
         rstd = norm.square_().div_(n).add_(eps).rsqrt_()
-        out = groups * rstd  # promoted to rstd's dtype
-        out.mul_(weight)
+        out = _scaled(groups, rstd, x).mul_(weight)
         _pairs(out.view(x.shape)).mul_(_angles(table, dtype))
         ctx.save_for_backward(x, weight, table, rstd)
         return out.view(x.shape).to(x.dtype)
@@ -88,7 +92,7 @@ class _NormRope(torch.autograd.Function):
         # The rotation's inverse, then with u = x / rms and p = g u: dw = sum p, dx = (w g - u mean(w p)) / rms.
         turned = _pairs(grads[0].to(rstd.dtype).contiguous()) * _angles(table, rstd.dtype).conj()
         g = torch.view_as_real(turned).flatten(-2).view(*x.shape[:3], -1, n)
-        u = x.reshape(g.shape) * rstd
+        u = _scaled(x.to(rstd.dtype).reshape(g.shape), rstd, x)
         p = g * u
         wide = weight.to(p.dtype)
         mean = (p @ wide)[..., None].div_(n)

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from videodit.kernels.short_attention import short_attention
 from videodit.kernels.temporal_attention import packed, temporal_attention
 from videodit.models.layers import RotaryRMSNorm
 from videodit.models.rope import apply_rope
 from videodit.models.token_layout import WHOLE, TokenLayout
 
 SHORT_SEQUENCE = 128
-"""Up to this length a CPU is faster with plain matrix products than with the fused kernel
+"""Up to this length a CPU is faster with plain matrix products than with the fused kernel, see `short_attention`
 (forward and backward of 5, 16 and 80 tokens: docs/decisions.md)."""
 
 
@@ -34,10 +35,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         return _fused_on_meta(query, key, value, mask)
     if query.device.type != "cpu" or key.shape[-2] > SHORT_SEQUENCE:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.softmax(scores, dim=-1) @ value
+    return short_attention(query, key, value, mask)
 
 
 def _fused_on_meta(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

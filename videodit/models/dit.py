@@ -291,14 +291,15 @@ class VideoDiT(nn.Module):
         if self.micro_embedding is not None:
             condition = condition + self.micro_embedding(micro_conditions, condition)
         embedding, condition = condition, nn.functional.silu(condition)
-        per_frame = condition
         if self.local is None:
-            patches = patchify(latents, self.config.patch_size)
-        else:
-            per_frame = condition if sigma.dim() == 1 else condition.repeat_interleave(pt, dim=1)
-            features = self.local.read(latents, per_frame)  # b t h w f
+            patches = layout.take(patchify(latents, self.config.patch_size))
+        else:  # each rank its own frames
+            mine = layout.frames(latents.permute(0, 2, 3, 4, 1))  # b t h w c
+            per_frame = layout.frames(condition)
+            per_frame = per_frame if sigma.dim() == 1 else per_frame.repeat_interleave(pt, dim=1)
+            features = self.local.read(mine, per_frame, layout)  # b t h w f
             patches = patchify_last(features, self.config.patch_size)
-        x = self.patch_in(layout.take(patches))  # b t s d
+        x = self.patch_in(patches)  # b t s d
         if self.config.absolute_position:
             tokens = None if origin is None else torch.stack([origin[:, 0] // ph, origin[:, 1] // pw], dim=1)
             x = x + layout.take(absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size, tokens)).to(x)
@@ -308,13 +309,15 @@ class VideoDiT(nn.Module):
             layout, x = layout.switch(block.kind, x)
             inputs = (x, layout.frames(shared), layout.table(rope), keys_values, text.mask, layout)
             x = run_block(self.checkpointing, block, *inputs)
+        if self.local is not None:
+            layout, x = layout.switch("s", x)
         final = self.final_modulation(embedding if self.config.final_modulation == "bias" else condition)
         shift, scale = layout.frames(final)[:, :, None].chunk(2, dim=-1)  # each b t 1 d
-        x = layout.join(self.patch_out(modulate(x, Modulation(shift, scale, gate=scale))))
+        x = self.patch_out(modulate(x, Modulation(shift, scale, gate=scale)))
         if self.local is None:
-            return unpatchify(x, self.config.patch_size, h // ph, w // pw)
+            return unpatchify(layout.join(x), self.config.patch_size, h // ph, w // pw)
         features = features + unpatchify_last(x, self.config.patch_size, h // ph, w // pw)
-        return self.local.write(features, latents, per_frame)
+        return layout.join(self.local.write(features, mine, per_frame, layout)).permute(0, 4, 1, 2, 3)
 
     def _rope_table(self, t: int, h: int, w: int, device: torch.device) -> Tensor:
         table = self._rope.get((t, h, w))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from videodit.models.layers import MLP, Modulation, modulate
+from videodit.models.token_layout import WHOLE, TokenLayout
 
 
 class FrameConv(nn.Module):
@@ -58,11 +59,11 @@ class LocalBlock(nn.Module):
         self.temporal = nn.Linear(3 * width, width)  # over the frame before, the frame itself and the one after
         self.mlp = MLP(width, 4 * width, activation=activation)
 
-    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
-        """(b, t, h, w, f) -> the same; shared is (b, t or 1, 1, 1, 3, f)."""
+    def forward(self, x: Tensor, shared: Tensor, layout: TokenLayout = WHOLE) -> Tensor:
+        """(b, t, h, w, f) -> the same; shared is (b, t or 1, 1, 1, 3, f); layout says who has the frames beside x's."""
         modulation = Modulation(*(shared + self.modulation_bias).unbind(-2))
         frames = F.silu(self.spatial(modulate(x, modulation)))
-        before, after = F.pad(frames[:, :-1], (0,) * 6 + (1, 0)), F.pad(frames[:, 1:], (0,) * 6 + (0, 1))
+        before, after = layout.neighbours(frames)
         hidden = self.temporal(torch.cat([before, frames, after], dim=-1))
         return torch.addcmul(x, modulation.gate, hidden + self.mlp(hidden))
 
@@ -91,28 +92,28 @@ class LocalLayers(nn.Module):
         self.conv_out = nn.Linear(width, channels)
         self.latent_gate = nn.Linear(width, channels)
 
-    def read(self, latents: Tensor, condition: Tensor) -> Tensor:
-        """Latents (b, c, t, h, w) and condition (b, t or 1, d) -> features (b, t, h, w, f)."""
-        return self._run(self.before, self.conv_in(latents.permute(0, 2, 3, 4, 1)), condition)
+    def read(self, latents: Tensor, condition: Tensor, layout: TokenLayout = WHOLE) -> Tensor:
+        """Latents (b, t, h, w, c) and condition (b, t or 1, d) of this rank's frames -> features (b, t, h, w, f)."""
+        return self._run(self.before, self.conv_in(latents), condition, layout)
 
-    def write(self, features: Tensor, latents: Tensor, condition: Tensor) -> Tensor:
+    def write(self, features: Tensor, latents: Tensor, condition: Tensor, layout: TokenLayout = WHOLE) -> Tensor:
         """Prediction of the noisy latents' clean ones or velocity.
 
         Args:
-            features: (b, t, h, w, f).
-            latents: (b, c, t, h, w), as `read` had them.
+            features: (b, t, h, w, f), of this rank's frames.
+            latents: (b, t, h, w, c), as `read` had them.
             condition: (b, t or 1, d).
+            layout: where the other frames are.
         Returns:
-            (b, c, t, h, w).
+            (b, t, h, w, c).
         """
-        x = self._run(self.after, features, condition)
+        x = self._run(self.after, features, condition, layout)
         shift, scale = self.final_modulation(condition)[:, :, None, None].chunk(2, dim=-1)
         hidden = modulate(x, Modulation(shift, scale, gate=scale))
-        out = torch.addcmul(self.conv_out(hidden), self.latent_gate(hidden), latents.permute(0, 2, 3, 4, 1))
-        return out.permute(0, 4, 1, 2, 3)
+        return torch.addcmul(self.conv_out(hidden), self.latent_gate(hidden), latents)
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor, condition: Tensor) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, x: Tensor, condition: Tensor, layout: TokenLayout) -> Tensor:
         shared = self.modulation(condition).unflatten(-1, (3, -1))[:, :, None, None]
         for block in cast("Iterable[LocalBlock]", blocks):
-            x = block(x, shared)
+            x = block(x, shared, layout)
         return x

@@ -8,6 +8,7 @@ Legend: b batch, t latent frames, s tokens of a frame, d hidden size, h heads, e
 
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,7 +22,17 @@ class TokenLayout(Protocol):
         """Tokens (b, t, s, d) as attention of a kind needs them: whole frames for 's', all frames for 't'."""
 
     def frames(self, per_frame: Tensor) -> Tensor:
-        """Of something for every frame, or for all at once, (b, t or 1, …): that for this rank's frames."""
+        """Of something for every frame, or for all at once, (b, t or 1, …): that for this rank's frames.
+
+        A token may span several latent frames: what has t of these is split at the same places.
+        """
+
+    def neighbours(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this rank's latent frames (b, t, …), while whole ones are here: the frames before them and those after.
+
+        Returns:
+            Each of the given shape: at i what is at i - 1, or at i + 1, of the clip; zeros beyond its ends.
+        """
 
     def table(self, rope: Tensor) -> Tensor:
         """This rank's part of the RoPE table (2, t, s, e)."""
@@ -33,7 +44,7 @@ class TokenLayout(Protocol):
         """The inverse of `spread_heads`, for its result (b, t, s, h, e)."""
 
     def join(self, tokens: Tensor) -> Tensor:
-        """All tokens (b, t, s, d), on every rank."""
+        """All tokens (b, t, s, d), on every rank; or all latent frames (b, t, …), while whole ones are here."""
 
 
 class WholeTokens:
@@ -47,6 +58,10 @@ class WholeTokens:
 
     def frames(self, per_frame: Tensor) -> Tensor:
         return per_frame
+
+    def neighbours(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        rest = (0, 0) * (frames.dim() - 2)
+        return F.pad(frames[:, :-1], (*rest, 1, 0)), F.pad(frames[:, 1:], (*rest, 0, 1))
 
     def table(self, rope: Tensor) -> Tensor:
         return rope

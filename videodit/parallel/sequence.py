@@ -4,6 +4,7 @@ Spatial attention needs whole frames, temporal attention all frames of a positio
 one and all frames of some positions before the other, and one all-to-all of the tokens themselves leads from each to
 the other: two for a pair of blocks, however many heads there are. Full attention needs all tokens, and gets them for a
 part of the heads, by four all-to-alls (queries, keys, values, result).
+Local layers work on whole frames; their convolution over time gets the frame on each side from the neighbouring ranks.
 What does not divide is padded: a padded frame or position is attended to only by itself, and is cut off where the axis
 is whole again.
 Source: Zhao et al. (2024), DSP, arXiv:2403.10266 (the switch); Jacobs et al. (2023), DeepSpeed-Ulysses,
@@ -58,36 +59,55 @@ class SplitTokens:
         if wanted == self.axis:
             return self, tokens
         other = replace(self, axis=wanted)
-        return other, exchange(tokens, self.group, split=wanted, join=self.axis)[self._whole(self.axis)]
+        return other, self._cut(exchange(tokens, self.group, split=wanted, join=self.axis))
 
     def frames(self, per_frame: Tensor) -> Tensor:
         if self.axis == POSITIONS or per_frame.shape[1] == 1:
             return per_frame
-        return self._part(per_frame, 1)
+        return self._part(per_frame, FRAMES)
+
+    def neighbours(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        size, rank = frames.shape[1], self.group.rank()
+        total = size // self._share * self.num_frames
+        real = frames[:, : max(total - rank * size, 0)]  # the rest is padding
+        edges = torch.stack([frames[:, 0], frames[:, -1]])
+        has = (rank > 0 and rank * size < total, (rank + 1) * size < total)
+        halo: Tensor = _Halo.apply(edges, self.group, *has)
+        before = torch.cat([halo[0][:, None], frames[:, :-1]], dim=1)
+        after = torch.cat([real[:, 1:], halo[1][:, None]], dim=1)
+        return before, pad_axis(after, 1, size)
 
     def table(self, rope: Tensor) -> Tensor:
         return self._part(rope, self.axis)
 
     def spread_heads(self, tokens: Tensor) -> Tensor:
-        whole: Tensor = exchange(tokens, self.group, split=3, join=self.axis)[self._whole(self.axis)]
+        whole = self._cut(exchange(tokens, self.group, split=3, join=self.axis))
         return whole.contiguous()  # attention reads frames and positions as one axis
 
     def collect_heads(self, tokens: Tensor) -> Tensor:
         return exchange(tokens, self.group, split=self.axis, join=3)
 
     def join(self, tokens: Tensor) -> Tensor:
-        whole: Tensor = _Gather.apply(tokens, self.group, self.axis)[self._whole(self.axis)]
-        return whole
+        return self._cut(_Gather.apply(tokens, self.group, self.axis))
+
+    @property
+    def _count(self) -> int:
+        """Frames or positions of the whole clip, whichever are split."""
+        return self.num_frames if self.axis == FRAMES else self.num_positions
+
+    @property
+    def _share(self) -> int:
+        """How many of them each rank has, padding included."""
+        return -(-self._count // self.ranks)
 
     def _part(self, tokens: Tensor, axis: int) -> Tensor:
-        """This rank's slice of an axis, padded so that all ranks have as much."""
-        size = -(-tokens.shape[axis] // self.ranks)
+        """This rank's slice of the split axis, padded so that all ranks have as much."""
+        size = self._share * (tokens.shape[axis] // self._count)
         return pad_axis(tokens, axis, size * self.ranks).narrow(axis, self.group.rank() * size, size)
 
-    def _whole(self, axis: int) -> tuple[slice, ...]:
-        """Cuts the padding off."""
-        size = self.num_frames if axis == FRAMES else self.num_positions
-        return (slice(None),) * axis + (slice(size),)
+    def _cut(self, whole: Tensor) -> Tensor:
+        """Without the padding of the axis that was split and is whole now."""
+        return whole.narrow(self.axis, 0, whole.shape[self.axis] // (self._share * self.ranks) * self._count)
 
 
 def split_layout(group: dist.ProcessGroup | None, num_frames: int, num_positions: int) -> TokenLayout:
@@ -150,3 +170,30 @@ class _Gather(torch.autograd.Function):
         total = grads[0].contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total.chunk(ctx.group.size(), dim=ctx.axis)[ctx.group.rank()].contiguous(), None, None
+
+
+class _Halo(torch.autograd.Function):
+    """Of each rank's first and last frame, stacked: the frame before and the one after, zeros where there is none.
+
+    What comes from a neighbour is what it sent this way, for gradients as for frames: the backward pass is the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, edges: Tensor, group: dist.ProcessGroup, has_before: bool, has_after: bool) -> Tensor:
+        ctx.neighbours = (group, has_before, has_after)
+        return _swap_edges(edges, *ctx.neighbours)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _swap_edges(grads[0].contiguous(), *ctx.neighbours), None, None, None
+
+
+def _swap_edges(edges: Tensor, group: dist.ProcessGroup, has_before: bool, has_after: bool) -> Tensor:
+    """(2, …): the first part goes to the rank before, the second to the one after; theirs come back in these places."""
+    received, sides = torch.zeros_like(edges), slice(0 if has_before else 1, 2 if has_after else 1)
+    counts = [0] * group.size()
+    for here, rank in ((has_before, group.rank() - 1), (has_after, group.rank() + 1)):
+        if here:
+            counts[rank] = 1
+    dist.all_to_all_single(received[sides], edges[sides], counts, counts, group=group)
+    return received
