@@ -39,7 +39,8 @@ from videodit.training.optim import OptimConfig
 from videodit.training.run import TrainingRun
 from videodit.training.run_folder import read_metrics
 from videodit.training.tracker import TrackerConfig
-from videodit.training.vae_trainer import VAERunConfig, train_vae
+from videodit.training.vae_config import VAERunConfig
+from videodit.training.vae_trainer import train_vae
 
 SLOW = pytest.mark.slow
 STEPS = 6

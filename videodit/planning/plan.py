@@ -21,7 +21,7 @@ from videodit.settings import read_yaml
 from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_folders
 from videodit.training.run_config import RunConfig
 from videodit.training.stages import stages_of
-from videodit.training.vae_trainer import VAERunConfig
+from videodit.training.vae_config import VAERunConfig
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: the rest is for the context, libraries and fragmentation."""
@@ -85,7 +85,7 @@ PlanConfig = DiTPlanConfig | VAEPlanConfig
 def _fill_in(config: PlanConfig) -> None:
     """A plan needs no data and writes nothing."""
     object.__setattr__(config, "run_dir", config.run_dir or "unused")
-    if not config.data.shards and not getattr(config, "stages", ()):
+    if not config.data.shards and not config.stages:
         object.__setattr__(config, "data", dataclasses.replace(config.data, shards="unused"))
 
 
@@ -186,11 +186,10 @@ def make_plans(config: PlanConfig) -> list[Plan]:
         UserError: if one does not fit the machine; names it and the nearest that does.
     """
     config = _follow(config)
-    if not (isinstance(config, DiTPlanConfig) and config.stages):
+    if not config.stages:
         return [make_plan(config)]
     plans = []
     for stage in stages_of(config):
-        assert isinstance(stage.config, DiTPlanConfig)
         try:
             plans.append(make_plan(stage.config))
         except UserError as error:

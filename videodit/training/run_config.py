@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from videodit.errors import UserError
 from videodit.parallel.mesh import TIMEOUT, World, init_process, shutdown
 from videodit.training.guard import GuardConfig
 from videodit.training.optim import OptimConfig, check_combination
+from videodit.training.stages import settled
 from videodit.training.tracker import TrackerConfig
 
 
@@ -25,6 +27,10 @@ class RunConfig:
     """of initial weights, data order and all noise"""
     max_steps: int = 1000
     """optimizer steps of the whole run"""
+    stages: tuple[dict[str, Any], ...] = ()
+    """parts of the run, one after the other: each gives its steps, and what it has other than the run of data,
+    global_batch_size, micro_batch_size, batch_by and, of a DiT, noise, crop, condition_rate and checkpointing;
+    max_steps is their sum"""
     global_batch_size: int = 32
     """clips of one optimizer step, over all ranks"""
     micro_batch_size: int = 32
@@ -59,11 +65,18 @@ class RunConfig:
     """wandb"""
 
     @property
+    def stage_settings(self) -> tuple[str, ...]:
+        """What a stage may set beside its `steps`."""
+        return ("data", "global_batch_size", "micro_batch_size", "batch_by")
+
+    @property
     def evaluation_intervals(self) -> tuple[int, ...]:
         """Steps between samples, and between whatever else is measured."""
         return (self.sample_every,)
 
     def __post_init__(self) -> None:
+        if self.stages:
+            object.__setattr__(self, "max_steps", settled(self))
         if not self.run_dir:
             raise ValueError("run_dir is not set: give --run_dir FOLDER")
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "save_every", "keep_last"):
