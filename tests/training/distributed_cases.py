@@ -136,6 +136,36 @@ def change_stage(world: World, old: int, new: int, name: str) -> None:
     assert torch.equal(engine(clip, token), other(clip, token))
 
 
+def change_stage_8bit(world: World, old: int, new: int) -> None:
+    """Weights and averages keep their bits; moments in other blocks are rounded anew, and train on nearly the same."""
+    engine = toy.make_engine(world, old, name="adamw8bit")
+    ema = PowerEMA(engine.slices())
+    toy.train(engine, world, 1, 2, 1, ema)
+    folder = toy.shared_folder()
+    assert not toy.save(folder, 2, engine, ema)
+    checkpoint = load_latest(folder)
+    assert checkpoint is not None
+    ends = []
+    for optimizer in ("adamw8bit", "adamw"):  # which both read the moments of both
+        other = toy.make_engine(world, new, name=optimizer)
+        other_ema = PowerEMA(other.slices())
+        checkpoint.restore(other, other_ema)
+        was, now = toy.whole(checkpoint), toy.full_state(other, other_ema)
+        assert was.keys() == now.keys()
+        for key, value in was.items():
+            moment = key.startswith("exp_avg") and optimizer == "adamw8bit"
+            # Half of the widest gap of the maps, times the largest value that may be in the same block.
+            kind = key.split("/")[0]
+            largest = max(float(other.abs().max()) for name, other in was.items() if name.startswith(f"{kind}/"))
+            bound = 0.9 / 64 / 2 * largest if moment else 0.0
+            assert (now[key] - value).abs().max() <= bound, (key, bound)
+        results = toy.train(other, world, 3, 6, 1, other_ema)
+        ends.append([result.grad_norm for result in results])
+    straight = [result.grad_norm for result in toy.train(engine, world, 3, 6, 1, ema)]
+    for end in ends:
+        torch.testing.assert_close(torch.tensor(end), torch.tensor(straight), rtol=0.02, atol=0)
+
+
 def slices_tile(world: World, stage: int) -> None:
     """Over all ranks every element is owned once."""
     engine = toy.make_engine(world, stage)
@@ -269,7 +299,7 @@ def dropped_step(world: World, stage: int, dtype: str, name: str, first: bool) -
         asked: list[float] = []
         result = engine.step(2, partial(refuse, asked))
         assert not result.applied and bool(asked) == (fault == "refused"), (fault, asked)
-        known = name == "adamw" or (stage, dtype) == (1, "bf16")
+        known = name != "muon" or (stage, dtype) == (1, "bf16")
         assert result.grad_norm == (asked[0] if asked and known else float("inf"))
         assert torch.equal(engine(clip, token), output)
         engine.backward(engine(clip, token).sum() * 0)  # what that forward pass began
@@ -308,12 +338,12 @@ def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
     gc.collect()
     mine = {key: size for key, size in storages().items() if key not in before and size < BUCKET_BYTES}
     planned = rank_memory(
-        count_parameters(module) if stage < 3 else ParameterCount(8 * 400 * 401, 8 * 400),
+        count_parameters(module) if stage < 3 else ParameterCount(8 * 400 * 401, 8 * 400, plain=8 * 400),
         0.0,
         zero_stage=stage,
         ranks=world.size,
         dtype=engine.dtype,
-        muon=name == "muon",
+        optimizer=name,
         ema_profiles=len(ema.profiles),
     )
     bucket = BUCKET_BYTES if stage in (1, 3) else 0
@@ -405,16 +435,33 @@ for _pair in ((1, 3), (3, 2), (2, 1)):
     add(change_stage, *_pair, "muon", slow=_pair == (2, 1))
 for _stage in (0, 1, 3):
     add(save_beside_training, _stage, slow=_stage == 0)
+for _stage, _dtype in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
+    add(resume, _stage, _dtype, "adamw8bit", slow=(_stage, _dtype) not in ((1, "bf16"), (2, "fp32"), (3, "bf16")))
+    add(dropped_step, _stage, _dtype, "adamw8bit", False, slow=(_stage, _dtype) != (3, "fp32"))
+for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
+    add(change_stage_8bit, *_pair, slow=_pair != (1, 3))
 add(full_disk_of_one_rank)
 add(errors_reach_all_ranks)
 add(batched_muon)
-for _stage, _dtype, _name in ((0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "fp32", "adamw")):
+for _stage, _dtype, _name in (
+    (0, "fp32", "adamw"),
+    (1, "fp32", "adamw"),
+    (2, "bf16", "adamw"),
+    (3, "fp32", "adamw"),
+    (3, "bf16", "adamw8bit"),
+):
     add(memory_as_planned, _stage, _dtype, _name)
 for _stage in (1, 3):
     add(held_out_loss, _stage)
 for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")):
     add(sharded_from_the_start, _dtype, _name, slow=_name == "muon" or _dtype == "bf16")
-for _stage, _dtype, _name in ((1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "muon")):
+for _stage, _dtype, _name in (
+    (1, "bf16", "adamw"),
+    (2, "fp32", "adamw"),
+    (3, "bf16", "adamw"),
+    (1, "fp32", "muon"),
+    (1, "fp32", "adamw8bit"),
+):
     add(memory_as_planned, _stage, _dtype, _name, slow=True)
 
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass, fields
 import torch
 
 from videodit.planning.footprint import ParameterCount
+from videodit.training.blockwise import BLOCK
 
 BUCKET_BYTES = 4 * 50_000_000
 """The engine's reduce_bucket_size, in fp32."""
+EIGHT_BIT = 2 * (1 + 4 / BLOCK)
+"""Bytes of a parameter's two moments in 8-bit codes, with their scales."""
 GATHERED = 1_000_000_000
 """Parameters that ZeRO-3 keeps gathered at most (its stage3_max_live_parameters)."""
 
@@ -44,7 +47,7 @@ def rank_memory(
     zero_stage: int,
     ranks: int,
     dtype: torch.dtype,
-    muon: bool,
+    optimizer: str,
     ema_profiles: int,
 ) -> Memory:
     """What one rank holds between the backward pass and the optimizer step.
@@ -55,7 +58,8 @@ def rank_memory(
         zero_stage: 0 to 3.
         ranks: that share the run.
         dtype: of the weights.
-        muon: a momentum, and its copy for the gradient's norm, instead of two moments: as many bytes.
+        optimizer: as in OptimConfig. Muon has a momentum, and its copy for the gradient's norm, instead of two moments:
+            as many bytes.
         ema_profiles: averages kept.
     """
     total = parameters.total
@@ -63,18 +67,20 @@ def rank_memory(
     size = 2 if bf16 else 4
     part = total / ranks
     reducing = BUCKET_BYTES if ranks > 1 else 0
-    moments = 8 if not muon or bf16 or zero_stage != 1 else 12
+    moments = 12.0 if optimizer == "muon" and not bf16 and zero_stage == 1 else 8.0
+    if optimizer == "adamw8bit":
+        moments = (8 * parameters.plain + EIGHT_BIT * (total - parameters.plain)) / total
     frozen = parameters.frozen
     if zero_stage == 0:
         # No master weights of its own; rank 0 holds the averages for all.
-        return Memory(4.0 * (total + frozen), 4.0 * total, 8.0 * total, 4.0 * ema_profiles * total, activations)
-    optimizer, ema = (4.0 + moments) * part, 4.0 * ema_profiles * part
+        return Memory(4.0 * (total + frozen), 4.0 * total, moments * total, 4.0 * ema_profiles * total, activations)
+    states, ema = (4.0 + moments) * part, 4.0 * ema_profiles * part
     if zero_stage == 3:
         whole = parameters.small + min(total - parameters.small, GATHERED) if ranks > 1 else 0
         gathered = min(frozen, GATHERED - min(whole, GATHERED)) if ranks > 1 else 0
         weights = size * (part + whole + frozen / ranks + gathered)
-        return Memory(weights, 4.0 * part + reducing, optimizer, ema, activations)
+        return Memory(weights, 4.0 * part + reducing, states, ema, activations)
     if zero_stage == 2:
-        return Memory(size * (total + frozen), 4.0 * part, optimizer, ema, activations)
+        return Memory(size * (total + frozen), 4.0 * part, states, ema, activations)
     gradients = (4.0 + 2.0) * total if bf16 else 4.0 * total
-    return Memory(size * (total + frozen), gradients + reducing, optimizer, ema, activations)
+    return Memory(size * (total + frozen), gradients + reducing, states, ema, activations)

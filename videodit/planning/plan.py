@@ -295,7 +295,7 @@ class Planner:
             zero_stage=stage,
             ranks=self.ranks,
             dtype=self.dtype,
-            muon=self.config.optim.name == "muon",
+            optimizer=self.config.optim.name,
             ema_profiles=len(self.config.ema_profiles),
         )
         return Choice(stage, policy, micro, memory)

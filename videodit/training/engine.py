@@ -29,6 +29,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
 from videodit.device import has_bf16  # noqa: E402
 from videodit.models.initialise import gathering  # noqa: E402
 from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
+from videodit.training.adamw8bit import AdamW8bit  # noqa: E402
 from videodit.training.batched_muon import BatchedMuon  # noqa: E402
 from videodit.training.gradient_gate import GradientGate, Keep, keep_any  # noqa: E402
 from videodit.training.optim import OptimConfig, check_combination, lr_factor, param_groups, whole_shape  # noqa: E402
@@ -215,7 +216,7 @@ class Engine:
         """Copies of the first moments: what `_norm_from_momentum` compares the next step's with."""
         slices = self.slices()
         kinds = ("momentum_buffer", "exp_avg")
-        return {kind: [p.state[kind].float().clone() for p in slices if kind in p.state] for kind in kinds}
+        return {kind: [p.state[kind]().float().clone() for p in slices if kind in p.state] for kind in kinds}
 
     @torch.no_grad()
     def _norm_from_momentum(self) -> float:
@@ -309,12 +310,14 @@ def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
 
 def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     # fused=True is torch's own kernel, on CPU too: no DeepSpeed op gets compiled.
-    muon = any(group["use_muon"] for group in groups)
-    if not muon:
-        return torch.optim.AdamW(groups, fused=True)
     for group in groups:
         for p in group["params"]:
             p.use_muon = group["use_muon"]  # how DeepSpeed's ZeRO optimizers tell
+            p.quantized = group["quantized"]
+    if any(group["quantized"] for group in groups):
+        return AdamW8bit(groups)
+    if not any(group["use_muon"] for group in groups):
+        return torch.optim.AdamW(groups, fused=True)
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 
 

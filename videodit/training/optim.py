@@ -12,8 +12,9 @@ from torch import nn
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: Muon on hidden matrices and AdamW on the rest (needs ZeRO 1-3)."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw; adamw8bit: its moments in 8 bits, but for biases, norms and embeddings; muon: Muon on hidden matrices and
+    AdamW on the rest (needs ZeRO 1-3)."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.02
@@ -38,8 +39,8 @@ class OptimConfig:
     """Part of the run that wsd spends decaying."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optim.name is {self.name!r}; use adamw or muon")
+        if self.name not in ("adamw", "adamw8bit", "muon"):
+            raise ValueError(f"optim.name is {self.name!r}; use adamw, adamw8bit or muon")
         if self.schedule not in ("constant", "cosine", "linear", "wsd"):
             raise ValueError(f"optim.schedule is {self.schedule!r}; use constant, cosine, linear or wsd")
         for field in ("lr", "muon_lr", "eps"):
@@ -109,7 +110,8 @@ def param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]
     to it): put first and last layers there, and stacked matrices that are not one map.
 
     Returns:
-        groups with params, lr, peak_lr, weight_decay and use_muon; each parameter once, groups never empty.
+        groups with params, lr, peak_lr, weight_decay, use_muon and quantized (its moments, to 8 bits); each parameter
+        once, groups never empty.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     excluded = tuple(
@@ -133,9 +135,10 @@ def param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]
     # gram runs in fp16 where that is fast and in fp32 elsewhere; standard is always bf16, which many CPUs emulate.
     muon = {"lr": config.muon_lr, "peak_lr": config.muon_lr, "momentum": config.muon_momentum, "ns_method": "gram"}
     adam = {"lr": config.lr, "peak_lr": config.lr, "betas": config.betas, "eps": config.eps}
+    eight_bit = config.name == "adamw8bit"
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "use_muon": True, **muon},
-        {"params": decayed, "weight_decay": config.weight_decay, "use_muon": False, **adam},
-        {"params": plain, "weight_decay": 0.0, "use_muon": False, **adam},
+        {"params": matrices, "weight_decay": config.weight_decay, "use_muon": True, "quantized": False, **muon},
+        {"params": decayed, "weight_decay": config.weight_decay, "use_muon": False, "quantized": eight_bit, **adam},
+        {"params": plain, "weight_decay": 0.0, "use_muon": False, "quantized": False, **adam},
     ]
     return [group for group in groups if group["params"]]
