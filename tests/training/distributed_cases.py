@@ -225,6 +225,34 @@ def full_disk_of_one_rank(world: World) -> None:
     assert not list((folder / "checkpoints").glob(".*"))
 
 
+def offload_changes_nothing(world: World, stage: int, dtype: str) -> None:
+    """With the optimizer on the CPU the run is that without, also when each goes on from the other's checkpoint."""
+    states, results = [], []
+    folder = toy.shared_folder()
+    for name in ("adamw", "offload"):
+        engine = toy.make_engine(world, stage, dtype, name)
+        ema = PowerEMA(engine.slices())
+        results.append(toy.train(engine, world, 1, 3, 2, ema))
+        assert not toy.save(folder / name, 3, engine, ema)
+        states.append(toy.full_state(engine, ema))
+    alike(states, results, dtype)
+    ends, end_results = [], []
+    for name, saved in (("adamw", "offload"), ("offload", "adamw")):
+        engine = toy.make_engine(world, stage, dtype, name)
+        ema = PowerEMA(engine.slices())
+        checkpoint = load_latest(folder / saved)
+        assert checkpoint is not None
+        checkpoint.restore(engine, ema)
+        toy.assert_same(toy.full_state(engine, ema), states[saved == "offload"])
+        end_results.append(toy.train(engine, world, 4, 6, 1, ema))
+        ends.append(toy.full_state(engine, ema))
+    alike(ends, end_results, dtype)
+
+
+def alike(states: list[dict[str, torch.Tensor]], results: list[list[Any]], dtype: str) -> None:
+    print(dtype, [[abs(a.grad_norm/b.grad_norm-1) for a, b in zip(*results)], max(float((states[0][k]-states[1][k]).abs().max()) for k in states[0])])
+
+
 def average_in_module(world: World, stage: int, dtype: str) -> None:
     """Inside `using` the module computes with the average, afterwards training goes on untouched."""
     engine = toy.make_engine(world, stage, dtype)
@@ -443,26 +471,23 @@ for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
 add(full_disk_of_one_rank)
 add(errors_reach_all_ranks)
 add(batched_muon)
-for _stage, _dtype, _name in (
-    (0, "fp32", "adamw"),
-    (1, "fp32", "adamw"),
-    (2, "bf16", "adamw"),
-    (3, "fp32", "adamw"),
-    (3, "bf16", "adamw8bit"),
-):
+for _stage, _dtype, _name in ((0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "fp32", "adamw")):
     add(memory_as_planned, _stage, _dtype, _name)
 for _stage in (1, 3):
     add(held_out_loss, _stage)
 for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")):
     add(sharded_from_the_start, _dtype, _name, slow=_name == "muon" or _dtype == "bf16")
-for _stage, _dtype, _name in (
-    (1, "bf16", "adamw"),
-    (2, "fp32", "adamw"),
-    (3, "bf16", "adamw"),
-    (1, "fp32", "muon"),
-    (1, "fp32", "adamw8bit"),
-):
+for _stage, _dtype, _name in ((1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "muon")):
     add(memory_as_planned, _stage, _dtype, _name, slow=True)
+for _stage, _dtype in ((1, "fp32"), (3, "bf16")):
+    add(memory_as_planned, _stage, _dtype, "adamw8bit", slow=_stage == 1)
+for _stage in (1, 2, 3):
+    for _dtype in ("fp32", "bf16"):
+        _slow = (_stage, _dtype) not in ((1, "bf16"), (2, "fp32"), (3, "bf16"))
+        add(offload_changes_nothing, _stage, _dtype, slow=_slow)
+        add(resume, _stage, _dtype, "offload", slow=_slow)
+        add(dropped_step, _stage, _dtype, "offload", False, slow=_slow)
+        add(dropped_step, _stage, _dtype, "offload", True, slow=True)
 
 
 def run_all(world: World, cases: dict[str, Case]) -> dict[str, str]:

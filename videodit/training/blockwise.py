@@ -42,8 +42,8 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, int]:
 def quantize(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Nearest codes, and scales such that the value of a block that lies furthest from 0 is kept exactly.
 
-    A scale has that value's sign, so that it is always the code of 1, and quantizing what `dequantize` gives returns the
-    same codes and scales. Unsigned values are denominators: none but 0 becomes 0.
+    A scale has that value's sign, so that it is always the code of 1, and quantizing what `dequantize` gives returns
+    the same codes and scales. Unsigned values are denominators: none but 0 becomes 0.
 
     Args:
         x: (n, BLOCK) float32; not negative if not signed.

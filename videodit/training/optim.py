@@ -55,7 +55,7 @@ class OptimConfig:
             raise ValueError("optim.final_lr_ratio must lie in [0, 1] and optim.decay_fraction in (0, 1]")
 
 
-def check_combination(zero_stage: int, dtype: str, optim: OptimConfig) -> None:
+def check_combination(zero_stage: int, dtype: str, optim: OptimConfig, offload: bool = False) -> None:
     """Refuses what DeepSpeed cannot do, before anything is built.
 
     Raises:
@@ -69,6 +69,11 @@ def check_combination(zero_stage: int, dtype: str, optim: OptimConfig) -> None:
         raise ValueError("dtype bf16 at zero_stage 0 keeps no fp32 master weights; set zero_stage to 1")
     if optim.name == "muon" and zero_stage == 0:
         raise ValueError("optim.name muon at zero_stage 0 is not DeepSpeed's Muon; set zero_stage to 1")
+    if offload and zero_stage == 0:
+        raise ValueError("offload_optimizer at zero_stage 0 has no part of its own to offload; set zero_stage to 1")
+    if offload and optim.name != "adamw":
+        # DeepSpeed's offloaded Muon moves its momenta before it is known whether the step counts.
+        raise ValueError(f"offload_optimizer does not go with optim.name {optim.name}; set optim.name to adamw")
 
 
 def lr_factor(config: OptimConfig, step: int, max_steps: int) -> float:

@@ -39,6 +39,8 @@ class RunConfig:
     """clips: batches of every bucket have these sizes; tokens: the largest bucket's do, others hold as many tokens"""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights are sharded"""
+    offload_optimizer: bool = False
+    """fp32 weights, moments and averages in host memory, and the optimizer's step on the CPU (AdamW at ZeRO 1-3)"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: str = "auto"
@@ -98,7 +100,7 @@ class RunConfig:
             )
         if not self.ema_profiles:
             raise ValueError("ema_profiles is empty: give at least one width, for example 0.05")
-        check_combination(self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim)
+        check_combination(self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim, self.offload_optimizer)
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:

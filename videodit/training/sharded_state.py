@@ -147,13 +147,8 @@ class ShardedState:
     def _whole_parameters(self) -> Iterator[_Piece]:
         for group in self._optimizer.param_groups:
             for p in group["params"]:
-                yield _Piece(
-                    ParamSlice(self._names[id(p)], tuple(p.shape), 0, p.detach().view(-1)),
-                    p,
-                    0,
-                    False,
-                    group["quantized"],
-                )
+                part = ParamSlice(self._names[id(p)], tuple(p.shape), 0, p.detach().view(-1))
+                yield _Piece(part, p, 0, False, group["quantized"])
 
     def _flat_buffer_fragments(self) -> Iterator[_Piece]:
         """Stages 1 and 2: the groups are flattened and cut into equal parts, wherever that cuts a parameter."""
