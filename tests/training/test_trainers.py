@@ -138,6 +138,19 @@ def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_pat
     check_resume(run, tmp_path, signal.SIGTERM, code=143)
 
 
+@SLOW
+@pytest.mark.parametrize("changes", [{"offload_optimizer": True, "zero_stage": 2}, {"optim": OptimConfig("adamw8bit")}])
+def test_train_dit_with_other_moments_goes_on_bit_for_bit(
+    latents: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """In host memory, or in 8 bits."""
+
+    def run(folder: Path) -> Path:
+        return train_dit(dit_config(folder, latents, **{"optim": OptimConfig(lr=1e-3), **changes}))
+
+    check_resume(run, tmp_path, signal.SIGTERM, code=143)
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Python's own handler: a shell that starts the tests in the background has them ignore Ctrl-C."""

@@ -1,6 +1,7 @@
 """A plan as the terminal shows it."""
 
 from collections.abc import Sequence
+
 import torch
 from rich.console import Console
 from rich.table import Table

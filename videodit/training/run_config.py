@@ -100,7 +100,9 @@ class RunConfig:
             )
         if not self.ema_profiles:
             raise ValueError("ema_profiles is empty: give at least one width, for example 0.05")
-        check_combination(self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim, self.offload_optimizer)
+        check_combination(
+            self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim, self.offload_optimizer
+        )
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:
