@@ -9,7 +9,7 @@ from videodit.data.buckets import parse_bucket
 from videodit.data.ingest import IngestConfig
 from videodit.models.vae import VAEConfig
 from videodit.training.dit_config import DiTRunConfig
-from videodit.training.vae_trainer import VAERunConfig
+from videodit.training.vae_config import VAERunConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = sorted(path.stem.removeprefix("dit_") for path in CONFIGS.glob("dit_*.yaml"))

@@ -70,7 +70,7 @@ def inspect(argv: Sequence[str], prog: str, summary: str) -> None:
 
 
 def train_vae(argv: Sequence[str], prog: str, summary: str) -> None:
-    from videodit.training.vae_trainer import VAERunConfig
+    from videodit.training.vae_config import VAERunConfig
     from videodit.training.vae_trainer import train_vae as run
 
     example = "videodit train vae --config configs/vae_demo.yaml --data.shards runs/a/shards --run_dir runs/a/vae"

@@ -35,7 +35,8 @@ from videodit.progress import show_progress
 from videodit.training.dit_config import DiTRunConfig
 from videodit.training.dit_trainer import train_dit
 from videodit.training.export import export_run
-from videodit.training.vae_trainer import VAERunConfig, train_vae
+from videodit.training.vae_config import VAERunConfig
+from videodit.training.vae_trainer import train_vae
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FPS = 8.0

@@ -15,7 +15,7 @@ from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.models.vae import VAEConfig
 from videodit.planning.footprint import LiveBytes, activation_bytes, count_flops, live_bytes, step_flops
 from videodit.planning.workload import VAEWorkload, dit_pass
-from videodit.training.vae_trainer import VAERunConfig
+from videodit.training.vae_config import VAERunConfig
 
 SHAPE = {"in_channels": 4, "hidden_size": 48, "num_heads": 2, "text_dim": 16, "frequency_dim": 32}
 

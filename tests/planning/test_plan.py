@@ -171,17 +171,50 @@ def test_latents_decide_channels_and_buckets(tmp_path: Path) -> None:
     assert plan.config.model.in_channels == 4
 
 
-@pytest.mark.parametrize("muon", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sharding_divides_what_it_shards(dtype: torch.dtype, muon: bool) -> None:
+def test_sharding_divides_what_it_shards(dtype: torch.dtype, optimizer: str) -> None:
     count = ParameterCount(total=10**9, small=0)
-    options = {"dtype": dtype, "muon": muon, "ema_profiles": 2}
+    options = {"dtype": dtype, "optimizer": optimizer, "ema_profiles": 2}
     for stage in (1, 2, 3):
         one, many = (rank_memory(count, 0.0, zero_stage=stage, ranks=ranks, **options) for ranks in (1, 1000))
         assert many.optimizer == pytest.approx(one.optimizer / 1000) and many.ema == pytest.approx(one.ema / 1000)
         assert (many.gradients < one.gradients) == (stage > 1)
-    assert one.total > 16 * 10**9 and one.total / GIB < 30
+    assert one.total > (10 if optimizer == "adamw8bit" else 16) * 10**9 and one.total / GIB < 30
     assert isinstance(VAEPlanConfig(), VAEPlanConfig)
+
+
+def test_offload_moves_optimizer_and_averages_to_the_host(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    count = ParameterCount(total=10**9, small=0)
+    for stage in (1, 2, 3):
+        options = {"zero_stage": stage, "ranks": 8, "dtype": torch.bfloat16, "optimizer": "adamw", "ema_profiles": 2}
+        here, away = (rank_memory(count, 7.0, offload=offload, **options) for offload in (False, True))
+        assert away.optimizer == away.ema == here.host == 0 and away.weights == here.weights
+        assert away.activations == here.activations and away.gradients <= here.gradients
+        moved = here.optimizer + here.ema
+        assert away.total <= here.total - moved and moved < away.host < 1.4 * moved
+        assert away.in_one_place().total == pytest.approx(away.total + away.host)
+    path = tmp_path / "config.yaml"
+    path.write_text("model:\n  hidden_size: 32\n  depth: 1\n  num_heads: 2\n  pattern: s\n")
+    assert cli.main(["plan", "--config", str(path), "--gpus", "4", "--buckets", "1x64x64", "--offload_optimizer"]) == 0
+    out = capsys.readouterr().out
+    assert "host" in out and "of host memory on each rank" in out
+    assert cli.main(["plan", "--config", str(path), "--offload_optimizer", "--zero_stage", "0"]) == 2
+    assert "offload_optimizer at zero_stage 0" in capsys.readouterr().err
+
+
+def test_where_only_offload_fits_it_is_the_advice(tmp_path: Path) -> None:
+    large = {"model.hidden_size": 8192, "model.num_heads": 64, "model.pattern": "st", "micro_batch_size": 1}
+    with pytest.raises(UserError, match="the nearest that fits is .* --offload_optimizer true") as refused:
+        make_plan(small(tmp_path, gpu="rtx4090", **large))
+    advice = re.search(r"--zero_stage (\d)(?: --checkpointing (\w+))?", str(refused.value))
+    assert advice
+    stage, policy = int(advice[1]), advice[2] or "none"
+    settings = {**large, "zero_stage": stage, "checkpointing": policy, "offload_optimizer": True}
+    config = small(tmp_path, gpu="rtx4090", **settings)
+    planner = Planner(config, config.workload(), 1, torch.bfloat16)
+    memory = planner.choice(stage, policy, 1).memory
+    assert memory.host > memory.total and memory.total <= room_of(find_machine("rtx4090", torch.bfloat16))
 
 
 def test_lora_plans_moments_for_what_it_trains(tmp_path: Path) -> None:
@@ -195,7 +228,7 @@ def test_lora_plans_moments_for_what_it_trains(tmp_path: Path) -> None:
     count = config.workload().parameters()
     assert count.total == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
     assert count.frozen == whole + text
-    options = {"zero_stage": 2, "ranks": 4, "dtype": torch.bfloat16, "muon": False, "ema_profiles": 2}
+    options = {"zero_stage": 2, "ranks": 4, "dtype": torch.bfloat16, "optimizer": "adamw", "ema_profiles": 2}
     memory = rank_memory(count, 0.0, **options)
     assert memory.weights == 2 * (count.total + count.frozen)
     assert (memory.optimizer, memory.ema) == (12 * count.total / 4, 8 * count.total / 4)

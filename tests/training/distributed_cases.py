@@ -136,6 +136,36 @@ def change_stage(world: World, old: int, new: int, name: str) -> None:
     assert torch.equal(engine(clip, token), other(clip, token))
 
 
+def change_stage_8bit(world: World, old: int, new: int) -> None:
+    """Weights and averages keep their bits; moments in other blocks are rounded anew, and train on nearly the same."""
+    engine = toy.make_engine(world, old, name="adamw8bit")
+    ema = PowerEMA(engine.slices())
+    toy.train(engine, world, 1, 2, 1, ema)
+    folder = toy.shared_folder()
+    assert not toy.save(folder, 2, engine, ema)
+    checkpoint = load_latest(folder)
+    assert checkpoint is not None
+    ends = []
+    for optimizer in ("adamw8bit", "adamw"):  # which both read the moments of both
+        other = toy.make_engine(world, new, name=optimizer)
+        other_ema = PowerEMA(other.slices())
+        checkpoint.restore(other, other_ema)
+        was, now = toy.whole(checkpoint), toy.full_state(other, other_ema)
+        assert was.keys() == now.keys()
+        for key, value in was.items():
+            moment = key.startswith("exp_avg") and optimizer == "adamw8bit"
+            # Half of the widest gap of the maps, times the largest value that may be in the same block.
+            kind = key.split("/")[0]
+            largest = max(float(other.abs().max()) for name, other in was.items() if name.startswith(f"{kind}/"))
+            bound = 0.9 / 64 / 2 * largest if moment else 0.0
+            assert (now[key] - value).abs().max() <= bound, (key, bound)
+        results = toy.train(other, world, 3, 6, 1, other_ema)
+        ends.append([result.grad_norm for result in results])
+    straight = [result.grad_norm for result in toy.train(engine, world, 3, 6, 1, ema)]
+    for end in ends:
+        torch.testing.assert_close(torch.tensor(end), torch.tensor(straight), rtol=0.02, atol=0)
+
+
 def slices_tile(world: World, stage: int) -> None:
     """Over all ranks every element is owned once."""
     engine = toy.make_engine(world, stage)
@@ -193,6 +223,39 @@ def full_disk_of_one_rank(world: World) -> None:
         checkpoint = load_latest(folder)
         assert checkpoint is not None and checkpoint.step == (1 if problem else step)
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def offload_changes_nothing(world: World, stage: int, dtype: str) -> None:
+    """With the optimizer on the CPU the run is that without, also when each goes on from the other's checkpoint."""
+    states, results = [], []
+    folder = toy.shared_folder()
+    for name in ("adamw", "offload"):
+        engine = toy.make_engine(world, stage, dtype, name)
+        ema = PowerEMA(engine.slices())
+        results.append(toy.train(engine, world, 1, 3, 2, ema))
+        assert not toy.save(folder / name, 3, engine, ema)
+        states.append(toy.full_state(engine, ema))
+    check_alike(states, results)
+    ends, end_results = [], []
+    for name, saved in (("adamw", "offload"), ("offload", "adamw")):
+        engine = toy.make_engine(world, stage, dtype, name)
+        ema = PowerEMA(engine.slices())
+        checkpoint = load_latest(folder / saved)
+        assert checkpoint is not None
+        checkpoint.restore(engine, ema)
+        toy.assert_same(toy.full_state(engine, ema), states[saved == "offload"])
+        end_results.append(toy.train(engine, world, 4, 6, 1, ema))
+        ends.append(toy.full_state(engine, ema))
+    check_alike(ends, end_results)
+
+
+def check_alike(states: list[dict[str, torch.Tensor]], results: list[list[Any]]) -> None:
+    """Of two runs: norms and states differ by rounding at most, since a norm is summed in another order."""
+    norms = [torch.tensor([result.grad_norm for result in part]) for part in results]
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-7)
 
 
 def average_in_module(world: World, stage: int, dtype: str) -> None:
@@ -269,7 +332,7 @@ def dropped_step(world: World, stage: int, dtype: str, name: str, first: bool) -
         asked: list[float] = []
         result = engine.step(2, partial(refuse, asked))
         assert not result.applied and bool(asked) == (fault == "refused"), (fault, asked)
-        known = name == "adamw" or (stage, dtype) == (1, "bf16")
+        known = name != "muon" or (stage, dtype) == (1, "bf16")
         assert result.grad_norm == (asked[0] if asked and known else float("inf"))
         assert torch.equal(engine(clip, token), output)
         engine.backward(engine(clip, token).sum() * 0)  # what that forward pass began
@@ -296,8 +359,9 @@ def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
     gc.collect()
     before = set(storages())
     module = nn.Sequential(*(nn.Linear(400, 400) for _ in range(8)))  # matrices that ZeRO-3 does shard
-    config = toy.optim_config(name)
-    engine = Engine(module, config, zero_stage=stage, dtype=dtype, world=world, max_steps=9)  # type: ignore[arg-type]
+    offload, name = name == "offload", "adamw" if name == "offload" else name
+    options: dict[str, Any] = {"zero_stage": stage, "dtype": dtype, "max_steps": 9, "offload": offload}
+    engine = Engine(module, toy.optim_config(name), world=world, **options)
     ema = PowerEMA(engine.slices())
     for step in (1, 2):
         if step == 2:
@@ -308,14 +372,15 @@ def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
     gc.collect()
     mine = {key: size for key, size in storages().items() if key not in before and size < BUCKET_BYTES}
     planned = rank_memory(
-        count_parameters(module) if stage < 3 else ParameterCount(8 * 400 * 401, 8 * 400),
+        count_parameters(module) if stage < 3 else ParameterCount(8 * 400 * 401, 8 * 400, plain=8 * 400),
         0.0,
         zero_stage=stage,
         ranks=world.size,
         dtype=engine.dtype,
-        muon=name == "muon",
+        optimizer=name,
         ema_profiles=len(ema.profiles),
-    )
+        offload=offload,
+    ).in_one_place()
     bucket = BUCKET_BYTES if stage in (1, 3) else 0
     gathered = 2 if dtype == "bf16" else 4  # ZeRO-3 may still hold, or have freed, what it gathered
     slack = gathered * 8 * 400 * 400 if stage == 3 else 0
@@ -405,6 +470,11 @@ for _pair in ((1, 3), (3, 2), (2, 1)):
     add(change_stage, *_pair, "muon", slow=_pair == (2, 1))
 for _stage in (0, 1, 3):
     add(save_beside_training, _stage, slow=_stage == 0)
+for _stage, _dtype in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
+    add(resume, _stage, _dtype, "adamw8bit", slow=(_stage, _dtype) not in ((1, "bf16"), (2, "fp32"), (3, "bf16")))
+    add(dropped_step, _stage, _dtype, "adamw8bit", False, slow=(_stage, _dtype) != (3, "fp32"))
+for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
+    add(change_stage_8bit, *_pair, slow=_pair != (1, 3))
 add(full_disk_of_one_rank)
 add(errors_reach_all_ranks)
 add(batched_muon)
@@ -416,6 +486,16 @@ for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")):
     add(sharded_from_the_start, _dtype, _name, slow=_name == "muon" or _dtype == "bf16")
 for _stage, _dtype, _name in ((1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "muon")):
     add(memory_as_planned, _stage, _dtype, _name, slow=True)
+for _stage, _dtype in ((1, "fp32"), (3, "bf16")):
+    add(memory_as_planned, _stage, _dtype, "adamw8bit", slow=_stage == 1)
+for _stage in (1, 2, 3):
+    for _dtype in ("fp32", "bf16"):
+        _slow = (_stage, _dtype) not in ((1, "bf16"), (2, "fp32"), (3, "bf16"))
+        add(offload_changes_nothing, _stage, _dtype, slow=_slow)
+        add(resume, _stage, _dtype, "offload", slow=_slow)
+        add(dropped_step, _stage, _dtype, "offload", False, slow=_slow)
+        add(dropped_step, _stage, _dtype, "offload", True, slow=True)
+        add(memory_as_planned, _stage, _dtype, "offload", slow=(_stage, _dtype) != (2, "fp32"))
 
 
 def run_all(world: World, cases: dict[str, Case]) -> dict[str, str]:

@@ -58,7 +58,11 @@ def test_groups() -> None:
     assert {name for name, group in adam.items() if group["weight_decay"]} == {
         "conv.weight", "up.weight", "down.weight", "last.weight"
     }  # fmt: skip
-    assert not any(group["use_muon"] for group in adam.values())
+    assert not any(group["use_muon"] or group["quantized"] for group in (*adam.values(),))
+    eight_bit = groups_by_name(toy, "adamw8bit")
+    assert {name for name, group in eight_bit.items() if group["quantized"]} == {
+        "conv.weight", "up.weight", "down.weight", "last.weight"
+    }  # fmt: skip
     assert {name for name, group in muon.items() if group["use_muon"]} == {"up.weight", "down.weight"}
 
 
@@ -81,6 +85,12 @@ def test_impossible_value_is_named(field: str, value: object) -> None:
 def test_impossible_combination_names_the_fix(stage: int, dtype: str, name: str) -> None:
     with pytest.raises(ValueError, match="zero_stage"):
         check_combination(stage, dtype, OptimConfig(name=name))
+
+
+@pytest.mark.parametrize("stage, name", [(0, "adamw"), (1, "muon"), (3, "adamw8bit")])
+def test_offload_of_what_cannot_be_offloaded_names_the_fix(stage: int, name: str) -> None:
+    with pytest.raises(ValueError, match="offload_optimizer .*; set (zero_stage|optim.name) to"):
+        check_combination(stage, "fp32", OptimConfig(name=name), offload=True)
 
 
 def test_modulation_biases_are_no_matrices_to_muon() -> None:

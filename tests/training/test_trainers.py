@@ -39,7 +39,8 @@ from videodit.training.optim import OptimConfig
 from videodit.training.run import TrainingRun
 from videodit.training.run_folder import read_metrics
 from videodit.training.tracker import TrackerConfig
-from videodit.training.vae_trainer import VAERunConfig, train_vae
+from videodit.training.vae_config import VAERunConfig
+from videodit.training.vae_trainer import train_vae
 
 SLOW = pytest.mark.slow
 STEPS = 6
@@ -133,6 +134,19 @@ def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_pat
         windows = LatentCropConfig(size=(2, 4), share=0.8)
         config = dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, crop=windows, **levels)
         return train_dit(config)
+
+    check_resume(run, tmp_path, signal.SIGTERM, code=143)
+
+
+@SLOW
+@pytest.mark.parametrize("changes", [{"offload_optimizer": True, "zero_stage": 2}, {"optim": OptimConfig("adamw8bit")}])
+def test_train_dit_with_other_moments_goes_on_bit_for_bit(
+    latents: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """In host memory, or in 8 bits."""
+
+    def run(folder: Path) -> Path:
+        return train_dit(dit_config(folder, latents, **{"optim": OptimConfig(lr=1e-3), **changes}))
 
     check_resume(run, tmp_path, signal.SIGTERM, code=143)
 

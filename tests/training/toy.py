@@ -63,8 +63,10 @@ def optim_config(name: str = "adamw", grad_clip: float = 0.5) -> OptimConfig:
 
 
 def make_engine(world: World, stage: int, dtype: str = "fp32", name: str = "adamw", **kwargs: float) -> Engine:
-    config = optim_config(name, **kwargs)
-    return Engine(make_toy(), config, zero_stage=stage, dtype=dtype, world=world, max_steps=MAX_STEPS)
+    """Of an optimizer, or of adamw that is offloaded (name offload)."""
+    config = optim_config("adamw" if name == "offload" else name, **kwargs)
+    options = {"zero_stage": stage, "dtype": dtype, "max_steps": MAX_STEPS, "offload": name == "offload"}
+    return Engine(make_toy(), config, world=world, **options)
 
 
 def train(engine: Engine, world: World, first: int, last: int, micro: int = 1, ema: PowerEMA | None = None) -> list:

@@ -29,18 +29,25 @@ class ParameterCount:
         total: all trainable ones.
         small: those of them in tensors of `SMALL` elements at most.
         frozen: the others.
+        plain: those of the trainable ones in biases, norms and embeddings.
     """
 
     total: int
     small: int
     frozen: int = 0
+    plain: int = 0
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Of a model on any device, meta too."""
-    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return ParameterCount(sum(sizes), sum(size for size in sizes if size <= SMALL), frozen)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return ParameterCount(
+        total=sum(p.numel() for p in trained),
+        small=sum(p.numel() for p in trained if p.numel() <= SMALL),
+        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        plain=sum(p.numel() for p in trained if p.ndim < 2 or id(p) in embeddings),
+    )
 
 
 class LiveBytes(TorchDispatchMode):

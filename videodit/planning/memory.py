@@ -4,14 +4,17 @@ The bytes per parameter are what DeepSpeed 0.19.8 holds in our engine: tensors c
 on one rank and on two (`memory_as_planned` in tests/training/distributed_cases.py), not what its papers say.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from videodit.planning.footprint import ParameterCount
+from videodit.training.blockwise import BLOCK
 
 BUCKET_BYTES = 4 * 50_000_000
 """The engine's reduce_bucket_size, in fp32."""
+EIGHT_BIT = 2 * (1 + 4 / BLOCK)
+"""Bytes of a parameter's two moments in 8-bit codes, with their scales."""
 GATHERED = 1_000_000_000
 """Parameters that ZeRO-3 keeps gathered at most (its stage3_max_live_parameters)."""
 
@@ -30,11 +33,21 @@ class Memory:
     """the averages"""
     activations: float
     """most that is alive at once in a forward and backward pass"""
+    host: float = 0.0
+    """with an offloaded optimizer: its master weights, their gradients, moments and averages, in host memory"""
 
     @property
     def total(self) -> float:
-        """Of all parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Of all parts on the device."""
+        return sum(getattr(self, name) for name in DEVICE_PARTS)
+
+    def in_one_place(self) -> "Memory":
+        """The same where the device is the host."""
+        return replace(self, optimizer=self.optimizer + self.host, host=0.0)
+
+
+DEVICE_PARTS = tuple(field.name for field in fields(Memory) if field.name != "host")
+"""Names of what is on the device."""
 
 
 def rank_memory(
@@ -44,8 +57,9 @@ def rank_memory(
     zero_stage: int,
     ranks: int,
     dtype: torch.dtype,
-    muon: bool,
+    optimizer: str,
     ema_profiles: int,
+    offload: bool = False,
 ) -> Memory:
     """What one rank holds between the backward pass and the optimizer step.
 
@@ -55,26 +69,36 @@ def rank_memory(
         zero_stage: 0 to 3.
         ranks: that share the run.
         dtype: of the weights.
-        muon: a momentum, and its copy for the gradient's norm, instead of two moments: as many bytes.
+        optimizer: as in OptimConfig. Muon has a momentum, and its copy for the gradient's norm, instead of two moments:
+            as many bytes.
         ema_profiles: averages kept.
+        offload: whether the optimizer is in host memory.
     """
     total = parameters.total
     bf16 = dtype == torch.bfloat16
     size = 2 if bf16 else 4
     part = total / ranks
     reducing = BUCKET_BYTES if ranks > 1 else 0
-    moments = 8 if not muon or bf16 or zero_stage != 1 else 12
+    moments = 12.0 if optimizer == "muon" and not bf16 and zero_stage == 1 else 8.0
+    if optimizer == "adamw8bit":
+        moments = (8 * parameters.plain + EIGHT_BIT * (total - parameters.plain)) / total
     frozen = parameters.frozen
     if zero_stage == 0:
         # No master weights of its own; rank 0 holds the averages for all.
-        return Memory(4.0 * (total + frozen), 4.0 * total, 8.0 * total, 4.0 * ema_profiles * total, activations)
-    optimizer, ema = (4.0 + moments) * part, 4.0 * ema_profiles * part
+        return Memory(4.0 * (total + frozen), 4.0 * total, moments * total, 4.0 * ema_profiles * total, activations)
+    states, ema, host = (4.0 + moments) * part, 4.0 * ema_profiles * part, 0.0
+    if offload:
+        # The gradient that the CPU steps by; at stages 1 and 2 a copy of the part that goes back to the device.
+        host = states + ema + (4.0 + (size if zero_stage < 3 else 0)) * part
+        host += 4.0 * part if zero_stage == 2 and not bf16 else 0.0  # where micro batches add up
+        states = ema = 0.0
     if zero_stage == 3:
         whole = parameters.small + min(total - parameters.small, GATHERED) if ranks > 1 else 0
         gathered = min(frozen, GATHERED - min(whole, GATHERED)) if ranks > 1 else 0
         weights = size * (part + whole + frozen / ranks + gathered)
-        return Memory(weights, 4.0 * part + reducing, optimizer, ema, activations)
+        return Memory(weights, 4.0 * part + reducing, states, ema, activations, host)
     if zero_stage == 2:
-        return Memory(size * (total + frozen), 4.0 * part, optimizer, ema, activations)
-    gradients = (4.0 + 2.0) * total if bf16 else 4.0 * total
-    return Memory(size * (total + frozen), gradients + reducing, optimizer, ema, activations)
+        gradients = 0.0 if offload and not bf16 else 4.0 * part
+        return Memory(size * (total + frozen), gradients, states, ema, activations, host)
+    gradients = (4.0 + 2.0) * total if bf16 and not offload else 4.0 * total
+    return Memory(size * (total + frozen), gradients + reducing, states, ema, activations, host)

@@ -21,7 +21,7 @@ from videodit.settings import read_yaml
 from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_folders
 from videodit.training.run_config import RunConfig
 from videodit.training.stages import stages_of
-from videodit.training.vae_trainer import VAERunConfig
+from videodit.training.vae_config import VAERunConfig
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: the rest is for the context, libraries and fragmentation."""
@@ -85,7 +85,7 @@ PlanConfig = DiTPlanConfig | VAEPlanConfig
 def _fill_in(config: PlanConfig) -> None:
     """A plan needs no data and writes nothing."""
     object.__setattr__(config, "run_dir", config.run_dir or "unused")
-    if not config.data.shards and not getattr(config, "stages", ()):
+    if not config.data.shards and not config.stages:
         object.__setattr__(config, "data", dataclasses.replace(config.data, shards="unused"))
 
 
@@ -132,11 +132,12 @@ class BucketPlan:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to run: stage, checkpointing and micro batch, and the memory that it takes on a rank."""
+    """A way to run: stage, checkpointing, micro batch and offload, and the memory that it takes on a rank."""
 
     zero_stage: int
     checkpointing: str
     micro_batch_size: int
+    offload: bool
     memory: Memory
 
 
@@ -186,11 +187,10 @@ def make_plans(config: PlanConfig) -> list[Plan]:
         UserError: if one does not fit the machine; names it and the nearest that does.
     """
     config = _follow(config)
-    if not (isinstance(config, DiTPlanConfig) and config.stages):
+    if not config.stages:
         return [make_plan(config)]
     plans = []
     for stage in stages_of(config):
-        assert isinstance(stage.config, DiTPlanConfig)
         try:
             plans.append(make_plan(stage.config))
         except UserError as error:
@@ -279,11 +279,20 @@ class Planner:
     @property
     def stages(self) -> list[int]:
         """ZeRO stages that the number format and the optimizer allow."""
-        first = 1 if self.dtype == torch.bfloat16 or self.config.optim.name == "muon" else 0
+        sharded = self.dtype == torch.bfloat16 or self.config.optim.name == "muon" or self.config.offload_optimizer
+        first = 1 if sharded else 0
         return list(range(first, 4))
 
-    def choice(self, stage: int, policy: str, micro: int) -> Choice:
-        """The memory of the most demanding bucket; activations grow with the clips of a micro batch."""
+    def choice(self, stage: int, policy: str, micro: int, offload: bool | None = None) -> Choice:
+        """The memory of the most demanding bucket; activations grow with the clips of a micro batch.
+
+        Args:
+            stage: of ZeRO.
+            policy: of checkpointing.
+            micro: clips of a micro batch.
+            offload: of the optimizer; None for what the config says.
+        """
+        offload = self.config.offload_optimizer if offload is None else offload
         if policy not in self._activations:
             self._activations[policy] = max(
                 self.workload.activation_bytes(bucket, policy, self.dtype, on_cpu=self._on_cpu)
@@ -296,10 +305,11 @@ class Planner:
             zero_stage=stage,
             ranks=self.ranks,
             dtype=self.dtype,
-            muon=self.config.optim.name == "muon",
+            optimizer=self.config.optim.name,
             ema_profiles=len(self.config.ema_profiles),
+            offload=offload,
         )
-        return Choice(stage, policy, micro, memory)
+        return Choice(stage, policy, micro, offload, memory.in_one_place() if self._on_cpu else memory)
 
     def plan(self, machine: Machine) -> Plan:
         """For a machine and its speed."""
@@ -322,14 +332,24 @@ class Planner:
         return plan
 
     def nearest(self, room: float) -> Choice | None:
-        """The choice that fits with the least work: sharding before recomputing, and that before smaller batches."""
+        """The choice that fits with the least work: sharding before recomputing, and that before smaller batches.
+
+        Offload, whose step waits for the CPU, comes last.
+        """
+        offload = self.config.offload_optimizer
+        found = self._nearest(room, offload)
+        if found is None and not offload and self.config.optim.name == "adamw":
+            found = self._nearest(room, True)
+        return found
+
+    def _nearest(self, room: float, offload: bool) -> Choice | None:
         micro, policy = self.micro, policy_of(self.config)
         first = 0 if policy == "auto" else self.workload.policies.index(policy)
         while micro:
             for p in self.workload.policies[first:]:
                 for stage in self.stages:
-                    choice = self.choice(stage, p, micro)
-                    if stage >= self.config.zero_stage and choice.memory.total <= room:
+                    choice = self.choice(stage, p, micro, offload)
+                    if stage >= max(self.config.zero_stage, int(offload)) and choice.memory.total <= room:
                         return choice
             micro //= 2
         return None
@@ -344,6 +364,7 @@ def _refusal(plan: Plan, planner: Planner) -> str:
     if nearest is None:
         return f"{says}: no ZeRO stage, checkpointing or micro batch makes it fit; use more or larger GPUs"
     policy = f" --checkpointing {nearest.checkpointing}" if nearest.checkpointing != "none" else ""
+    policy += " --offload_optimizer true" if nearest.offload else ""
     return (
         f"{says}: the nearest that fits is --zero_stage {nearest.zero_stage}{policy} "
         f"--micro_batch_size {nearest.micro_batch_size} ({nearest.memory.total / GIB:.1f} GiB)"

@@ -1,14 +1,13 @@
 """A plan as the terminal shows it."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from videodit.planning.machines import GIB
-from videodit.planning.memory import Memory
+from videodit.planning.memory import DEVICE_PARTS
 from videodit.planning.plan import DiTPlanConfig, Plan
 
 
@@ -45,6 +44,13 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     )
     console.print(_steps(plan))
     console.print(_memory(plan))
+    if plan.chosen.memory.host:
+        size = plan.chosen.memory.host / GIB
+        console.print(
+            f"the offloaded optimizer takes {size:,.2f} GiB of host memory on each rank "
+            f"({size * config.gpus:,.1f} GiB over all {config.gpus}); checkpoints' copies come on top",
+            highlight=False,
+        )
     hours = plan.seconds / 3600
     console.print(
         f"{config.max_steps:,} steps: {hours / 24:,.2f} days, {hours * config.gpus:,.1f} GPU-hours "
@@ -66,15 +72,15 @@ def _steps(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    parts = [field.name for field in fields(Memory)]
+    host = ["host"] if any(choice.memory.host for choice in plan.choices) else []
     title = f"GiB on a rank, of {plan.room / GIB:.1f} usable (> the config; red does not fit)"
     short = {"gradients": "grads", "optimizer": "optim", "activations": "activ"}
-    headers = [short.get(part, part) for part in parts]
-    table = Table("", "ZeRO", "recompute", *headers, "total", title=title, title_justify="left")
+    headers = [short.get(part, part) for part in DEVICE_PARTS]
+    table = Table("", "ZeRO", "recompute", *headers, "total", *host, title=title, title_justify="left")
     for choice in plan.choices:
         memory = choice.memory
         fits = memory.total <= plan.room
-        cells = [f"{getattr(memory, part) / GIB:.2f}" for part in parts] + [f"{memory.total / GIB:.2f}"]
+        cells = [f"{getattr(memory, part) / GIB:.2f}" for part in (*DEVICE_PARTS, "total", *host)]
         mark = ">" if choice is plan.chosen else ""
         table.add_row(mark, str(choice.zero_stage), choice.checkpointing, *cells, style=None if fits else "red")
     for column in table.columns[3:]:

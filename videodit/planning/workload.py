@@ -22,7 +22,8 @@ from videodit.models.vae import VAEConfig, VideoVAE
 from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
 from videodit.planning.footprint import ParameterCount, activation_bytes, count_parameters, step_flops
 from videodit.training.dit_config import DiTRunConfig, latent_folders
-from videodit.training.vae_trainer import VAEObjective, VAERunConfig
+from videodit.training.vae_config import VAERunConfig
+from videodit.training.vae_objective import VAEObjective
 
 
 class Workload(Protocol):

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -133,14 +133,14 @@ class CheckpointWriter:
                 _remove(folder_of(self._run_dir, later))
 
     def _copy_to_host(self) -> None:
-        live = _tensors_by_key(self._engine, self._ema)
-        self._host = {key: self._host[key] for key in live if key in self._host}
-        on_gpu = any(tensor.is_cuda for tensor in live.values())
-        for key, tensor in live.items():
-            if key not in self._host:
+        kept, self._host, on_gpu = self._host, {}, False
+        for key, tensor in _tensors_by_key(self._engine, self._ema):
+            on_gpu |= tensor.is_cuda
+            host = kept.get(key)
+            if host is None:
                 # Pinned memory takes a GPU's tensors several times as fast.
-                self._host[key] = torch.empty(tensor.numel(), pin_memory=on_gpu)
-            self._host[key].copy_(tensor, non_blocking=True)
+                host = torch.empty(tensor.numel(), pin_memory=tensor.is_cuda)
+            self._host[key] = host.copy_(tensor, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
 
@@ -221,20 +221,19 @@ class CheckpointWriter:
         return [old for old in until_now[: -self._keep_last] if not self._keep_every or old % self._keep_every]
 
 
-def _tensors_by_key(engine: "Engine", ema: "PowerEMA | None") -> dict[str, torch.Tensor]:
-    """This rank's live tensors, flat, by their keys in its file."""
+def _tensors_by_key(engine: "Engine", ema: "PowerEMA | None") -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's tensors, flat, with their keys in its file; one by one, for of 8-bit moments they are copies."""
     slices = engine.slices()
-    tensors = {}
     for part in slices:
-        for kind, tensor in {"weight": part.weight, **part.state}.items():
-            tensors[f"{kind}/{part.name}@{part.start}"] = tensor.detach()
+        yield f"weight/{part.name}@{part.start}", part.weight.detach()
+        for kind, moment in part.state.items():
+            yield f"{kind}/{part.name}@{part.start}", moment().detach()
     for kind, averages in (ema.state() if ema else {}).items():
         for part, average in zip(slices, averages, strict=True):
-            tensors[f"{kind}/{part.name}@{part.start}"] = average.detach()
+            yield f"{kind}/{part.name}@{part.start}", average.detach()
     if engine.rank == 0:
         for name, value in state_buffers(engine.module).items():
-            tensors[f"buffer/{name}@0"] = value.detach().flatten()
-    return tensors
+            yield f"buffer/{name}@0", value.detach().flatten()
 
 
 def _publish(temp: Path, target: Path, state: dict[str, Any], files: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from videodit.models.lora import LoRAConfig
 from videodit.models.text import ByteTextConfig
 from videodit.models.vae_folder import load_vae
 from videodit.training.run_config import RunConfig
-from videodit.training.stages import settled, stages_of
+from videodit.training.stages import stages_of
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,6 @@ class DiTRunConfig(RunConfig):
     """at which levels it is trained in the last late_share of the steps, where it learns to draw"""
     late_share: float = 0.0
     """share of max_steps, the last ones, that draws its levels from late_noise"""
-    stages: tuple[dict[str, Any], ...] = ()
-    """parts of the run, one after the other: each gives its steps, and what it has other than the run of data, noise,
-    crop, condition_rate, global_batch_size, micro_batch_size, batch_by and checkpointing; max_steps is their sum"""
     sample_posterior: bool = True
     """train on samples of the VAE's posterior; false: on its mean, for which less noise is drawn"""
     crop: LatentCropConfig = field(default_factory=LatentCropConfig)
@@ -89,8 +86,6 @@ class DiTRunConfig(RunConfig):
     """how many of the held-out clips"""
 
     def __post_init__(self) -> None:
-        if self.stages:
-            object.__setattr__(self, "max_steps", settled(self))
         super().__post_init__()
         if not self.data.shards and not self.stages:
             raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit encode writes it")
@@ -126,6 +121,11 @@ class DiTRunConfig(RunConfig):
             )
         if self.stages:
             stages_of(self)
+
+    @property
+    def stage_settings(self) -> tuple[str, ...]:
+        """As RunConfig has it, and what only a DiT has."""
+        return (*super().stage_settings, "noise", "crop", "condition_rate", "checkpointing")
 
     @property
     def evaluation_intervals(self) -> tuple[int, ...]:

@@ -63,7 +63,7 @@ def train_dit(config: DiTRunConfig) -> Path:
         layout_of = functools.partial(_layout, config.model, mesh)
         clip_flops: dict[torch.Size, int] = {}
 
-        def count(stage: Stage, loader: LatentLoader) -> None:
+        def count(stage: Stage[DiTRunConfig], loader: LatentLoader) -> None:
             # Before DeepSpeed starts: what it does to torch at ZeRO-3 falsifies the count.
             clip_flops.update(_clip_flops(stage.config, loader) if run.counts_flops else {})
 

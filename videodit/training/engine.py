@@ -29,6 +29,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
 from videodit.device import has_bf16  # noqa: E402
 from videodit.models.initialise import gathering  # noqa: E402
 from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
+from videodit.training.adamw8bit import AdamW8bit  # noqa: E402
 from videodit.training.batched_muon import BatchedMuon  # noqa: E402
 from videodit.training.gradient_gate import GradientGate, Keep, keep_any  # noqa: E402
 from videodit.training.optim import OptimConfig, check_combination, lr_factor, param_groups, whole_shape  # noqa: E402
@@ -84,8 +85,9 @@ class Engine:
         dtype: "fp32", or "bf16" weights with fp32 master weights (ZeRO 1-3).
         world: from init_process().
         max_steps: where the learning-rate schedule ends.
+        offload: master weights and moments in host memory, and their update on the CPU, at ZeRO 1-3 with AdamW.
     Raises:
-        ValueError: for combinations that DeepSpeed cannot do: bf16 or Muon at stage 0.
+        ValueError: for combinations that cannot be, see `check_combination`.
     """
 
     def __init__(
@@ -97,13 +99,14 @@ class Engine:
         dtype: Literal["fp32", "bf16"],
         world: World,
         max_steps: int,
+        offload: bool = False,
     ) -> None:
-        check_combination(zero_stage, dtype, optim)
+        check_combination(zero_stage, dtype, optim, offload)
         self.module = module
         self.zero_stage = zero_stage
         self.rank, self.world_size = world.rank, world.size
         self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-        self._config, self._world, self._max_steps = optim, world, max_steps
+        self._config, self._world, self._max_steps, self._offload = optim, world, max_steps, offload
         module.to(world.device)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         for p in module.parameters():
@@ -132,6 +135,8 @@ class Engine:
     def _deepspeed_config(self) -> dict[str, Any]:
         # Muon's update has a norm that the gradient does not change, so clipping by it would only rescale the rate.
         clip = 0.0 if self._config.name == "muon" or self.zero_stage == 0 else self._config.grad_clip
+        on_gpu = self._world.device.type == "cuda"
+        offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_gpu}} if self._offload else {}
         return {
             "train_batch_size": self._world.size,
             "train_micro_batch_size_per_gpu": 1,
@@ -140,18 +145,20 @@ class Engine:
             "managed_gradient_accumulation": False,
             "gradient_clipping": clip,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW does as well, and nothing is compiled
             "bf16": {"enabled": self.dtype == torch.bfloat16, "check_grad_overflow": True},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             "steps_per_print": None,
             "zero_optimization": {
                 "stage": self.zero_stage,
-                "overlap_comm": self.zero_stage == 2 and self._world.device.type == "cuda",
+                "overlap_comm": self.zero_stage == 2 and on_gpu,
                 # No copy of every gradient into a bucket when there is nobody to send it to.
                 "contiguous_gradients": self._world.size > 1,
                 "reduce_scatter": not (self.zero_stage == 3 and self._config.name == "muon"),
                 "reduce_bucket_size": 50_000_000,
                 "allgather_bucket_size": 50_000_000,
+                **offload,
             },
         }
 
@@ -215,7 +222,7 @@ class Engine:
         """Copies of the first moments: what `_norm_from_momentum` compares the next step's with."""
         slices = self.slices()
         kinds = ("momentum_buffer", "exp_avg")
-        return {kind: [p.state[kind].float().clone() for p in slices if kind in p.state] for kind in kinds}
+        return {kind: [p.state[kind]().float().clone() for p in slices if kind in p.state] for kind in kinds}
 
     @torch.no_grad()
     def _norm_from_momentum(self) -> float:
@@ -309,12 +316,14 @@ def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
 
 def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     # fused=True is torch's own kernel, on CPU too: no DeepSpeed op gets compiled.
-    muon = any(group["use_muon"] for group in groups)
-    if not muon:
-        return torch.optim.AdamW(groups, fused=True)
     for group in groups:
         for p in group["params"]:
             p.use_muon = group["use_muon"]  # how DeepSpeed's ZeRO optimizers tell
+            p.quantized = group["quantized"]
+    if any(group["quantized"] for group in groups):
+        return AdamW8bit(groups)
+    if not any(group["use_muon"] for group in groups):
+        return torch.optim.AdamW(groups, fused=True)
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 
 

@@ -12,7 +12,8 @@ from videodit.training.checkpoint import load_latest
 from videodit.training.dit_config import DiTRunConfig, latent_names
 from videodit.training.dit_model import export_dit
 from videodit.training.posthoc_ema import PosthocEMA
-from videodit.training.vae_trainer import VAERunConfig, export_vae
+from videodit.training.vae_config import VAERunConfig
+from videodit.training.vae_trainer import export_vae
 
 
 def export_run(run_dir: str | Path, out: str | Path, ema_length: float | None = None) -> str:

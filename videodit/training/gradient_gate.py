@@ -37,6 +37,7 @@ class GradientGate:
 
     def __init__(self, optimizer: Any, *, before_muon: bool) -> None:
         self._asking = vars(sys.modules[type(optimizer).__module__])
+        self._optimizer = optimizer
         self._keep: Keep = keep_any
         self.norm, self.applied = float("inf"), False
         if before_muon:
@@ -60,6 +61,10 @@ class GradientGate:
         finally:
             if own is not None:
                 self._asking[QUESTION] = own
+        if not self.applied and getattr(self._optimizer, "cpu_offload", False):
+            # DeepSpeed 0.19.8 adds the next step's gradient to the one that was dropped (bf16 at stages 1 and 2).
+            for group in self._optimizer.averaged_gradients:
+                self._optimizer.averaged_gradients[group] = None
 
     def judge(self, norm: Any) -> bool:
         """Whether a step with this global norm (DeepSpeed's -1 means not finite) is applied."""

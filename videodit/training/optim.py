@@ -12,8 +12,9 @@ from torch import nn
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: Muon on hidden matrices and AdamW on the rest (needs ZeRO 1-3)."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw; adamw8bit: its moments in 8 bits, but for biases, norms and embeddings; muon: Muon on hidden matrices and
+    AdamW on the rest (needs ZeRO 1-3)."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.02
@@ -38,8 +39,8 @@ class OptimConfig:
     """Part of the run that wsd spends decaying."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optim.name is {self.name!r}; use adamw or muon")
+        if self.name not in ("adamw", "adamw8bit", "muon"):
+            raise ValueError(f"optim.name is {self.name!r}; use adamw, adamw8bit or muon")
         if self.schedule not in ("constant", "cosine", "linear", "wsd"):
             raise ValueError(f"optim.schedule is {self.schedule!r}; use constant, cosine, linear or wsd")
         for field in ("lr", "muon_lr", "eps"):
@@ -54,7 +55,7 @@ class OptimConfig:
             raise ValueError("optim.final_lr_ratio must lie in [0, 1] and optim.decay_fraction in (0, 1]")
 
 
-def check_combination(zero_stage: int, dtype: str, optim: OptimConfig) -> None:
+def check_combination(zero_stage: int, dtype: str, optim: OptimConfig, offload: bool = False) -> None:
     """Refuses what DeepSpeed cannot do, before anything is built.
 
     Raises:
@@ -68,6 +69,11 @@ def check_combination(zero_stage: int, dtype: str, optim: OptimConfig) -> None:
         raise ValueError("dtype bf16 at zero_stage 0 keeps no fp32 master weights; set zero_stage to 1")
     if optim.name == "muon" and zero_stage == 0:
         raise ValueError("optim.name muon at zero_stage 0 is not DeepSpeed's Muon; set zero_stage to 1")
+    if offload and zero_stage == 0:
+        raise ValueError("offload_optimizer at zero_stage 0 has no part of its own to offload; set zero_stage to 1")
+    if offload and optim.name != "adamw":
+        # DeepSpeed's offloaded Muon moves its momenta before it is known whether the step counts.
+        raise ValueError(f"offload_optimizer does not go with optim.name {optim.name}; set optim.name to adamw")
 
 
 def lr_factor(config: OptimConfig, step: int, max_steps: int) -> float:
@@ -109,7 +115,8 @@ def param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]
     to it): put first and last layers there, and stacked matrices that are not one map.
 
     Returns:
-        groups with params, lr, peak_lr, weight_decay and use_muon; each parameter once, groups never empty.
+        groups with params, lr, peak_lr, weight_decay, use_muon and quantized (its moments, to 8 bits); each parameter
+        once, groups never empty.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     excluded = tuple(
@@ -133,9 +140,10 @@ def param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]
     # gram runs in fp16 where that is fast and in fp32 elsewhere; standard is always bf16, which many CPUs emulate.
     muon = {"lr": config.muon_lr, "peak_lr": config.muon_lr, "momentum": config.muon_momentum, "ns_method": "gram"}
     adam = {"lr": config.lr, "peak_lr": config.lr, "betas": config.betas, "eps": config.eps}
+    eight_bit = config.name == "adamw8bit"
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "use_muon": True, **muon},
-        {"params": decayed, "weight_decay": config.weight_decay, "use_muon": False, **adam},
-        {"params": plain, "weight_decay": 0.0, "use_muon": False, **adam},
+        {"params": matrices, "weight_decay": config.weight_decay, "use_muon": True, "quantized": False, **muon},
+        {"params": decayed, "weight_decay": config.weight_decay, "use_muon": False, "quantized": eight_bit, **adam},
+        {"params": plain, "weight_decay": 0.0, "use_muon": False, "quantized": False, **adam},
     ]
     return [group for group in groups if group["params"]]

@@ -89,6 +89,7 @@ class TrainingRun:
             module,
             self.config.optim,
             zero_stage=self.config.zero_stage,
+            offload=self.config.offload_optimizer,
             dtype=run_dtype(self.config, self.world.device),
             world=self.world,
             max_steps=self.config.max_steps,

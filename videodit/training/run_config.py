@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from videodit.errors import UserError
 from videodit.parallel.mesh import TIMEOUT, World, init_process, shutdown
 from videodit.training.guard import GuardConfig
 from videodit.training.optim import OptimConfig, check_combination
+from videodit.training.stages import settled
 from videodit.training.tracker import TrackerConfig
 
 
@@ -25,6 +27,10 @@ class RunConfig:
     """of initial weights, data order and all noise"""
     max_steps: int = 1000
     """optimizer steps of the whole run"""
+    stages: tuple[dict[str, Any], ...] = ()
+    """parts of the run, one after the other: each gives its steps, and what it has other than the run of data,
+    global_batch_size, micro_batch_size, batch_by and, of a DiT, noise, crop, condition_rate and checkpointing;
+    max_steps is their sum"""
     global_batch_size: int = 32
     """clips of one optimizer step, over all ranks"""
     micro_batch_size: int = 32
@@ -33,6 +39,8 @@ class RunConfig:
     """clips: batches of every bucket have these sizes; tokens: the largest bucket's do, others hold as many tokens"""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights are sharded"""
+    offload_optimizer: bool = False
+    """fp32 weights, moments and averages in host memory, and the optimizer's step on the CPU (AdamW at ZeRO 1-3)"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: str = "auto"
@@ -59,11 +67,18 @@ class RunConfig:
     """wandb"""
 
     @property
+    def stage_settings(self) -> tuple[str, ...]:
+        """What a stage may set beside its `steps`."""
+        return ("data", "global_batch_size", "micro_batch_size", "batch_by")
+
+    @property
     def evaluation_intervals(self) -> tuple[int, ...]:
         """Steps between samples, and between whatever else is measured."""
         return (self.sample_every,)
 
     def __post_init__(self) -> None:
+        if self.stages:
+            object.__setattr__(self, "max_steps", settled(self))
         if not self.run_dir:
             raise ValueError("run_dir is not set: give --run_dir FOLDER")
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "save_every", "keep_last"):
@@ -85,7 +100,9 @@ class RunConfig:
             )
         if not self.ema_profiles:
             raise ValueError("ema_profiles is empty: give at least one width, for example 0.05")
-        check_combination(self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim)
+        check_combination(
+            self.zero_stage, "fp32" if self.dtype == "auto" else self.dtype, self.optim, self.offload_optimizer
+        )
 
 
 def run_dtype(config: RunConfig, device: torch.device) -> DType:

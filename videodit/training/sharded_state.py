@@ -5,9 +5,13 @@ This is the only place that knows the private attributes of DeepSpeed 0.19's ZeR
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+
+from videodit.training.adamw8bit import new_moments
+from videodit.training.blockwise import BlockwiseMoment
 
 # (kind, parameter name, start, length) -> flat fp32 tensor; kind is weight, exp_avg, exp_avg_sq or momentum_buffer
 SliceReader = Callable[[str, str, int, int], torch.Tensor]
@@ -22,15 +26,15 @@ class ParamSlice:
         shape: shape of the whole parameter.
         start: offset of the piece in the flattened parameter.
         weight: (n,) view into the live fp32 master weights.
-        state: (n,) views into the optimizer's moments (exp_avg and exp_avg_sq, or momentum_buffer); empty before the
-            first update.
+        state: what gives each of the optimizer's moments (exp_avg and exp_avg_sq, or momentum_buffer) as (n,) float32:
+            a view, or a copy of one that is kept in 8 bits; empty before the first update.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     weight: torch.Tensor
-    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,10 +45,13 @@ class _Piece:
     key: torch.Tensor  # what the optimizer steps: a parameter (stage 0) or a flat buffer
     offset: int
     use_muon: bool
+    quantized: bool
     whole_offset: int | None = None  # ZeRO 1-2 Muon keeps the momentum of each matrix it touches whole, starting here
 
-    def view(self, kind: str, moment: torch.Tensor) -> torch.Tensor:
-        """This piece's part of a moment."""
+    def view(self, kind: str, moment: torch.Tensor | BlockwiseMoment) -> torch.Tensor:
+        """This piece's part of a moment; of an 8-bit one a copy."""
+        if isinstance(moment, BlockwiseMoment):
+            return moment.read(self.offset, self.slice.weight.numel())
         whole = kind == "momentum_buffer" and self.whole_offset is not None
         offset = (self.whole_offset or 0) + self.slice.start if whole else self.offset
         return moment.detach().view(-1).narrow(0, offset, self.slice.weight.numel())
@@ -77,9 +84,9 @@ class ShardedState:
         for piece in self._pieces:
             moments = self._optimizer.state.get(piece.key, {})
             piece.slice.state = {
-                kind: piece.view(kind, moment)
+                kind: partial(piece.view, kind, moment)
                 for kind, moment in moments.items()
-                if kind != "step" and isinstance(moment, torch.Tensor)
+                if kind != "step" and isinstance(moment, (torch.Tensor, BlockwiseMoment))
             }
         return [piece.slice for piece in self._pieces]
 
@@ -92,6 +99,8 @@ class ShardedState:
             if not optimizer_step:
                 continue
             state = self._optimizer.state[piece.key]
+            if piece.quantized:
+                continue
             if piece.whole_offset is not None:
                 whole = torch.Size(part.shape).numel()
                 size = sum(torch.Size(p.slice.shape).numel() for p in self._pieces if p.key is piece.key)
@@ -103,6 +112,23 @@ class ShardedState:
                 piece.view(kind, moment).copy_(read(kind, part.name, part.start, length))
             if not piece.use_muon:
                 state["step"] = torch.tensor(float(optimizer_step), device=piece.key.device)
+
+        if optimizer_step:
+            self._load_quantized(read, optimizer_step)
+
+    def _load_quantized(self, read: SliceReader, optimizer_step: int) -> None:
+        """Moments in 8 bits, each put together first: its blocks do not end where slices do."""
+        keys = {piece.key: None for piece in self._pieces if piece.quantized}
+        for key in keys:
+            state = self._optimizer.state[key]
+            state |= {"step": torch.tensor(float(optimizer_step))} | new_moments(key, quantized=True)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                whole = torch.zeros(key.numel())
+                for piece in self._pieces:
+                    if piece.key is key:
+                        part, length = piece.slice, piece.slice.weight.numel()
+                        whole[piece.offset : piece.offset + length] = read(kind, part.name, part.start, length)
+                state[kind].fill(whole)
 
     @torch.no_grad()
     def refresh_module(self) -> None:
@@ -121,7 +147,8 @@ class ShardedState:
     def _whole_parameters(self) -> Iterator[_Piece]:
         for group in self._optimizer.param_groups:
             for p in group["params"]:
-                yield _Piece(ParamSlice(self._names[id(p)], tuple(p.shape), 0, p.detach().view(-1)), p, 0, False)
+                part = ParamSlice(self._names[id(p)], tuple(p.shape), 0, p.detach().view(-1))
+                yield _Piece(part, p, 0, False, group["quantized"])
 
     def _flat_buffer_fragments(self) -> Iterator[_Piece]:
         """Stages 1 and 2: the groups are flattened and cut into equal parts, wherever that cuts a parameter."""
@@ -137,7 +164,7 @@ class ShardedState:
                 part = ParamSlice(self._names[id(p)], tuple(p.shape), start, weight)
                 whole_offset = whole if group["use_muon"] and not bf16_optimizer else None
                 offset = place.hp_fragment_address.start
-                yield _Piece(part, group["params"][0], offset, group["use_muon"], whole_offset)
+                yield _Piece(part, group["params"][0], offset, group["use_muon"], group["quantized"], whole_offset)
                 whole += p.numel()
 
     def _parameter_partitions(self, rank: int) -> Iterator[_Piece]:
@@ -151,4 +178,4 @@ class ShardedState:
                 if length > 0:
                     weight = flat.detach().narrow(0, offset, length)
                     part = ParamSlice(self._names[id(p)], tuple(p.ds_shape), start, weight)
-                    yield _Piece(part, flat, offset, getattr(p, "use_muon", False))
+                    yield _Piece(part, flat, offset, p.use_muon, p.quantized)

@@ -1,36 +1,25 @@
-"""Progressive training: one run in stages, each with its own latents, noise levels and batches."""
+"""Progressive training: one run in stages, each with its own clips or latents, batches and, of a DiT, noise levels."""
 
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from videodit.config import from_dict, to_dict
 from videodit.data.batch_sizes import BatchSize
-from videodit.data.batches import LatentBatch
-from videodit.data.loader import LatentLoader
 from videodit.data.order import StepPlan
+from videodit.data.step_loader import BatchT, StepLoader
 from videodit.errors import UserError
 from videodit.settings import flatten
 
 if TYPE_CHECKING:
-    from videodit.training.dit_config import DiTRunConfig
+    from videodit.training.run_config import RunConfig
 
-STAGE_SETTINGS = (
-    "data",
-    "noise",
-    "crop",
-    "condition_rate",
-    "global_batch_size",
-    "micro_batch_size",
-    "batch_by",
-    "checkpointing",
-)
-"""What a stage may set beside its `steps`."""
+ConfigT = TypeVar("ConfigT", bound="RunConfig")
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[ConfigT]):
     """A part of a run.
 
     Attributes:
@@ -41,7 +30,7 @@ class Stage:
 
     number: int
     steps_before: int
-    config: "DiTRunConfig"
+    config: ConfigT
 
     @property
     def ending(self) -> str:
@@ -49,17 +38,17 @@ class Stage:
         return "" if self.number == 1 else f" (stage {self.number})"
 
 
-def stages_of(config: "DiTRunConfig") -> list[Stage]:
+def stages_of(config: ConfigT) -> list[Stage[ConfigT]]:
     """The stages of a run; one that is the run itself if it names none.
 
-    Each has a seed of its own, so that noise and order of latents that several of them read do not come again.
+    Each has a seed of its own, so that noise and order of clips that several of them read do not come again.
 
     Raises:
         ValueError: names the stage, what it sets and the fix.
     """
     if not config.stages:
         return [Stage(1, 0, config)]
-    stages: list[Stage] = []
+    stages: list[Stage[ConfigT]] = []
     before = 0
     for number, values in enumerate(config.stages, 1):
         steps = stage_steps(values, number)
@@ -80,11 +69,11 @@ def stage_steps(values: Mapping[str, Any], number: int) -> int:
     return steps
 
 
-def _with_settings(config: "DiTRunConfig", values: Mapping[str, Any], number: int, steps: int) -> "DiTRunConfig":
-    name = f"stage {number}"
-    other = next((key for key in values if str(key).split(".")[0] not in ("steps", *STAGE_SETTINGS)), None)
+def _with_settings(config: ConfigT, values: Mapping[str, Any], number: int, steps: int) -> ConfigT:
+    name, known = f"stage {number}", ("steps", *config.stage_settings)
+    other = next((key for key in values if str(key).split(".")[0] not in known), None)
     if other is not None:
-        raise ValueError(f"{name}: {other} is not a setting of stages: these are steps, {', '.join(STAGE_SETTINGS)}")
+        raise ValueError(f"{name}: {other} is not a setting of stages: these are {', '.join(known)}")
     values = {key: value for key, value in values.items() if key != "steps"}
     base = to_dict(config) | {"stages": [], "max_steps": steps, "seed": config.seed + number - 1}
     try:
@@ -96,16 +85,16 @@ def _with_settings(config: "DiTRunConfig", values: Mapping[str, Any], number: in
         raise ValueError(text if text.startswith(name) else f"{name}: {text}") from None
 
 
-class StageStep(NamedTuple):
+class StageStep(NamedTuple, Generic[ConfigT, BatchT]):
     """One optimizer step's data: of what stage, its plan, this rank's micro batches, the global batch's keys."""
 
-    stage: Stage
+    stage: Stage[ConfigT]
     plan: StepPlan
-    batches: list[LatentBatch]
+    batches: list[BatchT]
     keys: list[str]
 
 
-class StagedLoader:
+class StagedLoader(Generic[ConfigT, BatchT]):
     """The data of a run's steps, each from the loader of its stage.
 
     An optimizer step decides on the stage. What rollbacks left out is left out in every stage: a stage begins its order
@@ -120,21 +109,21 @@ class StagedLoader:
         open_loader: opens that of a stage.
         seen: called with each stage and its loader, which all are opened once to be checked.
     Raises:
-        UserError: as LatentLoader.
+        UserError: as StepLoader.
     """
 
     def __init__(
         self,
-        stages: Sequence[Stage],
-        open_loader: Callable[["DiTRunConfig"], LatentLoader],
-        seen: Callable[[Stage, LatentLoader], None] = lambda stage, loader: None,
+        stages: Sequence[Stage[ConfigT]],
+        open_loader: Callable[[ConfigT], StepLoader[BatchT]],
+        seen: Callable[[Stage[ConfigT], Any], None] = lambda stage, loader: None,
     ) -> None:
         self.stages, self._open = list(stages), open_loader
         self.sizes: dict[str, BatchSize] = {}
         self.settings: dict[str, Any] = {}
-        self._current: Stage | None = None
-        self._loader: LatentLoader
-        self._steps: Generator[tuple[StepPlan, list[LatentBatch]], None, None]
+        self._current: Stage[ConfigT] | None = None
+        self._loader: StepLoader[BatchT]
+        self._steps: Generator[tuple[StepPlan, list[BatchT]], None, None]
         self._position = 0  # data step of the stage that the iterator gives next
         for stage in self.stages:
             loader = open_loader(stage.config)
@@ -148,11 +137,11 @@ class StagedLoader:
         """Endings of the names of stages that have not begun when a run has made so many steps: they may change."""
         return tuple(stage.ending for stage in self.stages if stage.number > 1 and stage.steps_before >= step)
 
-    def stage_at(self, step: int) -> Stage:
+    def stage_at(self, step: int) -> Stage[ConfigT]:
         """Which one an optimizer step, from 1, belongs to."""
         return next(stage for stage in reversed(self.stages) if stage.steps_before < step)
 
-    def read(self, step: int, data_step: int) -> StageStep:
+    def read(self, step: int, data_step: int) -> StageStep[ConfigT, BatchT]:
         """The data of a step.
 
         Args:
@@ -169,7 +158,7 @@ class StagedLoader:
         self._position += 1
         return StageStep(stage, plan, batches, self._loader.keys(plan))
 
-    def _begin(self, stage: Stage, data_step: int) -> None:
+    def _begin(self, stage: Stage[ConfigT], data_step: int) -> None:
         if self._current is not None:
             self._steps.close()  # ends its workers
         if stage is not self._current:
@@ -179,7 +168,7 @@ class StagedLoader:
         self._current, self._position = stage, data_step
 
 
-def settled(config: "DiTRunConfig") -> int:
+def settled(config: "RunConfig") -> int:
     """The steps of the whole run: the sum of its stages'.
 
     Raises:

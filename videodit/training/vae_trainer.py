@@ -1,8 +1,8 @@
 """`videodit train vae`: the video VAE on clips in pixels."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from videodit.config import to_yaml
 from videodit.data.channel_statistics import ChannelStatistics
-from videodit.data.clip_reader import DataConfig, measured_statistics
+from videodit.data.clip_reader import DataConfig
 from videodit.data.field import preview
 from videodit.data.loader import ClipLoader, clips_in_order
 from videodit.data.mixture import open_shards
@@ -20,69 +20,18 @@ from videodit.data.randomness import sample_noise
 from videodit.data.transforms import to_pixels
 from videodit.errors import UserError
 from videodit.evaluation.reconstruction import psnr
-from videodit.models.vae import VAEConfig, VideoVAE, gaussian_kl
+from videodit.models.vae import VideoVAE
+from videodit.parallel.mesh import World
+from videodit.planning.workload import VAEWorkload
 from videodit.training.checkpoint import Checkpoint, load_average, load_latest
 from videodit.training.run import TrainingRun, micro_batch_tokens
-from videodit.training.run_config import RunConfig, open_world
+from videodit.training.run_config import open_world
+from videodit.training.stages import Stage, StagedLoader, stages_of
+from videodit.training.vae_config import VAERunConfig, follow_clips
+from videodit.training.vae_objective import VAEObjective
 
 FIT_CLIPS = 64
 """Clips whose blocks give the VAE's linear shortcut."""
-
-
-@dataclass(frozen=True)
-class VAELossConfig:
-    """Weights of the VAE's loss terms, each a mean over values."""
-
-    l1: float = 1.0
-    """absolute error of the pixels in [-1, 1]"""
-    mse: float = 0.0
-    """squared error of the pixels: weighs what is far off, such as the edge of a small object"""
-    kl: float = 1e-6
-    """KL divergence of the posterior from a standard normal, in nats per latent value"""
-
-
-@dataclass(frozen=True)
-class VAERunConfig(RunConfig):
-    """A VAE training run."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    """clips to train on"""
-    eval_shards: str | None = None
-    """shards of held-out clips; their PSNR is measured every sample_every steps"""
-    eval_clips: int = 32
-    """how many of them"""
-    model: VAEConfig = field(default_factory=VAEConfig)
-    """shape of the VAE"""
-    loss: VAELossConfig = field(default_factory=VAELossConfig)
-    """loss terms"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.data.shards:
-            raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit ingest writes it")
-
-
-class VAEObjective(torch.nn.Module):
-    """The VAE with its loss, as one module: clips in, losses per clip out."""
-
-    def __init__(self, vae: VideoVAE, weights: VAELossConfig) -> None:
-        super().__init__()
-        self.vae, self.weights = vae, weights
-
-    def forward(self, clip: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of a micro batch.
-
-        Args:
-            clip: (b, c, t, h, w) in [-1, 1].
-            noise: standard normal, of the latents' shape.
-        Returns:
-            (b,) the weighted loss and (b,) the squared error alone, float32.
-        """
-        posterior = self.vae.posterior(clip)
-        error = (self.vae.decode(posterior.sample(noise)) - clip).float().flatten(1)
-        squared = error.square().mean(dim=1)
-        kl = gaussian_kl(posterior.mean.float(), posterior.logvar.float()) / noise[0].numel()
-        return self.weights.l1 * error.abs().mean(dim=1) + self.weights.mse * squared + self.weights.kl * kl, squared
 
 
 def train_vae(config: VAERunConfig) -> Path:
@@ -96,37 +45,34 @@ def train_vae(config: VAERunConfig) -> Path:
         UserError: for data or a folder that cannot be used.
     """
     config = follow_clips(config)
-    multiple, statistics = config.model.spatial_compression, ChannelStatistics.of_vae(config.model)
+    stages = stages_of(config)
     with open_world(config) as world, TrainingRun.open(config, to_yaml(config), world) as run:
         vae = VideoVAE(config.model)
-        vae.fit_shortcut(_first_clips(config, config.data, FIT_CLIPS))
+        vae.fit_shortcut(_first_clips(config, stages[0].config.data, FIT_CLIPS))
+        clip_flops: dict[str, int] = {}
+
+        def count(stage: Stage[VAERunConfig], loader: ClipLoader) -> None:
+            # Before DeepSpeed starts: what it does to torch at ZeRO-3 falsifies the count.
+            workload = VAEWorkload(stage.config, list(loader.batch_sizes))
+            new = [bucket for bucket in workload.buckets if run.counts_flops and bucket.name not in clip_flops]
+            clip_flops.update({bucket.name: workload.flops(bucket, "none") for bucket in new})
+
+        loader = StagedLoader(stages, functools.partial(_open_clips, world), count)
         run.start(VAEObjective(vae, config.loss))
-        loader = ClipLoader(
-            config.data,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
-            batch_by=config.batch_by,
-            rank=world.rank,
-            world=world.size,
-            multiple=multiple,
-            statistics=statistics,
-        )
-        run.accept(loader.batch_sizes, loader.order_settings)
+        run.accept(loader.sizes, loader.settings, free=loader.endings_after(run.step))
         held_out = None
         if config.eval_shards is not None:
-            eval_data = dataclasses.replace(config.data, shards=config.eval_shards, weights=[])
+            eval_data = dataclasses.replace(stages[-1].config.data, shards=config.eval_shards, weights=[])
             held_out = _first_clips(config, eval_data, config.eval_clips)
         if run.evaluation_was_cut() and held_out is not None:
             _reconstruct(run, held_out, fps=8.0)
-        steps = loader.iterate(run.next_data_step)
         while run.running:
-            plan, batches = next(steps)
+            stage, plan, batches, keys = loader.read(run.step + 1, run.next_data_step)
             total = run.total_weight(batches)
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
                 shape = config.model.latent_shape(*batch.bucket)
-                noise = sample_noise(config.seed, batch.epochs, batch.keys, shape, "posterior")
+                noise = sample_noise(stage.config.seed, batch.epochs, batch.keys, shape, "posterior")
                 with run.meter.phase("forward"):
                     losses, squared = run.engine(batch.clip(world.device), noise.to(world.device))
                     weight = batch.weight.to(losses.device) / total
@@ -139,8 +85,9 @@ def train_vae(config: VAERunConfig) -> Path:
             run.finish_step(
                 sums,
                 bucket=plan.bucket,
-                keys=loader.keys(plan),
+                keys=keys,
                 tokens=micro_batch_tokens(batches, positions, world.size),
+                flops=micro_batch_tokens(batches, clip_flops.get(plan.bucket, 0), world.size),
             )
             if run.due(config.sample_every) and held_out is not None:
                 _reconstruct(run, held_out, fps=8.0)
@@ -149,22 +96,6 @@ def train_vae(config: VAERunConfig) -> Path:
         if world.is_main and newest is not None:
             export_vae(config, newest, Path(config.run_dir) / "model")
     return Path(config.run_dir) / "model"
-
-
-def follow_clips(config: VAERunConfig) -> VAERunConfig:
-    """The config with the number of the clips' channels and, of fields, their statistics.
-
-    Raises:
-        UserError: if there are no clips, they are of several kinds, or ingest did not measure their channels.
-    """
-    statistics = measured_statistics(open_shards(config.data))
-    model = dataclasses.replace(
-        config.model,
-        in_channels=len(statistics.mean) if statistics else 3,
-        channel_mean=statistics.mean if statistics else None,
-        channel_std=statistics.std if statistics else None,
-    )
-    return dataclasses.replace(config, model=model)
 
 
 def export_vae(
@@ -180,7 +111,7 @@ def export_vae(
     """
     vae = VideoVAE(config.model)
     load_average(VAEObjective(vae, config.loss), checkpoint, weights)
-    measure_latent_statistics(vae, config.data)
+    measure_latent_statistics(vae, stages_of(config)[-1].config.data)
     vae.save_pretrained(out)
 
 
@@ -213,6 +144,20 @@ def measure_latent_statistics(vae: VideoVAE, data: DataConfig, num_clips: int = 
     center = total / positions
     variance = (total_square / positions - center.square()).clamp(min=1e-8)
     vae.set_latent_statistics(center.float().to(device), variance.sqrt().float().to(device))
+
+
+def _open_clips(world: World, config: VAERunConfig) -> ClipLoader:
+    return ClipLoader(
+        config.data,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        batch_by=config.batch_by,
+        rank=world.rank,
+        world=world.size,
+        multiple=config.model.spatial_compression,
+        statistics=ChannelStatistics.of_vae(config.model),
+    )
 
 
 def _first_clips(config: VAERunConfig, data: DataConfig, count: int) -> Tensor:
