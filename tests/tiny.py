@@ -52,13 +52,17 @@ DIT_OPTIONS = [
 RUN_OPTIONS = ["--tracker.mode=disabled", "--device=cpu"]
 
 
-def make_shards(folder: Path, num_clips: int = 8, first: int = 0) -> Path:
-    """Captioned clips of the shapes world, as ingest would have written them: those of these numbers."""
+def make_shards(folder: Path, num_clips: int = 8, first: int = 0, num_images: int = 0) -> Path:
+    """Captioned clips of the shapes world, as ingest would have written them: those of these numbers.
+
+    The first num_images of them have one frame.
+    """
     with ShardWriter(folder) as writer:
         for index in range(first, first + num_clips):
             spec = sample_spec(np.random.default_rng(index))
-            clip = encode_mp4(render(spec, num_frames=FRAMES, size=SIZE), 8.0)
-            facts = {"fps": 8.0, "num_frames": FRAMES, "height": SIZE, "width": SIZE, "source": f"{index}.mp4"}
+            frames = 1 if index < first + num_images else FRAMES
+            clip = encode_mp4(render(spec, num_frames=frames, size=SIZE), 8.0)
+            facts = {"fps": 8.0, "num_frames": frames, "height": SIZE, "width": SIZE, "source": f"{index}.mp4"}
             writer.write(f"clip-{index}", {"mp4": clip, "json": json_bytes({"captions": captions(spec), **facts})})
     return folder
 
@@ -70,9 +74,10 @@ def make_vae(folder: Path) -> Path:
     return folder
 
 
-def make_latents(folder: Path, shards: Path, vae: Path) -> Path:
+def make_latents(folder: Path, shards: Path, vae: Path, buckets: Sequence[str] = (BUCKET,)) -> Path:
     """The clips' latents."""
-    encode_clips(EncodeConfig(str(vae), str(folder), DataConfig(shards=str(shards), buckets=[BUCKET]), device="cpu"))
+    data = DataConfig(shards=str(shards), buckets=list(buckets))
+    encode_clips(EncodeConfig(str(vae), str(folder), data, device="cpu"))
     return folder
 
 

@@ -1,6 +1,8 @@
 """`videodit train vae`: the video VAE on clips in pixels."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from videodit.config import to_yaml
+from videodit.data.batches import ClipBatch
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import DataConfig, measured_statistics
 from videodit.data.field import preview
@@ -22,6 +25,7 @@ from videodit.errors import UserError
 from videodit.evaluation.reconstruction import psnr
 from videodit.models.vae import VAEConfig, VideoVAE, gaussian_kl
 from videodit.training.checkpoint import Checkpoint, load_average, load_latest
+from videodit.training.clip_seconds import ClipSeconds
 from videodit.training.run import TrainingRun, micro_batch_tokens
 from videodit.training.run_config import RunConfig, open_world
 
@@ -112,7 +116,12 @@ def train_vae(config: VAERunConfig) -> Path:
             multiple=multiple,
             statistics=statistics,
         )
+        times = ClipSeconds(run)
+        if loader.needs_seconds:
+            one_pass = functools.partial(_micro_step, run, config, total=config.micro_batch_size)
+            loader.use_seconds(times.of(loader, one_pass))
         run.accept(loader.batch_sizes, loader.order_settings)
+        times.freeze()
         held_out = None
         if config.eval_shards is not None:
             eval_data = dataclasses.replace(config.data, shards=config.eval_shards, weights=[])
@@ -125,17 +134,9 @@ def train_vae(config: VAERunConfig) -> Path:
             total = run.total_weight(batches)
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
-                shape = config.model.latent_shape(*batch.bucket)
-                noise = sample_noise(config.seed, batch.epochs, batch.keys, shape, "posterior")
-                with run.meter.phase("forward"):
-                    losses, squared = run.engine(batch.clip(world.device), noise.to(world.device))
-                    weight = batch.weight.to(losses.device) / total
-                    loss = (weight * losses).sum()
-                with run.meter.phase("backward"):
-                    run.engine.backward(loss)
-                sums["loss"] += loss.detach()
-                sums["mse"] += (weight * squared).sum().detach()
-            positions = shape[1] * shape[2] * shape[3]
+                for name, value in _micro_step(run, config, batch, total).items():
+                    sums[name] += value
+            positions = math.prod(config.model.latent_shape(*batch.bucket)[1:])
             run.finish_step(
                 sums,
                 bucket=plan.bucket,
@@ -149,6 +150,20 @@ def train_vae(config: VAERunConfig) -> Path:
         if world.is_main and newest is not None:
             export_vae(config, newest, Path(config.run_dir) / "model")
     return Path(config.run_dir) / "model"
+
+
+def _micro_step(run: TrainingRun, config: VAERunConfig, batch: ClipBatch, total: float) -> dict[str, Tensor]:
+    """Forward and backward pass of a micro batch; its part of each loss, total being the weight of the whole step."""
+    device = run.world.device
+    shape = config.model.latent_shape(*batch.bucket)
+    noise = sample_noise(config.seed, batch.epochs, batch.keys, shape, "posterior")
+    with run.meter.phase("forward"):
+        losses, squared = run.engine(batch.clip(device), noise.to(device))
+        weight = batch.weight.to(losses.device) / total
+        loss = (weight * losses).sum()
+    with run.meter.phase("backward"):
+        run.engine.backward(loss)
+    return {"loss": loss.detach(), "mse": (weight * squared).sum().detach()}
 
 
 def follow_clips(config: VAERunConfig) -> VAERunConfig:
