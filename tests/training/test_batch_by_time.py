@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -38,13 +37,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def latents(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     root = tmp_path_factory.mktemp("encoded")
     return tiny.make_latents(root / "latents", shards, tiny.make_vae(root / "vae"), [VIDEO, IMAGE])
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 def read(run: Path, name: str) -> dict[str, Any]:
