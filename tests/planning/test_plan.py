@@ -1,10 +1,12 @@
 """`videodit plan`: what it prints, refuses and advises; and that every file in configs/ fits the machine it names."""
 
 import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests import tiny
 from videodit import cli
@@ -28,6 +30,7 @@ from videodit.planning.plan import (
     policy_of,
     room_of,
 )
+from videodit.planning.table import print_plan
 
 CONFIGS = sorted(
     p for p in (Path(__file__).resolve().parents[2] / "configs").glob("*_*.yaml") if p.stem != "ingest_base"
@@ -153,6 +156,19 @@ def test_buckets_by_tokens_have_as_many_tokens_a_step(tmp_path: Path) -> None:
     assert [row.clips for row in by_clips.buckets] == [32, 32, 32]
     assert plan.buckets[1].step_s == pytest.approx(2 * by_clips.buckets[1].step_s)
     assert plan.chosen.memory == by_clips.chosen.memory  # of the largest bucket
+
+
+def test_buckets_by_time_take_as_long(tmp_path: Path) -> None:
+    """By FLOPs; the caption's are a clip's whatever its size, so that a small one has more of them for a token."""
+    buckets = {"buckets": ["17x64x64", "1x32x32"], "global_batch_size": 256}
+    plan = make_plan(small(tmp_path, batch_by="time", **buckets))
+    large, tiny_one = plan.buckets
+    assert large.clips == 256
+    assert abs(tiny_one.step_flops - large.step_flops) <= tiny_one.step_flops / tiny_one.clips  # to a clip
+    assert tiny_one.clips * tiny_one.tokens < large.clips * large.tokens
+    shown = StringIO()
+    print_plan(plan, Console(file=shown, width=200))
+    assert "batch_by time: clips/step by FLOPs" in shown.getvalue()
 
 
 def test_ranks_that_share_clips_share_their_activations_and_time(tmp_path: Path) -> None:

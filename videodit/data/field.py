@@ -9,113 +9,59 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from videodit.data.channel_statistics import ChannelMoments
 from videodit.data.clip_cutter import NO_BARS, Clip, CutResult, CutRules, Dropped
+from videodit.data.field_arrays import FieldArray, FieldError, open_field, read_npy_header
 from videodit.errors import user_error
 
 _HEADER_BYTES = 4096  # numpy's header of a plain array has 128
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _STORED = np.dtype("<f4")
 
 
-class FieldError(Exception):
-    """A field that cannot be used; the message is a short reason."""
-
-
 def cut_field(
-    source: str | bytes, spool: Path, rules: CutRules, fps: Any = 1.0, beat: Callable[[], None] = lambda: None
+    source: str | bytes,
+    spool: Path,
+    rules: CutRules,
+    fps: Any = 1.0,
+    beat: Callable[[], None] = lambda: None,
+    array: Any = None,
 ) -> CutResult:
-    """One .npy file into clips, as `cut_source` does for videos: (t, h, w) or (t, h, w, c), any float or int dtype.
+    """One array into clips, as `cut_source` does for videos: (t, h, w) or (t, h, w, c), any float or int dtype.
 
     A value that is not finite refuses the whole file: what is left of it is not to be trusted either.
 
     Args:
-        source: the file, of which a clip at a time is mapped, or its bytes.
+        source: the .npy, of which a clip at a time is mapped, its bytes, or the .zarr folder, of which some frames at a
+            time are read.
         spool: the file the clips' bytes go to, one after the other.
         rules: how to cut; of them min_frames and max_duration_s.
         fps: frames per second, as the sidecar says it.
         beat: called at every frame.
+        array: name of that which is meant in a zarr group, as the sidecar says it.
     Raises:
         UserError: if the spool cannot be written.
     """
     try:
-        array, rate = _open(source), _rate(fps)
+        field, rate = open_field(source, array), _rate(fps)
         longest = rules.max_frames(rate)
         result = CutResult()
         with open(spool, "wb") as file:
-            for start in range(0, array.shape[0], longest):
-                count = min(longest, array.shape[0] - start)
+            for start in range(0, field.shape[0], longest):
+                count = min(longest, field.shape[0] - start)
                 if count < rules.min_frames:
                     reason = f"{count} frames, shorter than min_frames {rules.min_frames}"
                     result.dropped.append(Dropped(start, count, rate, reason))
                 else:
-                    frames = _frames(source, array, start, start + count)
-                    result.clips.append(_write_clip(file, frames, start, rate, beat))
+                    result.clips.append(_write_clip(file, field, start, count, rate, beat))
         return result
     except FieldError as error:
         return CutResult(problem=str(error))
     except OSError as error:
         raise user_error(error, spool) from error
-
-
-class _Array(NamedTuple):
-    """What the header of a .npy says, and where the values begin."""
-
-    shape: tuple[int, ...]
-    by_columns: bool
-    dtype: np.dtype[Any]
-    offset: int
-
-
-def _read_header(file: BinaryIO) -> _Array:
-    """Unlike np.load, it takes arrays of numbers only: no pickle, no zip. ValueError says what else it is."""
-    version = np.lib.format.read_magic(file)
-    if version not in _HEADERS:
-        raise ValueError(f"format {version}")
-    shape, by_columns, dtype = _HEADERS[version](file)
-    return _Array(shape, by_columns, dtype, file.tell())
-
-
-def _open(source: str | bytes) -> _Array:
-    """Checks that the file holds all values of a field."""
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            array = _read_header(file)
-            size = file.seek(0, os.SEEK_END) - array.offset
-    except OSError as error:
-        raise FieldError(f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise FieldError(f"cannot be read as an array: {str(error).splitlines()[0]}") from error
-    if array.dtype.kind not in "fiu":
-        raise FieldError(f"values of dtype {array.dtype}: floats or integers are needed")
-    if len(array.shape) not in (3, 4) or 0 in array.shape:
-        raise FieldError(f"shape {array.shape}: (t, h, w) or (t, h, w, c) is needed")
-    if size < math.prod(array.shape) * array.dtype.itemsize:
-        raise FieldError(f"cut short: {size} bytes of values for {array.dtype} {array.shape}")
-    return array
-
-
-def _frames(source: str | bytes, array: _Array, start: int, stop: int) -> np.ndarray:
-    """Frames start to stop, (t, h, w, c): no more is mapped, for address space is limited and fields may be larger."""
-    shape, by_columns, dtype, offset = array
-    if not by_columns:
-        offset += start * math.prod(shape[1:]) * dtype.itemsize
-        shape, start, stop = (stop - start, *shape[1:]), 0, stop - start
-    order: Literal["F", "C"] = "F" if by_columns else "C"
-    try:
-        if isinstance(source, bytes):
-            whole = np.ndarray(shape, dtype, source, offset, order=order)
-        else:
-            whole = np.memmap(source, dtype, "r", offset, shape, order)
-    except OSError as error:
-        by = ", by columns: save numpy.ascontiguousarray of it" if by_columns else ""
-        raise FieldError(f"cannot be mapped ({error.strerror}){by}") from error
-    frames = whole[start:stop]
-    return frames if frames.ndim == 4 else frames[..., None]
 
 
 def _rate(fps: Any) -> float:
@@ -124,20 +70,23 @@ def _rate(fps: Any) -> float:
     return float(fps)
 
 
-def _write_clip(file: BinaryIO, frames: np.ndarray, start: int, fps: float, beat: Callable[[], None]) -> Clip:
+def _write_clip(
+    file: BinaryIO, field: FieldArray, start: int, count: int, fps: float, beat: Callable[[], None]
+) -> Clip:
     """Appends a clip's .npy, frame by frame."""
     offset, digest = file.tell(), hashlib.sha256()
+    shape = (count, *field.shape[1:])
 
     def write(data: bytes) -> None:
         file.write(data)
         digest.update(data)
 
     header = io.BytesIO()
-    described = {"descr": _STORED.str, "fortran_order": False, "shape": frames.shape}
+    described = {"descr": _STORED.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, described)
     write(header.getvalue())
     moments: ChannelMoments | None = None
-    for number, frame in enumerate(frames, start):
+    for number, frame in enumerate(field.frames(start, start + count), start):
         beat()
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
             stored = frame.astype(_STORED, order="C")
@@ -145,7 +94,7 @@ def _write_clip(file: BinaryIO, frames: np.ndarray, start: int, fps: float, beat
             raise FieldError(f"frame {number} has values that are not finite in float32")
         write(stored.tobytes())
         moments = ChannelMoments.of(stored) if moments is None else moments + ChannelMoments.of(stored)
-    count, height, width, _ = frames.shape
+    _, height, width, _ = shape
     size = file.tell() - offset
     return Clip(start, count, height, width, fps, offset, size, digest.hexdigest(), None, NO_BARS, "npy", moments)
 
@@ -162,7 +111,7 @@ def read_window(read: Callable[[int, int], bytes], shape: tuple[int, ...], start
     Raises:
         ValueError: if it is another array.
     """
-    array = _read_header(io.BytesIO(read(0, _HEADER_BYTES)))
+    array = read_npy_header(io.BytesIO(read(0, _HEADER_BYTES)))
     if array[:3] != (shape, False, _STORED):
         raise ValueError(f"an array of {array.dtype} {array.shape}, the index says {_STORED} {shape}")
     frame_bytes = math.prod(shape[1:]) * _STORED.itemsize

@@ -58,7 +58,7 @@ def _fetch(source: Source, copy: Path, beat: Beat) -> None:
 
 def _cut_data(source: Source, data: str | bytes, spool: Path, beat: Beat, rules: CutRules) -> CutResult:
     if source.is_field:
-        return cut_field(data, spool, rules, source.extra.get("fps", 1.0), beat)
+        return cut_field(data, spool, rules, source.extra.get("fps", 1.0), beat, source.extra.get("array"))
     return cut_picture(data, spool, rules) if source.is_image else cut_source(data, spool, rules, beat)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from videodit.data.captions import CAPTION_NAMES, WEIGHT_NAMES, Captions, parse_captions
+from videodit.data.field_arrays import ZARR, folder_state, require_zarr
 from videodit.data.shards import tar_samples
 from videodit.data.storage import (
     FileState,
@@ -34,7 +35,7 @@ VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .mxf .gif .y4m".split()
 )
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
-FIELD_SUFFIXES = frozenset([".npy"])
+FIELD_SUFFIXES = frozenset([".npy", ZARR])
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _SIDECAR_BYTES = 16 << 20  # of a caption in a tar
 _PATH_COLUMNS = ("path", "video", "file", "filename", "video_path")
@@ -57,12 +58,17 @@ class Source:
     span: tuple[int, int] | None = None
     """(offset, size) within the tar; None for a file of its own."""
     state: FileState | None = None
-    """Of a file that is not on this machine."""
+    """Of a file that is not on this machine, or of a zarr array."""
 
     @property
     def is_image(self) -> bool:
         """Whether it is a picture rather than a video, by its name."""
         return Path(self.name or self.path).suffix.lower() in IMAGE_SUFFIXES
+
+    @property
+    def is_zarr(self) -> bool:
+        """Whether it is a zarr array, by its name."""
+        return (self.name or self.path).endswith(ZARR)
 
     @property
     def is_field(self) -> bool:
@@ -78,7 +84,8 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
     write them, KEY.json and KEY.txt beside KEY.mp4. A table (.csv, .tsv, .jsonl, .parquet) has a column "path"
     (relative to the table) and "caption" or "captions" (in a CSV: a JSON list); other columns are carried along. A path
     that comes in several rows is one source with the captions of all. In a folder or tar, NAME.npy beside a video NAME
-    (an embedding, say) is no field.
+    (an embedding, say) is no field. A folder NAME.zarr is an array as NAME.npy is; of a group the sidecar's "array"
+    names the one that is meant.
 
     Args:
         src: folder, table, .tar, or file of a video or field; also an address that fsspec knows, such as s3://bucket/a.
@@ -88,14 +95,16 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
         Sources sorted by name.
     Raises:
         UserError: if src is not there, is of no known kind or holds no video.
-        MissingExtra: if it needs fsspec and that is not installed.
+        MissingExtra: if it needs fsspec or zarr and that is not installed.
     """
     given = plain(src)
     suffixes = VIDEO_SUFFIXES | FIELD_SUFFIXES | (IMAGE_SUFFIXES if images else frozenset())
     suffix = split_suffix(given)[1].lower()
     root = beside(given, "").removesuffix("/") if is_remote(given) else str(Path(given).parent)
     try:
-        if Path(given).is_dir() or (is_remote(given) and suffix not in {*_TABLES, ".tar", *suffixes}):
+        if (Path(given).is_dir() and suffix != ZARR) or (
+            is_remote(given) and suffix not in {*_TABLES, ".tar", *suffixes}
+        ):
             root, found = given, list(_from_folder(given, {Path(folder).resolve() for folder in exclude}, suffixes))
         elif not is_remote(given) and not Path(given).exists():
             raise FileNotFoundError
@@ -118,6 +127,8 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
     if not found:
         kinds = " ".join(sorted(suffixes))
         raise UserError(f"{given} has no videos: {kinds} are looked for, also in the folders and tars in it")
+    if any(source.is_zarr for source in found):
+        require_zarr()
     unknown = any(is_remote(source.path) and not source.state for source in found)
     complete = partial(_complete, root=root, images=images)
     return sorted(map_all(complete, found, at_once=unknown), key=lambda source: source.name)
@@ -129,6 +140,11 @@ def _complete(source: Source, root: str, images: bool) -> Source:
     source = replace(source, name=f"{name}/{source.name}" if source.span else name)
     problem = source.problem or ("a picture: --images takes it" if source.is_image and not images else "")
     where = source.state
+    if source.is_zarr and not problem:
+        if source.span or is_remote(source.path):
+            problem = "a zarr array that is no folder of this machine: copy it, or take it out of its tar"
+        else:
+            where = folder_state(source.path)
     if is_remote(source.path) and not where and not problem:
         try:
             where = state(source.path)
@@ -141,7 +157,7 @@ def _complete(source: Source, root: str, images: bool) -> Source:
 
 
 def _from_folder(root: str, exclude: set[Path], suffixes: frozenset[str]) -> Iterator[Source]:
-    for files in walk(root, exclude):
+    for files in walk(root, exclude, whole=(ZARR,)):
         names = [name for name in _unattached(files) if Path(name).suffix.lower() in suffixes]
         videos = [files[name] for name in names]
         yield from map_all(partial(_with_sidecar, files=files), videos, at_once=is_remote(root))
@@ -222,7 +238,8 @@ def _from_table(table: str) -> Iterator[Source]:
             captions, extra = _split({name: value for name, value in row.items() if name != column})
         except ValueError as error:
             raise UserError(f"{table}, line {line}: {error}") from error
-        problem = "" if is_remote(path) or Path(path).is_file() else "no such file"
+        there = is_remote(path) or Path(path).is_file() or (path.endswith(ZARR) and Path(path).is_dir())
+        problem = "" if there else "no such file"
         if path in sources:
             captions = sources[path].captions + captions
             extra = sources[path].extra | extra

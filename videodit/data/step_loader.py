@@ -9,6 +9,7 @@ nothing but time; the order and the samples are the same for any number of ranks
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from videodit.data.batch_sizes import BatchBy, batch_sizes
@@ -43,6 +44,8 @@ class StepLoader(Generic[BatchT]):
 
     Attributes:
         order_settings: by name, those that a run must keep for its order to go on.
+        batch_sizes: of each bucket that has clips.
+        needs_seconds: whether they are by time and wait for `use_seconds`; until then tokens stand for time.
 
     Args:
         reader: reads one micro batch.
@@ -83,28 +86,53 @@ class StepLoader(Generic[BatchT]):
         self._windowed_steps = windowed_steps
         self._to_batch = to_batch
         self._buckets = {bucket.name: bucket for bucket in members}
+        self._clips = {bucket.name: clips for bucket, clips in members.items()}
         self._keys = keys = [entry.key for entry in shards.entries]
         self._rank, self._world = rank, world
         places = clip_places(shards, config)
         self.order_settings = {"data.streams": config.streams, "data.weights": list(places.weights)}
         self._num_workers, self._prefetch = num_workers, config.prefetch
         self._guard = FailureGuard(keys)
-        self.num_clips = sum(len(clips) for clips in members.values())
+        self.num_clips = sum(map(len, self._clips.values()))
         counts = {bucket.name: tokens[bucket] for bucket, clips in members.items() if clips}
+        self.needs_seconds = batch_by == "time" and len(counts) > 1
+        self._size_batches = partial(batch_sizes, counts, global_batch_size, micro_batch_size, batch_by, world=world)
+        self._make_order = partial(GlobalOrder, self._clips, seed=seed, num_streams=config.streams, places=places)
+        self._name = shards.name
+        self._set_batches(None)
+
+    def use_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Makes the batches of `batch_by: time`; before the first step.
+
+        Args:
+            seconds: of one clip of each bucket, the same on every rank.
+        Raises:
+            UserError: if there are fewer clips than one global batch takes.
+        """
+        self.needs_seconds = False
+        self._set_batches(seconds)
+
+    def _set_batches(self, seconds: Mapping[str, float] | None) -> None:
         try:
-            self.batch_sizes = batch_sizes(counts, global_batch_size, micro_batch_size, batch_by)
+            self.batch_sizes = self._size_batches(seconds=seconds)
             totals = {name: size.total for name, size in self.batch_sizes.items()}
-            clips = {bucket.name: members[bucket] for bucket in members}
-            self.order = GlobalOrder(clips, totals, seed, config.streams, places)
+            self.order = self._make_order(global_batch_size=totals)
             # Of its own, since an order keeps one epoch at hand and the one that is ahead may be in the next.
-            self._order_ahead = GlobalOrder(clips, totals, seed, config.streams, places) if self._is_remote else None
+            self._order_ahead = self._make_order(global_batch_size=totals) if self._is_remote else None
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.num_clips < min(totals.values()):
             raise UserError(
-                f"{shards.name} has {self.num_clips} clips for training, fewer than global_batch_size "
+                f"{self._name} has {self.num_clips} clips for training, fewer than global_batch_size "
                 f"{min(totals.values())}: lower global_batch_size to {self.num_clips} or less, or add clips"
             )
+
+    def first_clips(self, bucket: str) -> BatchT:
+        """A micro batch of the first clips of a bucket, the same on every rank, for measuring."""
+        size = self.batch_sizes[bucket].micro
+        ids = [*self._clips[bucket][:size], *[PADDING] * size][:size]
+        rows = self._reader[Request(self._buckets[bucket], (0,) * size, tuple(ids))]
+        return self._to_batch(rows, batch_fields(rows, self._keys))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -76,18 +76,19 @@ def beside(address: str, name: str) -> str:
     return f"{folder}{slash}{name}{chained}{chain}"
 
 
-def walk(root: str, exclude: Iterable[Path] = ()) -> Iterator[dict[str, Found]]:
+def walk(root: str, exclude: Iterable[Path] = (), whole: tuple[str, ...] = ()) -> Iterator[dict[str, Found]]:
     """The files of every folder by name; nothing whose name begins with a dot.
 
     Args:
         root: where to begin.
         exclude: folders of this machine, resolved, to leave out.
+        whole: endings of the names of folders that count as files.
     Raises:
         OSError: if a folder of this machine cannot be read.
         UserError: if files elsewhere cannot be listed.
     """
     if is_remote(root):
-        yield from _walk_remote(root)
+        yield from _walk_remote(root, whole)
         return
     left_out = set(exclude)
 
@@ -96,18 +97,24 @@ def walk(root: str, exclude: Iterable[Path] = ()) -> Iterator[dict[str, Found]]:
 
     for folder, below, files in os.walk(root, onerror=refuse):
         below[:] = [n for n in below if not n.startswith(".") and (Path(folder) / n).resolve() not in left_out]
+        files += [name for name in below if name.endswith(whole)]
+        below[:] = [name for name in below if not name.endswith(whole)]
         yield {name: Found(str(Path(folder) / name)) for name in files if not name.startswith(".")}
 
 
-def _walk_remote(root: str) -> Iterator[dict[str, Found]]:
+def _walk_remote(root: str, whole: tuple[str, ...]) -> Iterator[dict[str, Found]]:
     with _explained(root):
         system, top = open_system(root)
         listed: dict[str, dict[str, Any]] = system.find(top, detail=True)
     folders: dict[str, dict[str, Found]] = defaultdict(dict)
     _, chained, chain = root.partition("::")
     for path, facts in listed.items():
+        below = path.removeprefix(top).split("/")
+        inside = next((number for number, part in enumerate(below[:-1], 1) if part.endswith(whole)), None)
+        if inside:
+            path, facts, below = path.rsplit("/", len(below) - inside)[0], {}, below[:inside]
         folder, _, name = path.rpartition("/")
-        if not any(part.startswith(".") for part in path.removeprefix(top).split("/")):
+        if not any(part.startswith(".") for part in below):
             known = _state(facts) if facts.get("size") is not None else None  # a page of links does not tell
             folders[folder][name] = Found(f"{system.unstrip_protocol(path)}{chained}{chain}", known)
     yield from folders.values()

@@ -320,15 +320,22 @@ class Planner:
         policy = plan.chosen.checkpointing
         speed = machine.peak_flops * config.mfu
         tokens = {bucket.name: self.workload.tokens(bucket) for bucket in self.workload.buckets}
-        sizes = batch_sizes(tokens, config.global_batch_size, config.micro_batch_size, config.batch_by)
+        flops, executed = (
+            {bucket.name: self.workload.flops(bucket, p) for bucket in self.workload.buckets} for p in ("none", policy)
+        )
+        sizes = batch_sizes(
+            tokens,
+            config.global_batch_size,
+            config.micro_batch_size,
+            config.batch_by,
+            seconds=executed,  # which nobody has measured yet
+            world=self.ranks // self.sharing,
+        )
         for bucket in self.workload.buckets:
-            executed = flops = self.workload.flops(bucket, "none")
-            if policy != "none":
-                executed = self.workload.flops(bucket, policy)
+            name, clips = bucket.name, sizes[bucket.name].total
             # The fullest rank is the one that the others wait for.
-            clips = sizes[bucket.name].total
-            seconds = executed * self.share_of(clips) / self.sharing / speed
-            plan.buckets.append(BucketPlan(bucket, clips, tokens[bucket.name], flops * clips, seconds))
+            seconds = executed[name] * self.share_of(clips) / self.sharing / speed
+            plan.buckets.append(BucketPlan(bucket, clips, tokens[name], flops[name] * clips, seconds))
         return plan
 
     def nearest(self, room: float) -> Choice | None:

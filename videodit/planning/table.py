@@ -43,6 +43,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         highlight=False,
     )
     console.print(_steps(plan))
+    if config.batch_by == "time" and len(plan.buckets) > 1:
+        console.print("batch_by time: clips/step by FLOPs, which stand for the time that a run measures when it begins")
     console.print(_memory(plan))
     if plan.chosen.memory.host:
         size = plan.chosen.memory.host / GIB

@@ -1,6 +1,7 @@
 """`videodit train dit`: the text-to-video DiT on latents, with its own text encoder or a frozen one's embeddings."""
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from videodit.kernels.choice import choose_kernels
 from videodit.models.dit import DiTConfig
 from videodit.models.text import TextEncoder, TextFeatures
 from videodit.models.text_prompts import EncodedPrompts
+from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.token_layout import WHOLE, TokenLayout
 from videodit.models.vae_folder import load_vae
 from videodit.parallel.mesh import Mesh, World, make_mesh
@@ -29,6 +31,7 @@ from videodit.parallel.sequence import split_layout
 from videodit.planning.machines import device_memory
 from videodit.planning.plan import choose_checkpointing
 from videodit.planning.workload import DiTWorkload
+from videodit.training.clip_seconds import ClipSeconds
 from videodit.training.dit_config import DiTRunConfig, follow_latents
 from videodit.training.dit_model import (
     build_model,
@@ -78,7 +81,10 @@ def train_dit(config: DiTRunConfig) -> Path:
         if config.lora.rank:
             facts = frozen_facts(config) if world.is_main else {}
             run.folder.freeze("frozen.json", facts)
+        times = ClipSeconds(run)
+        loader.use_seconds(functools.partial(_measure_stage, run, model, times, policies, layout_of))
         run.accept(loader.sizes, loader.settings, free=loader.endings_after(run.step))
+        times.freeze(free=loader.endings_after(run.step))
         held_out = HeldOutLoss(config, mesh, layout_of) if config.eval_shards else None
         evaluate = functools.partial(_evaluate, run, config, held_out, text_encoder)
         if run.evaluation_was_cut():
@@ -91,18 +97,10 @@ def train_dit(config: DiTRunConfig) -> Path:
             # Summed on the device: a figure that is fetched would wait for the kernels at every micro batch.
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
-                noisy = make_noisy(batch, stage.config, levels)
-                layout = layout_of(noisy.latents.shape)
-                with run.meter.phase("forward"):
-                    text = read_text(batch, world.device, run.engine.dtype)
-                    loss, error = clip_losses(run, noisy, text, config.weighting, layout)
-                    share = batch.weight.to(world.device) / total
-                    loss = (share * loss).sum()
-                with run.meter.phase("backward"):
-                    run.engine.backward(loss)
-                sums["loss"] += loss.detach()
-                sums["mse"] += (share * error).sum()
-            shape = noisy.latents.shape
+                losses = _micro_step(run, stage.config, batch, levels, total, layout_of)
+                for name, value in losses.items():
+                    sums[name] += value
+            shape = batch.mean.shape
             frames, positions = token_shape(config.model, shape)
             tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
             flops = micro_batch_tokens(batches, clip_flops.get(shape[1:], 0), mesh.data_size)
@@ -110,6 +108,46 @@ def train_dit(config: DiTRunConfig) -> Path:
             evaluate()
         run.finish()
     return Path(config.run_dir)
+
+
+def _micro_step(
+    run: TrainingRun,
+    config: DiTRunConfig,
+    batch: LatentBatch,
+    levels: NoiseLevelConfig,
+    total: float,
+    layout_of: Callable[[torch.Size], TokenLayout],
+) -> dict[str, Tensor]:
+    """Forward and backward pass of a micro batch; its part of each loss, total being the weight of the whole step."""
+    noisy = make_noisy(batch, config, levels)
+    layout = layout_of(noisy.latents.shape)
+    with run.meter.phase("forward"):
+        text = read_text(batch, run.world.device, run.engine.dtype)
+        loss, error = clip_losses(run, noisy, text, config.weighting, layout)
+        share = batch.weight.to(run.world.device) / total
+        loss = (share * loss).sum()
+    with run.meter.phase("backward"):
+        run.engine.backward(loss)
+    return {"loss": loss.detach(), "mse": (share * error).sum()}
+
+
+def _measure_stage(
+    run: TrainingRun,
+    model: TextToVideoModel,
+    times: ClipSeconds,
+    policies: Mapping[int, str],
+    layout_of: Callable[[torch.Size], TokenLayout],
+    stage: Stage[DiTRunConfig],
+    loader: LatentLoader,
+) -> Mapping[str, float]:
+    """Seconds of a clip of each bucket, whole ones, computed as the stage will."""
+    model.dit.checkpointing = policies[stage.number]
+    config = stage.config
+
+    def one_pass(batch: LatentBatch) -> None:
+        _micro_step(run, config, batch, config.noise_at(1), config.micro_batch_size, layout_of)
+
+    return times.of(loader, one_pass, stage.ending)
 
 
 @dataclass

@@ -36,7 +36,8 @@ class RunConfig:
     micro_batch_size: int = 32
     """clips of one forward pass on one rank"""
     batch_by: BatchBy = "clips"
-    """clips: batches of every bucket have these sizes; tokens: the largest bucket's do, others hold as many tokens"""
+    """clips: batches of every bucket have these sizes; tokens: the largest bucket's do, others hold as many tokens;
+    time: others take as long, as measured when the run begins"""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights are sharded"""
     offload_optimizer: bool = False
@@ -92,6 +93,11 @@ class RunConfig:
             raise ValueError(
                 f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: "
                 f"the nearest is {nearest}"
+            )
+        if self.deterministic and self.batch_by == "time":
+            raise ValueError(
+                "batch_by time makes batches by what the machine measures, so that no two runs are the same as "
+                "deterministic asks for: use batch_by tokens"
             )
         if not 0 <= self.hang_timeout_s <= TIMEOUT.total_seconds():
             raise ValueError(

@@ -114,6 +114,13 @@ class RunFolder:
         if problem:
             raise UserError(problem)
 
+    def frozen(self, name: str) -> dict[str, Any]:
+        """What a run that goes on has frozen under this name; {} if it begins, or has not. Call on every rank."""
+        file, values = self.path / name, {}
+        if self._is_main and file.exists() and steps_in(self.path):
+            values = json.loads(file.read_text())
+        return broadcast_object(values)
+
     def evaluated_step(self) -> int:
         """The last step whose samples and held-out figures are complete; 0 if none was noted. Call on every rank."""
         file = self.path / EVALUATED

@@ -121,6 +121,7 @@ class StagedLoader(Generic[ConfigT, BatchT]):
         self.stages, self._open = list(stages), open_loader
         self.sizes: dict[str, BatchSize] = {}
         self.settings: dict[str, Any] = {}
+        self._seconds: dict[int, Mapping[str, float]] = {}  # by stage
         self._current: Stage[ConfigT] | None = None
         self._loader: StepLoader[BatchT]
         self._steps: Generator[tuple[StepPlan, list[BatchT]], None, None]
@@ -132,6 +133,23 @@ class StagedLoader(Generic[ConfigT, BatchT]):
             if stage.number > 1:
                 self.settings[f"steps before{stage.ending}"] = stage.steps_before
             seen(stage, loader)
+
+    def use_seconds(self, measure: Callable[[Stage[ConfigT], Any], Mapping[str, float]]) -> None:
+        """Makes the batches of stages with `batch_by: time`; before the first step.
+
+        Args:
+            measure: gives the seconds of one clip of each bucket, the same on every rank, for such a stage.
+        Raises:
+            UserError: if there are fewer clips than one global batch takes.
+        """
+        for stage in self.stages:
+            if stage.config.batch_by != "time":
+                continue
+            loader = self._open(stage.config)
+            if loader.needs_seconds:
+                seconds = self._seconds[stage.number] = measure(stage, loader)
+                loader.use_seconds(seconds)
+                self.sizes |= {f"{name}{stage.ending}": size for name, size in loader.batch_sizes.items()}
 
     def endings_after(self, step: int) -> tuple[str, ...]:
         """Endings of the names of stages that have not begun when a run has made so many steps: they may change."""
@@ -164,6 +182,8 @@ class StagedLoader(Generic[ConfigT, BatchT]):
         if stage is not self._current:
             self._current = None
             self._loader = self._open(stage.config)  # the last one's goes, with what it keeps in memory
+            if stage.number in self._seconds:
+                self._loader.use_seconds(self._seconds[stage.number])
         self._steps = self._loader.iterate(data_step)
         self._current, self._position = stage, data_step
 

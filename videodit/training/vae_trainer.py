@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from videodit.config import to_yaml
+from videodit.data.batches import ClipBatch
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import DataConfig
 from videodit.data.field import preview
@@ -24,6 +26,7 @@ from videodit.models.vae import VideoVAE
 from videodit.parallel.mesh import World
 from videodit.planning.workload import VAEWorkload
 from videodit.training.checkpoint import Checkpoint, load_average, load_latest
+from videodit.training.clip_seconds import ClipSeconds
 from videodit.training.run import TrainingRun, micro_batch_tokens
 from videodit.training.run_config import open_world
 from videodit.training.stages import Stage, StagedLoader, stages_of
@@ -59,7 +62,10 @@ def train_vae(config: VAERunConfig) -> Path:
 
         loader = StagedLoader(stages, functools.partial(_open_clips, world), count)
         run.start(VAEObjective(vae, config.loss))
+        times = ClipSeconds(run)
+        loader.use_seconds(functools.partial(_measure_stage, run, times))
         run.accept(loader.sizes, loader.settings, free=loader.endings_after(run.step))
+        times.freeze(free=loader.endings_after(run.step))
         held_out = None
         if config.eval_shards is not None:
             eval_data = dataclasses.replace(stages[-1].config.data, shards=config.eval_shards, weights=[])
@@ -71,17 +77,9 @@ def train_vae(config: VAERunConfig) -> Path:
             total = run.total_weight(batches)
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
             for batch in batches:
-                shape = config.model.latent_shape(*batch.bucket)
-                noise = sample_noise(stage.config.seed, batch.epochs, batch.keys, shape, "posterior")
-                with run.meter.phase("forward"):
-                    losses, squared = run.engine(batch.clip(world.device), noise.to(world.device))
-                    weight = batch.weight.to(losses.device) / total
-                    loss = (weight * losses).sum()
-                with run.meter.phase("backward"):
-                    run.engine.backward(loss)
-                sums["loss"] += loss.detach()
-                sums["mse"] += (weight * squared).sum().detach()
-            positions = shape[1] * shape[2] * shape[3]
+                for name, value in _micro_step(run, stage.config, batch, total).items():
+                    sums[name] += value
+            positions = math.prod(config.model.latent_shape(*batch.bucket)[1:])
             run.finish_step(
                 sums,
                 bucket=plan.bucket,
@@ -96,6 +94,28 @@ def train_vae(config: VAERunConfig) -> Path:
         if world.is_main and newest is not None:
             export_vae(config, newest, Path(config.run_dir) / "model")
     return Path(config.run_dir) / "model"
+
+
+def _micro_step(run: TrainingRun, config: VAERunConfig, batch: ClipBatch, total: float) -> dict[str, Tensor]:
+    """Forward and backward pass of a micro batch; its part of each loss, total being the weight of the whole step."""
+    device = run.world.device
+    shape = config.model.latent_shape(*batch.bucket)
+    noise = sample_noise(config.seed, batch.epochs, batch.keys, shape, "posterior")
+    with run.meter.phase("forward"):
+        losses, squared = run.engine(batch.clip(device), noise.to(device))
+        weight = batch.weight.to(losses.device) / total
+        loss = (weight * losses).sum()
+    with run.meter.phase("backward"):
+        run.engine.backward(loss)
+    return {"loss": loss.detach(), "mse": (weight * squared).sum().detach()}
+
+
+def _measure_stage(
+    run: TrainingRun, times: ClipSeconds, stage: Stage[VAERunConfig], loader: ClipLoader
+) -> Mapping[str, float]:
+    """Seconds of a clip of each bucket."""
+    one_pass = functools.partial(_micro_step, run, stage.config, total=stage.config.micro_batch_size)
+    return times.of(loader, one_pass, stage.ending)
 
 
 def export_vae(
