@@ -98,7 +98,7 @@ def test_the_batch_size_does_not_change_the_latents(config: EncodeConfig, tmp_pa
         torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3)
 
 
-CHANGES = ["vae", "vae's config", "clips", "captions", "buckets", "fps", "shard lost", "interrupted"]
+CHANGES = ["vae", "vae's config", "clips", "captions", "buckets", "fps"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -115,12 +115,8 @@ def test_what_changes_the_latents_makes_them_anew(config: EncodeConfig, change: 
         write_clips(Path(config.data.shards), with_txt=True)
     elif change == "buckets":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=["5x16x32"]))
-    elif change == "fps":
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, fps=8.0))
-    elif change == "shard lost":
-        next(Path(config.out).glob("*.tar")).unlink()
     else:
-        (Path(config.out) / "latents.json").unlink()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, fps=8.0))
     assert encode_clips(config) == NUM_CLIPS
     assert encode_clips(config) == 0
 
