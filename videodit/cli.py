@@ -90,9 +90,10 @@ def encode(argv: Sequence[str], prog: str, summary: str) -> None:
 
     example = "videodit encode --data.shards runs/a/shards --vae runs/a/vae/model --out runs/a/latents"
     config = parse_config(EncodeConfig, argv, prog, summary, example)
-    with show_progress("encode clips") as progress:
+    speaks = os.environ.get("RANK", "0") == "0"  # torchrun starts this once a rank
+    with show_progress("encode clips", speaks) as progress:
         count = encode_clips(config, progress)
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a rank
+    if speaks:
         print(f"{count} clips encoded in {config.out}")
 
 

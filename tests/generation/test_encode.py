@@ -40,12 +40,17 @@ def write_clips(folder: Path, broken: tuple[int, ...] = (), with_txt: bool = Fal
             writer.write(f"c{number}", members)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> EncodeConfig:
+def encode_config(tmp_path: Path) -> EncodeConfig:
+    """Five clips in three shards, and a VAE."""
     write_clips(tmp_path / "shards")
     tiny_vae().save_pretrained(tmp_path / "vae")
     data = DataConfig(shards=str(tmp_path / "shards"), buckets=["5x32x32"])
     return EncodeConfig(str(tmp_path / "vae"), str(tmp_path / "latents"), data, batch_size=2, device="cpu")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EncodeConfig:
+    return encode_config(tmp_path)
 
 
 def test_latents_are_the_vaes_posterior(config: EncodeConfig) -> None:

@@ -5,7 +5,9 @@ others; who does which, and in which run, changes no byte: no batch has clips of
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,13 +116,28 @@ def encode_clips(config: EncodeConfig, progress: Progress | None = None) -> int:
                 lock.close()
 
 
+@contextmanager
+def _told(world: World) -> Iterator[None]:
+    """Prints an error that only this rank has: of others than a node's first the command line says nothing."""
+    try:
+        yield
+    except UserError as error:
+        if world.local_rank:
+            print(f"error: rank {world.rank}: {error}", file=sys.stderr)
+        raise
+
+
 class _Found(NamedTuple):
     """What was found out about a part."""
 
-    made_of: str
-    """hash of its clips and of what is to be done to them"""
+    clips: str
+    """hash of its clips"""
     whole: bool
     """whether its shard is there already"""
+
+
+def _made_of(settings: dict[str, Any], clips: str) -> str:
+    return sha256_hex(json_bytes([settings, clips]))
 
 
 class _Job:
@@ -153,16 +170,22 @@ class _Job:
         settings = broadcast_object(on_main(self.world, self._settings))
         assert settings is not None
         enter("looking for finished latents")
-        found = self._look(sha256_hex(json_bytes(settings)))
+        with _told(self.world):
+            looked = self._look(settings)
+        found = dict(zip((part.shard for part in self.parts), sum(gather_objects(looked, self.group), []), strict=True))
         todo = [part for part in self.parts if not found[part.shard].whole]
-        fingerprint = settings | {"clips": sha256_hex(json_bytes([made_of for made_of, _ in found.values()]))}
+        fingerprint = settings | {"clips": sha256_hex(json_bytes([clips for clips, _ in found.values()]))}
         if broadcast_object(self.world.is_main and not todo and cache_is_valid(self.out, fingerprint)):
             return 0
         on_main(self.world, lambda: lock.hold_alone() if lock is not None else None)
         text_encoder = self._text_encoder() if todo or self.world.is_main else None
         on_main(self.world, lambda: prepare_folder(self.out, self.parts))
         enter("encoding")
-        count = self._make(todo, found, ClipEncoder(self.shards, self.vae, text_encoder, self.world.device))
+        encoder = ClipEncoder(self.shards, self.vae, text_encoder, self.world.device)
+        with _told(self.world):
+            count = self._make(
+                todo, {part.shard: _made_of(settings, found[part.shard].clips) for part in todo}, encoder
+            )
         enter("waiting for the other ranks")
         counts = gather_objects(count, self.group)
         on_main(self.world, lambda: self._declare(fingerprint, text_encoder))
@@ -173,10 +196,10 @@ class _Job:
         config, text_encoder = self.config, None
         if config.text_encoder:
             folders = dict.fromkeys([Path(config.text_encoder), tokenizer_folder(config.text_encoder)])
-            files = "".join(files_fingerprint(folder, TEXT_FILES) for folder in folders if folder)
+            files = "".join(files_fingerprint(folder, TEXT_FILES, tick) for folder in folders if folder)
             text_encoder = {"files": files, "max_length": config.text_max_length}
         return {
-            "vae": files_fingerprint(config.vae, ("config.json", "*.safetensors")),
+            "vae": files_fingerprint(config.vae, ("config.json", "*.safetensors"), tick),
             "buckets": config.data.buckets,
             "fps": config.data.fps,
             "window": "middle",
@@ -184,19 +207,18 @@ class _Job:
             "version": TRANSFORM_VERSION,
         }
 
-    def _look(self, settings: str) -> dict[str, _Found]:
-        """What there is of each part, by the name of its shard; each rank looks at its share."""
+    def _look(self, settings: dict[str, Any]) -> list[_Found]:
+        """What there is of each part of this rank's share."""
         mine, done = [], 0
         for part in deal_parts(self.parts, self.world.size)[self.world.rank]:
-            made_of = sha256_hex(f"{settings}\n{clips_fingerprint(self.shards, part.clips, tick)}".encode())
-            mine.append(_Found(made_of, is_whole(self.out, part, made_of, tick)))
+            clips = clips_fingerprint(self.shards, part.clips, tick)
+            mine.append(_Found(clips, is_whole(self.out, part, _made_of(settings, clips), tick)))
             if mine[-1].whole:
                 done += len(part.clips)
                 self.progress(done, len(self.buckets))
-        found = [of_part for of_rank in gather_objects(mine, self.group) for of_part in of_rank]
-        return {part.shard: of_part for part, of_part in zip(self.parts, found, strict=True)}
+        return mine
 
-    def _make(self, todo: Sequence[Part], found: dict[str, _Found], encoder: ClipEncoder) -> int:
+    def _make(self, todo: Sequence[Part], made_of: dict[str, str], encoder: ClipEncoder) -> int:
         """This rank's share of the parts: clips encoded."""
         if self.world.is_main and len(todo) == len(self.parts) < self.world.size:
             log.warning(
@@ -216,7 +238,7 @@ class _Job:
                     count += encoder.write(file, batch)
                     read += len(batch.ids)
                     self.progress(total - left + left * read // share, total)  # the others are about as far
-            finish_part(file, found[part.shard].made_of)
+            finish_part(file, made_of[part.shard])
         return count
 
     def _requests(self, part: Part) -> list[Request]:
