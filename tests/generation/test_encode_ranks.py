@@ -1,7 +1,6 @@
 """`videodit encode` in real processes: any number of ranks and kill -9 change no byte, and a second one is told off."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,6 @@ from videodit.data.shards import json_bytes
 
 PER_SHARD, NUM_SHARDS = 3, 12
 LAST = f"shard-{NUM_SHARDS - 1:06d}"
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="module")

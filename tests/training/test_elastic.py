@@ -1,7 +1,6 @@
 """A run of two ranks goes on with one, three or four, at another ZeRO stage, micro batch and number of workers."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,6 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("encoded")
     shards = tiny.make_shards(root / "shards", CLIPS)
     return tiny.make_latents(root / "latents", shards, tiny.make_vae(root / "vae"))
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 def train(ranks: Ranks, size: int, run_dir: Path, latents: Path, **settings: object) -> None:

@@ -52,13 +52,6 @@ def plug(state: str) -> None:
     assert not ip("-n", NAMES[1], "link", "set", "cable", state).returncode
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
-
-
 class Training:
     """Starts the same run again and again, and another one without any fault beside it."""
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,6 @@ LIMIT_S = 5  # hang_timeout_s
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("encoded")
     return tiny.make_latents(root / "latents", tiny.make_shards(root / "shards"), tiny.make_vae(root / "vae"))
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 def options(run_dir: Path, latents: Path, max_steps: int = 100_000) -> list[str]:

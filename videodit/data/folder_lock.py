@@ -45,6 +45,12 @@ class FolderLock:
             self._file.write(str(os.getpid()))
             self._file.flush()
 
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Lets the folder go."""
         with contextlib.suppress(OSError):  # what could not be written to a full disk
