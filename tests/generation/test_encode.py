@@ -170,3 +170,9 @@ def test_an_out_that_is_a_file(config: EncodeConfig, tmp_path: Path) -> None:
 def test_both_folders_must_be_given(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is not set: give --{name} FOLDER"):
         EncodeConfig(**{"vae": "v", "out": "o", name: ""})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "clips_per_shard", "text_max_length"])
+def test_numbers_must_be_some(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} 0 is below 1: use for example"):
+        EncodeConfig("v", "o", **{name: 0})

@@ -1,6 +1,7 @@
 """`videodit encode` in real processes: any number of ranks and kill -9 change no byte, and a second one is told off."""
 
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -82,15 +83,17 @@ def test_any_number_of_ranks_makes_the_same_bytes(
 def test_killed_half_way_it_goes_on(ranks: Ranks, root: Path, straight: dict[str, str], tmp_path: Path) -> None:
     """Two ranks are stopped, a second process is told so, then they are killed, and one rank does the rest."""
     out = tmp_path / "out"
-    running = ranks.start(options(root, out), 2)
+    running = ranks.start([*options(root, out), "--data.num_workers=1"], 2)
     before = stopped_half_way(running, out)
+    family = [pid for rank in running for pid in rank.family()]
+    assert len(family) == 4
     (second,) = ranks.start(options(root, out), 1)
     assert second.wait() == 2
     told = f"error: out {out} is in use by process {running[0].pid}: wait for it, or choose another out"
     assert second.lines == [told] and "Traceback" not in second.stderr
     for rank in running:
         rank.signal(signal.SIGKILL)
-    wait_until(lambda: not any(alive(rank.pid) for rank in running))
+    wait_until(lambda: not any(map(alive, family)))
     (again,) = ranks.start(options(root, out), 1)
     assert again.wait() == 0, again.stderr
     assert f"{PER_SHARD * (NUM_SHARDS - len(before))} clips encoded" in again.stderr
@@ -115,8 +118,6 @@ def test_a_rank_that_fails_ends_the_others(ranks: Ranks, root: Path, straight: d
 
 @pytest.mark.slow
 def test_under_torchrun_as_a_user_types_it(root: Path, straight: dict[str, str], tmp_path: Path) -> None:
-    import subprocess
-
     command = tiny.command(options(root, tmp_path / "out"), ranks=2)
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

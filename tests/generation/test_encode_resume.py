@@ -114,6 +114,26 @@ def test_added_clips_are_encoded_alone(config: EncodeConfig) -> None:
     assert remade(config, before) == [] and sorted(stamps(config)) == SHARDS[:2]
 
 
+def test_latents_without_records_are_made_anew(config: EncodeConfig) -> None:
+    encode_clips(config)
+    shutil.rmtree(Path(config.out) / "records")  # as they were made before there were any
+    replace_clips(config, lambda number, record: record if number < NUM_CLIPS - 1 else None)
+    before = stamps(config)
+    assert encode_clips(config) == 4
+    assert remade(config, before) == sorted(stamps(config)) == SHARDS[:2]
+
+
+def test_large_shards_are_made_in_pieces(config: EncodeConfig) -> None:
+    small = dataclasses.replace(config, clips_per_shard=1)
+    assert encode_clips(small) == NUM_CLIPS
+    pieces = [f"shard-{number:06d}-{piece:03d}.tar" for number in range(2) for piece in range(2)]
+    assert sorted(stamps(small)) == [*pieces, SHARDS[2]]
+    before = stamps(small)
+    replace_clips(config, lambda number, record: {**record, "captions": ["clap 1", "no 1"]} if number == 1 else record)
+    assert encode_clips(small) == 1
+    assert remade(small, before) == pieces[1:2]
+
+
 class Killed(BaseException):
     """Nothing catches it."""
 

@@ -182,10 +182,9 @@ class _Job:
         on_main(self.world, lambda: prepare_folder(self.out, self.parts))
         enter("encoding")
         encoder = ClipEncoder(self.shards, self.vae, text_encoder, self.world.device)
+        made_of = {shard: _made_of(settings, of_part.clips) for shard, of_part in found.items()}
         with _told(self.world):
-            count = self._make(
-                todo, {part.shard: _made_of(settings, found[part.shard].clips) for part in todo}, encoder
-            )
+            count = self._make(todo, made_of, encoder)
         enter("waiting for the other ranks")
         counts = gather_objects(count, self.group)
         on_main(self.world, lambda: self._declare(fingerprint, text_encoder))
@@ -219,7 +218,7 @@ class _Job:
         return mine
 
     def _make(self, todo: Sequence[Part], made_of: dict[str, str], encoder: ClipEncoder) -> int:
-        """This rank's share of the parts: clips encoded."""
+        """Makes this rank's share of the parts: clips encoded."""
         if self.world.is_main and len(todo) == len(self.parts) < self.world.size:
             log.warning(
                 "%d of %d ranks have nothing to do: for smaller shards give --clips_per_shard %d",
