@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.forked_ranks import Ranks
+
 # How long an example takes says nothing on a machine that does something else as well.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -36,6 +38,14 @@ def scraps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("scraps")))
         patch.setattr(tempfile, "tempdir", None)
         yield
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Starts ranks: one process for all tests, for it takes seconds to import everything."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")

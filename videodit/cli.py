@@ -90,9 +90,11 @@ def encode(argv: Sequence[str], prog: str, summary: str) -> None:
 
     example = "videodit encode --data.shards runs/a/shards --vae runs/a/vae/model --out runs/a/latents"
     config = parse_config(EncodeConfig, argv, prog, summary, example)
-    with show_progress("encode clips") as progress:
+    speaks = os.environ.get("RANK", "0") == "0"  # torchrun starts this once a rank
+    with show_progress("encode clips", speaks) as progress:
         count = encode_clips(config, progress)
-    print(f"{count} clips encoded in {config.out}")
+    if speaks:
+        print(f"{count} clips encoded in {config.out}")
 
 
 def generate(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -167,7 +169,9 @@ VERBS = {
     "train vae": Verb("Train the video VAE on shards; the same command resumes.", train_vae),
     "train dit": Verb("Train the text-to-video DiT on latent shards; the same command resumes.", train_dit),
     "plan": Verb("Say what a training run needs: parameters, FLOPs, memory and time, before a GPU is touched.", plan),
-    "encode": Verb("Encode clips into latent shards with a trained VAE.", encode),
+    "encode": Verb(
+        "Encode clips into latent shards with a trained VAE; the same command resumes, or makes what changed.", encode
+    ),
     "generate": Verb("Make clips from prompts: an .mp4 each, beside the .json that reproduces it.", generate),
     "evaluate": Verb("Measure a model, or one set of videos against another.", evaluate),
     "export": Verb("Write EMA weights, configs and statistics of a run as one model folder.", export),

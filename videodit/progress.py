@@ -74,7 +74,7 @@ class Progress:
 
 
 @contextmanager
-def show_progress(label: str) -> Iterator[Report]:
+def show_progress(label: str, enabled: bool = True) -> Iterator[Report]:
     """Gives a function of (done, in all), to be called as often as the work likes."""
-    with Progress(label) as progress:
+    with Progress(label, enabled=enabled) as progress:
         yield lambda done, total: progress.update(done, total=total)

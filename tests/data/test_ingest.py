@@ -1,6 +1,5 @@
 """Ingest: clips, cuts and captions arrive; the same bytes after interruptions and at any number of workers."""
 
-import fcntl
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from videodit.data.filters import FilterConfig
+from videodit.data.folder_lock import FolderLock
 from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.mp4 import encode_mp4, write_mp4
 from videodit.data.shards import ShardSet, sha256_hex
@@ -231,12 +231,10 @@ def test_wrong_output_folders(videos: Path, tmp_path: Path) -> None:
         ingest(videos, videos, ONE)
     with pytest.raises(UserError, match="no such file or folder"):
         ingest(tmp_path / "none", tmp_path / "out", ONE)
-    (tmp_path / "busy").mkdir()
-    descriptor = os.open(tmp_path / "busy", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process"):
-        ingest(videos, tmp_path / "busy", ONE)
-    os.close(descriptor)
+    with FolderLock(tmp_path / "busy", "--out") as lock:
+        lock.hold_alone()
+        with pytest.raises(UserError, match=f"--out {tmp_path / 'busy'} is in use by process {os.getpid()}: wait"):
+            ingest(videos, tmp_path / "busy", ONE)
 
 
 @pytest.mark.parametrize(

@@ -90,17 +90,6 @@ def test_a_damaged_cache_is_not_valid(tmp_path, fault):
     assert not latents.cache_is_valid(tmp_path, FINGERPRINT)
 
 
-def test_fingerprint_of_clips_changes_with_them(tmp_path):
-    def fingerprint(name: str, sha256: str, keys: str) -> str:
-        with ShardWriter(tmp_path / name) as writer:
-            for key in keys:
-                writer.write(key, {"mp4": b"123", "json": json.dumps({"sha256": sha256}).encode()})
-        return latents.shards_fingerprint(ShardSet.open(tmp_path / name))
-
-    assert fingerprint("one", "s", "ab") == fingerprint("two", "s", "ab")
-    assert len({fingerprint("one", "s", "ab"), fingerprint("three", "t", "ab"), fingerprint("four", "s", "abc")}) == 3
-
-
 def test_manifest_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not a folder"):

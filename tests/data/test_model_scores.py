@@ -15,7 +15,7 @@ from tests.data import vision_models
 from videodit.data.captions import Captions
 from videodit.data.filters import FilterConfig
 from videodit.data.ingest import IngestConfig, ingest
-from videodit.data.latents import shards_fingerprint
+from videodit.data.latent_parts import clips_fingerprint
 from videodit.data.models_config import ModelsConfig
 from videodit.data.mp4 import write_mp4
 from videodit.data.shards import ShardSet
@@ -110,7 +110,7 @@ def test_the_tars_stay_and_the_index_has_captions(finished: Path, plain: Path) -
         assert now.texts[:-1] == given.texts and now.texts[-1]
         assert now.weights == ([1, 3, 1] if len(given.texts) == 2 else [])
         assert with_models.read_json(index) == before.read_json(index)
-    assert shards_fingerprint(before) != shards_fingerprint(with_models)
+    assert clips_fingerprint(before, range(len(before))) != clips_fingerprint(with_models, range(len(before)))
 
 
 def test_only_what_is_new_is_asked(scored: Path, videos: Path, models: ModelsConfig) -> None:

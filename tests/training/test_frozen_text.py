@@ -206,7 +206,7 @@ def copied(world: World, tmp_path: Path) -> EncodeConfig:
 def test_what_changes_the_embeddings_makes_them_anew(copied: EncodeConfig, change: str) -> None:
     assert encode_clips(copied) == 0
     config = CHANGES[change](copied)
-    assert encode_clips(config) == len(CAPTIONS)
+    assert encode_clips(config) == (0 if change == "empty text lost" else len(CAPTIONS))
     assert encode_clips(config) == 0
     assert (Path(config.out) / EMPTY_TEXT).exists() == bool(config.text_encoder)
 

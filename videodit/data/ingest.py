@@ -15,6 +15,7 @@ import av
 
 from videodit.data.clip_cutter import CutResult, CutRules
 from videodit.data.filters import FilterConfig, Stage, mark
+from videodit.data.folder_lock import FolderLock
 from videodit.data.ingest_jobs import cut_job, is_fetched, make_jobs, remove_copy, spool_file
 from videodit.data.ingest_output import ChannelTally, key_bases, write_clips, write_filtered, write_lines, write_rejects
 from videodit.data.ingest_record import (
@@ -22,7 +23,6 @@ from videodit.data.ingest_record import (
     REJECTS,
     earlier_run,
     fingerprint,
-    locked,
     read_rejects,
     write_json,
 )
@@ -169,7 +169,8 @@ def ingest(
         if config.dry_run:
             counts, filtered = _rehearse(out, record, work, marked)
             return _result(counts, filtered, started)
-        with locked(out):
+        with FolderLock(out, "--out") as lock:
+            lock.hold_alone()
             earlier = earlier_run(out, record)
             up_to_date = earlier is not None and all(earlier.get(k) == marks.get(k) for k in ("filters", "models"))
             if not earlier:

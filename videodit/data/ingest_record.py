@@ -1,18 +1,15 @@
-"""What ingest keeps of itself in its output folder: who holds it, what it was made of, what became of it."""
+"""What ingest keeps of itself in its output folder: what it was made of, what became of it."""
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.shards import INDEX, PART, json_bytes
 from videodit.data.sources import Source
-from videodit.errors import UserError, user_error
+from videodit.errors import UserError
 
 RECORD = "ingest.json"
 REJECTS = "rejects.jsonl"
@@ -40,24 +37,6 @@ def _version(source: Source) -> int | str:
     if source.state:
         return source.state.version
     return os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Makes the folder and holds it against other processes that ingest into it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise user_error(error, out) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is ingesting into {out}: wait for it or choose another --out") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def earlier_run(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from videodit.data.buckets import Bucket
-from videodit.data.shard_writer import ShardWriter
-from videodit.data.shards import Entry, ShardSet, json_bytes
+from videodit.data.shard_writer import SampleWriter
+from videodit.data.shards import INDEX, PART, Entry, ShardSet, json_bytes, sha256_hex
 from videodit.errors import UserError, user_error
 from videodit.models.micro_conditioning import MICRO_CONDITIONS
 
@@ -53,7 +53,7 @@ def latent_key(clip_key: str) -> str:
 
 
 def write_latent_sample(
-    writer: ShardWriter,
+    writer: SampleWriter,
     key: str,
     mean: Tensor,
     logvar: Tensor,
@@ -63,7 +63,7 @@ def write_latent_sample(
     """Adds one clip's latents to a shard.
 
     Args:
-        writer: the shards.
+        writer: the shards, or one of them.
         key: as from `latent_key`.
         mean: (c, t, h, w) posterior mean, normalised, any float type and device.
         logvar: (c, t, h, w) posterior log-variance in the same units.
@@ -149,20 +149,6 @@ def read_empty_text(out_dir: str | Path) -> Tensor:
         raise UserError(f"{path} is missing or damaged ({error}): run videodit encode again") from error
 
 
-def shards_fingerprint(shards: ShardSet) -> str:
-    """A sha256 over a set of shards: it changes when clips are added, removed or made anew, or a caption is edited."""
-    digest = hashlib.sha256()
-    for index, entry in enumerate(shards.entries):
-        digest.update(json_bytes([entry.key, entry.shard, entry.members, entry.meta]) + b"\n")
-        if entry.captions:
-            digest.update(json_bytes(entry.captions) + b"\n")
-        # Not from the index: a caption may be edited to one of the same length.
-        for extension in ("json", "txt"):
-            if extension in entry.members:
-                digest.update(shards.read(index, extension) + b"\n")
-    return digest.hexdigest()
-
-
 def write_manifest(
     out_dir: str | Path,
     fingerprint: Mapping[str, Any],
@@ -185,9 +171,10 @@ def write_manifest(
     """
     path = Path(out_dir) / MANIFEST
     part = path.with_name(f"{MANIFEST}.part")
-    record = {"fingerprint": dict(fingerprint), "num_clips": num_clips, "source": source, "vae": vae}
-    record["text_encoder"] = None if text_encoder is None else dict(text_encoder)
     try:
+        record = {"fingerprint": dict(fingerprint), "num_clips": num_clips, "source": source, "vae": vae}
+        record["text_encoder"] = None if text_encoder is None else dict(text_encoder)
+        record["sha256"] = _side_files(out_dir)
         with open(part, "w", encoding="utf-8") as file:
             json.dump(record, file, indent=2, sort_keys=True)
             file.flush()
@@ -198,13 +185,14 @@ def write_manifest(
 
 
 def invalidate(out_dir: str | Path) -> None:
-    """Removes the declaration; called before the shards are written anew.
+    """Takes back that the folder holds a whole set; called before a shard is written anew.
 
     Raises:
         UserError: if the folder cannot be written.
     """
     try:
-        for name in (MANIFEST, EMPTY_TEXT):
+        (Path(out_dir) / f"{INDEX}{PART}").write_bytes(b"")  # without an index, readers would scan the tars
+        for name in (MANIFEST, EMPTY_TEXT, INDEX):
             (Path(out_dir) / name).unlink(missing_ok=True)
     except OSError as error:
         raise user_error(error, out_dir) from error
@@ -247,7 +235,9 @@ def read_manifests(roots: Mapping[str, Path]) -> dict[str, Any] | None:
 
 
 def cache_is_valid(out_dir: str | Path, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether the folder holds complete latents of exactly this fingerprint.
+    """Whether the folder declares complete latents of exactly this fingerprint, and its files are there in full.
+
+    Bits of the shards are not looked at: `latent_parts.is_whole` does.
 
     Args:
         out_dir: folder of the latent shards; it may not exist.
@@ -258,11 +248,15 @@ def cache_is_valid(out_dir: str | Path, fingerprint: Mapping[str, Any]) -> bool:
     if record is None or record.get("fingerprint") != json.loads(json.dumps(dict(fingerprint))):
         return False
     try:
-        if record.get("text_encoder"):
-            read_empty_text(out_dir)
-        return len(ShardSet.open(out_dir)) == record.get("num_clips")
-    except UserError:
+        return record.get("sha256") == _side_files(out_dir) and len(ShardSet.open(out_dir)) == record.get("num_clips")
+    except (UserError, OSError):
         return False
+
+
+def _side_files(out_dir: str | Path) -> dict[str, str]:
+    """Hashes of what lies beside the shards."""
+    paths = [Path(out_dir) / INDEX, Path(out_dir) / EMPTY_TEXT]
+    return {path.name: sha256_hex(path.read_bytes()) for path in paths if path.is_file()}
 
 
 def _half(value: Tensor) -> Tensor:

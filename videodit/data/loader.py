@@ -163,8 +163,6 @@ def clips_in_order(
         UserError: if no clip fits, or after 100 samples in a row that could not be read.
     """
     reader = ClipReader(shards, replace(config, cache_decoded=False), seed=0, random_crop=False, statistics=statistics)
-    keys = [entry.key for entry in shards.entries]
-    guard = FailureGuard(keys)
     requests = []
     progress = np.concatenate([np.arange(len(part)) / len(part) for part in shards.sets])
     for bucket, members in reader.group(multiple).members.items():
@@ -173,6 +171,17 @@ def clips_in_order(
             ids = clips[start : start + micro_batch_size]
             ids = ids + [PADDING] * (micro_batch_size - len(ids))
             requests.append(Request(bucket, (0,) * micro_batch_size, tuple(ids)))
-    for rows in read_all(reader, requests, config.num_workers, config.prefetch):
+    yield from read_clips(reader, requests)
+
+
+def read_clips(reader: ClipReader, requests: Iterable[Request]) -> Iterator[ClipBatch]:
+    """Clips of these requests, read ahead by as many processes as the reader's config says.
+
+    Raises:
+        UserError: after 100 samples in a row that could not be read.
+    """
+    keys = [entry.key for entry in reader.shards.entries]
+    guard = FailureGuard(keys)
+    for rows in read_all(reader, requests, reader.config.num_workers, reader.config.prefetch):
         guard.check(rows)
         yield _clip_batch(rows, batch_fields(rows, keys))

@@ -1,15 +1,125 @@
 """Writing shards: the same samples give the same bytes (USTAR, mtime 0, no owner), and only whole sets can be read."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from videodit.data.shards import INDEX, PART, Entry, json_bytes, plain_values
 from videodit.errors import user_error
+
+
+class SampleWriter(Protocol):
+    """What samples are written to: a set of shards, or one of them."""
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> Entry: ...
+
+
+class ShardFile:
+    """One tar, which has the suffix .part until `publish`.
+
+    As a context manager it closes; an exception leaves what was written so far as it is.
+
+    Args:
+        path: where it is to lie.
+        keys: those of the set that were used before; the tar's own are added.
+    Raises:
+        UserError: if it cannot be written.
+
+    Attributes:
+        entries: the samples.
+        size, sha256: bytes of the whole tar and their hash, as they were given to the system; right once it is closed.
+    """
+
+    def __init__(self, path: Path, keys: set[str] | None = None) -> None:
+        self.path = path
+        self.entries: list[Entry] = []
+        self.size = 0
+        self._keys = set() if keys is None else keys
+        self._digest = hashlib.sha256()
+        try:
+            self._file: io.BufferedWriter = open(f"{path}{PART}", "wb")
+        except OSError as error:
+            raise user_error(error, path) from error
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> Entry:
+        """Adds one sample; see `ShardWriter.write`."""
+        if not key or "." in key or "/" in key or len(key.encode()) > 80:
+            raise ValueError(
+                f"key {key!r} must have 1 to 80 bytes and no dot or slash: webdataset ends a key at the first dot"
+            )
+        if key in self._keys:
+            raise ValueError(f"key {key!r} was already written")
+        if not members:
+            raise ValueError(f"key {key!r} has no members")
+        meta = plain_values(json.loads(members["json"])) if "json" in members else {}
+        try:
+            places = {
+                extension: self._member(f"{key}.{extension}", members[extension]) for extension in sorted(members)
+            }
+        except OSError as error:
+            raise user_error(error, self.path) from error
+        self._keys.add(key)
+        entry = Entry(key, self.path.name, places, meta)
+        self.entries.append(entry)
+        return entry
+
+    def close(self) -> None:
+        """Completes the tar: all of it is on the disk then.
+
+        Raises:
+            UserError: if the disk is full.
+        """
+        if self._file.closed:
+            return
+        try:
+            self._add(b"\0" * (2 * tarfile.BLOCKSIZE))
+            _sync(self._file)
+            self._file.close()
+        except OSError as error:
+            raise user_error(error, self.path) from error
+
+    def publish(self) -> None:
+        """Gives a closed tar its name.
+
+        Raises:
+            OSError: if that cannot be.
+        """
+        os.replace(f"{self.path}{PART}", self.path)
+
+    def give_up(self) -> None:
+        """Lets go of the file after an error."""
+        with contextlib.suppress(OSError):  # the disk is still full; whoever calls says so
+            self._file.close()
+
+    def __enter__(self) -> "ShardFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close() if kind is None else self.give_up()
+
+    def _member(self, name: str, data: bytes) -> tuple[int, int]:
+        info = tarfile.TarInfo(name)
+        info.size, info.mtime, info.mode = len(data), 0, 0o644
+        self._add(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.size
+        self._add(data)
+        self._add(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        return offset, len(data)
+
+    def _add(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
 
 
 class ShardWriter:
@@ -35,9 +145,7 @@ class ShardWriter:
         self.prefix = prefix
         self.entries: list[Entry] = []
         self._keys: set[str] = set()
-        self._shards: list[str] = []
-        self._file: io.BufferedWriter | None = None
-        self._in_shard = 0
+        self._shards: list[ShardFile] = []
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             (self.out_dir / INDEX).unlink(missing_ok=True)
@@ -59,24 +167,11 @@ class ShardWriter:
             ValueError: if the key has a dot or a slash, is too long or was used, or there are no members.
             UserError: if the disk is full.
         """
-        if not key or "." in key or "/" in key or len(key.encode()) > 80:
-            raise ValueError(
-                f"key {key!r} must have 1 to 80 bytes and no dot or slash: webdataset ends a key at the first dot"
-            )
-        if key in self._keys:
-            raise ValueError(f"key {key!r} was already written")
-        if not members:
-            raise ValueError(f"key {key!r} has no members")
-        meta = plain_values(json.loads(members["json"])) if "json" in members else {}
-        try:
-            if self._file is None or self._in_shard == self.clips_per_shard:
-                self._next_shard()
-            places = {extension: self._add(f"{key}.{extension}", members[extension]) for extension in sorted(members)}
-        except OSError as error:
-            raise user_error(error, self.out_dir / self._shards[-1]) from error
-        self._keys.add(key)
-        self._in_shard += 1
-        entry = Entry(key, self._shards[-1], places, meta)
+        if not self._shards or len(self._shards[-1].entries) == self.clips_per_shard:
+            self._end_shard()
+            path = self.out_dir / f"{self.prefix}-{len(self._shards):06d}.tar"
+            self._shards.append(ShardFile(path, self._keys))
+        entry = self._shards[-1].write(key, members)
         self.entries.append(entry)
         return entry
 
@@ -84,12 +179,13 @@ class ShardWriter:
         """Completes the set: the last tar, the names, the index."""
         try:
             self._end_shard()
-            _write_index(self.out_dir / (INDEX + PART), self.entries)
+            write_index(self.out_dir / (INDEX + PART), self.entries)
+            kept = {shard.path.name for shard in self._shards}
             for stale in self.out_dir.glob(f"{self.prefix}-*.tar"):
-                if stale.name not in self._shards:
+                if stale.name not in kept:
                     stale.unlink()
-            for name in self._shards:
-                os.replace(self.out_dir / (name + PART), self.out_dir / name)
+            for shard in self._shards:
+                shard.publish()
             os.replace(self.out_dir / (INDEX + PART), self.out_dir / INDEX)
         except OSError as error:
             raise user_error(error, self.out_dir) from error
@@ -100,32 +196,12 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        elif self._file is not None:
-            with contextlib.suppress(OSError):  # the disk is still full; what passes through says so
-                self._file.close()
-
-    def _next_shard(self) -> None:
-        self._end_shard()
-        self._shards.append(f"{self.prefix}-{len(self._shards):06d}.tar")
-        self._file = open(self.out_dir / (self._shards[-1] + PART), "wb")
-        self._in_shard = 0
+        elif self._shards:
+            self._shards[-1].give_up()
 
     def _end_shard(self) -> None:
-        if self._file is not None:
-            self._file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
-            _sync(self._file)
-            self._file.close()
-            self._file = None
-
-    def _add(self, name: str, data: bytes) -> tuple[int, int]:
-        assert self._file is not None
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime, info.mode = len(data), 0, 0o644
-        self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._file.tell()
-        self._file.write(data)
-        self._file.write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-        return offset, len(data)
+        if self._shards:
+            self._shards[-1].close()
 
 
 def rewrite_index(root: Path, entries: Sequence[Entry]) -> None:
@@ -134,17 +210,27 @@ def rewrite_index(root: Path, entries: Sequence[Entry]) -> None:
     Raises:
         OSError: if it cannot be written; the old one stays.
     """
-    _write_index(root / (INDEX + PART), entries)
+    write_index(root / (INDEX + PART), entries)
     os.replace(root / (INDEX + PART), root / INDEX)
 
 
-def _write_index(path: Path, entries: Sequence[Entry]) -> None:
+def write_index(path: Path, entries: Sequence[Entry]) -> None:
+    """Writes a line for each sample, which `read_index` takes.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     with open(path, "wb") as file:
         for entry in entries:
-            line = {"key": entry.key, "shard": entry.shard, "members": entry.members, "meta": entry.meta}
-            more = {"dropped": entry.dropped, "captions": entry.captions}
-            file.write(json_bytes(line | {name: value for name, value in more.items() if value}) + b"\n")
+            file.write(index_line(entry))
         _sync(file)
+
+
+def index_line(entry: Entry) -> bytes:
+    """A sample's line in the index."""
+    line = {"key": entry.key, "shard": entry.shard, "members": entry.members, "meta": entry.meta}
+    more = {"dropped": entry.dropped, "captions": entry.captions}
+    return json_bytes(line | {name: value for name, value in more.items() if value}) + b"\n"
 
 
 def _sync(file: io.BufferedWriter) -> None:

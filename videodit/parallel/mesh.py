@@ -4,7 +4,8 @@ import atexit
 import datetime
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from videodit.errors import UserError
 from videodit.parallel.meeting import choose_interface, fresh_store
 
 T = TypeVar("T")
@@ -75,6 +77,15 @@ def init_process(device: str | None = None) -> World:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[World]:
+    """`init_process`, left at the end even after an error."""
+    try:
+        yield init_process(device)
+    finally:
+        shutdown()
 
 
 @dataclass(frozen=True)
@@ -143,12 +154,32 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return box[0]
 
 
+def on_main(world: World, action: Callable[[], T]) -> T | None:
+    """Does something on rank 0 while the others wait; what is wrong there is so for all. Call on every rank.
+
+    Returns:
+        On rank 0 what the action gives, None elsewhere.
+    Raises:
+        UserError: on every rank, if the action raised one.
+    """
+    result, problem = None, ""
+    if world.is_main:
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem:
+        raise UserError(problem)
+    return result
+
+
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The values of all ranks, in rank order, on every rank.
 
     Args:
         value: this rank's, any small picklable object but None.
-        group: of all ranks on gloo, see `background_group`; None for the one that training uses.
+        group: of all ranks on gloo, as `background_group` and `patient_group` are; None for the one that training uses.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
@@ -183,6 +214,16 @@ def background_group() -> dist.ProcessGroup | None:
     if _background is None and dist.is_initialized() and dist.get_world_size() > 1:
         _background = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return _background
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks in which one waits for the others as long as they take. Call on every rank.
+
+    None if there is one rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
 _destroy: Callable[[], object] = dist.destroy_process_group

@@ -8,7 +8,7 @@ PERIOD_S = 1.0
 GRACE_S = 3.5
 """Once a connection broke, a rank that says nothing for so long is gone."""
 
-_AGAIN = "start the same command again: it goes on from the last checkpoint"
+_AGAIN = "start the same command again: it goes on from what was saved"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Judge:
 
     def _at(self, rank: int) -> str:
         beat = self._beats[rank]
-        return f"at step {beat.step} in {beat.phase}" if beat.step else f"in {beat.phase}, before its first step"
+        return f"at step {beat.step} in {beat.phase}" if beat.step else f"in {beat.phase}"
 
 
 def _position(beat: Beat) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ import torch
 from videodit.data.batch_sizes import BatchBy
 from videodit.device import DType, choose_device, choose_dtype, deterministic_algorithms, keep_freed_memory
 from videodit.errors import UserError
-from videodit.parallel.mesh import TIMEOUT, World, init_process, shutdown
+from videodit.parallel.mesh import TIMEOUT, World, process_group
 from videodit.training.guard import GuardConfig
 from videodit.training.optim import OptimConfig, check_combination
 from videodit.training.stages import settled
@@ -130,11 +130,7 @@ def open_world(config: RunConfig) -> Iterator[World]:
         raise UserError(str(error)) from None
     # Every rank draws the same initial weights, so that they do not depend on the number of ranks.
     torch.manual_seed(config.seed)
-    with deterministic_algorithms() if config.deterministic else nullcontext():
-        world = init_process(device.type)
+    with deterministic_algorithms() if config.deterministic else nullcontext(), process_group(device.type) as world:
         if device.type == "cpu":
             keep_freed_memory()
-        try:
-            yield world
-        finally:
-            shutdown()
+        yield world
