@@ -46,13 +46,13 @@ def outermost(event: FunctionEvent) -> str:
 
 @pytest.mark.parametrize("size", [SHORT, LONG], ids=["short", "long"])
 @pytest.mark.parametrize("kind", "stf")
-def test_float32_copies_no_tokens_without_a_gradient_and_one_result_an_attention_with_it(kind: str, size: dict) -> None:
+def test_float32_copies_no_tokens(kind: str, size: dict) -> None:
+    """With a gradient the heads' results of short attention are put beside one another, which writes them once more."""
     t, h, w = size[kind]
     length = {"s": h * w, "t": t, "f": t * h * w}[kind]
     assert (length > SHORT_SEQUENCE) == (size is LONG)
     assert copies(kind, size[kind], torch.float32, grad=False) == {}
-    short = 1 + (length <= SHORT_SEQUENCE)  # the text is short, the clip may be
-    assert copies(kind, size[kind], torch.float32, grad=True) == {"reshape": short}
+    assert copies(kind, size[kind], torch.float32, grad=True) == {}
 
 
 @pytest.mark.parametrize("kind", "stf")

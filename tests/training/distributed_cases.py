@@ -276,11 +276,7 @@ def average_in_module(world: World, stage: int, dtype: str) -> None:
 
 def held_out_loss(world: World, stage: int) -> None:
     """Each rank's share adds up to what one rank measures on all clips, with weights in parts too."""
-    root = toy.shared_folder()
-    if world.is_main:
-        tiny.make_latents(root / "latents", tiny.make_shards(root / "clips", 3), tiny.make_vae(root / "vae"))
-    barrier()
-    data = LatentDataConfig(shards=str(root / "latents"))
+    data = LatentDataConfig(shards=f"{sys.argv[1]}/latents")  # made by who launched this: encode is a run of its own
     shape = dataclasses.replace(tiny.DIT, micro_conditioning=True)
     config = DiTRunConfig(
         run_dir="unused", data=data, eval_shards=data.shards, model=shape, text=tiny.TEXT, micro_batch_size=1

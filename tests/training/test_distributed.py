@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.training import toy
 from tests.training.distributed_cases import CASES, SLOW_CASES
 from videodit.parallel.mesh import World, init_process, shutdown
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(folder: Path, *args: str) -> dict[str, str]:
+    tiny.make_latents(folder / "latents", tiny.make_shards(folder / "clips", 3), tiny.make_vae(folder / "vae"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.training.distributed_cases", str(folder), *args]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -69,7 +69,7 @@ def _pairs(x: Tensor) -> Tensor:
 
 def _scaled(exact: Tensor, rstd: Tensor, x: Tensor) -> Tensor:
     """exact * rstd, in place where exact is a copy of x and not x itself."""
-    return exact * rstd if exact.data_ptr() == x.data_ptr() else exact.mul_(rstd)
+    return exact * rstd if exact.dtype == x.dtype else exact.mul_(rstd)
 
 
 class _NormRope(torch.autograd.Function):

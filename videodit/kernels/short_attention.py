@@ -48,30 +48,29 @@ class _ShortAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         ctx.axis = 0 if query.shape[0] < query.shape[1] else 1  # the one that is looped over
         q, k, v = (x.unbind(ctx.axis) for x in (query, key, value))
-        weights = query.new_empty(len(q), *q[0].shape[:-1], key.shape[-2])
-        for i in range(len(q)):
-            torch.baddbmm(weights[i], q[i], k[i].mT, beta=0, alpha=query.shape[-1] ** -0.5, out=weights[i])
+        zero, scale = query.new_zeros(1, 1, 1), query.shape[-1] ** -0.5
+        # Products by themselves, not into a whole: selective checkpointing keeps what these operations return.
+        scores = [torch.baddbmm(zero, q_i, k_i.mT, beta=0, alpha=scale) for q_i, k_i in zip(q, k)]
         if mask is not None:
-            weights.masked_fill_(~mask.expand(*query.shape[:-1], key.shape[-2]).movedim(ctx.axis, 0), -torch.inf)
-        torch.softmax(weights, dim=-1, out=weights)
-        out = query.new_empty(len(q), *q[0].shape)
-        for i in range(len(q)):
-            torch.bmm(weights[i], v[i], out=out[i])
-        ctx.save_for_backward(query, key, value, weights)
-        return out.movedim(0, ctx.axis)
+            masks = (~mask).expand(*query.shape[:-1], key.shape[-2]).unbind(ctx.axis)
+            scores = [part.masked_fill(mask_i, -torch.inf) for part, mask_i in zip(scores, masks)]
+        weights = [torch.softmax(part, dim=-1) for part in scores]
+        parts = [torch.bmm(w_i, v_i) for w_i, v_i in zip(weights, v)]
+        ctx.save_for_backward(query, key, value, *weights)
+        # Heads last in memory, as the layer after attention takes them.
+        out = torch.stack(parts, dim=2) if ctx.axis else torch.stack([part.transpose(0, 1) for part in parts])
+        return out.transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, weights = ctx.saved_tensors
+        query, key, value, *weights = ctx.saved_tensors
         q, k, v, g = (x.unbind(ctx.axis) for x in (query, key, value, grads[0]))
         dq, dk, dv = (x[0].new_empty(len(x), *x[0].shape) for x in (q, k, v))
-        dweights, scale = torch.empty_like(weights), query.shape[-1] ** -0.5
-        for i in range(len(q)):
-            torch.bmm(g[i], v[i].mT, out=dweights[i])
-            torch.bmm(weights[i].mT, g[i], out=dv[i])
-        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-        for i in range(len(q)):
-            torch.baddbmm(dq[i], dscores[i], k[i], beta=0, alpha=scale, out=dq[i])
-            torch.baddbmm(dk[i], dscores[i].mT, q[i], beta=0, alpha=scale, out=dk[i])
+        scale = query.shape[-1] ** -0.5
+        for i, w in enumerate(weights):
+            torch.bmm(w.mT, g[i], out=dv[i])
+            dscores = torch._softmax_backward_data(torch.bmm(g[i], v[i].mT), w, -1, w.dtype)
+            torch.baddbmm(dq[i], dscores, k[i], beta=0, alpha=scale, out=dq[i])
+            torch.baddbmm(dk[i], dscores.mT, q[i], beta=0, alpha=scale, out=dk[i])
         return dq.movedim(0, ctx.axis), dk.movedim(0, ctx.axis), dv.movedim(0, ctx.axis), None

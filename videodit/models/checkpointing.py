@@ -20,6 +20,7 @@ POLICIES = ("none", "attention", "full")
 # place: kept, it would have the bias twice. There products are computed again.
 _KEPT = {
     torch.ops.aten.addmm.default,
+    torch.ops.aten.baddbmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -216,14 +216,18 @@ def background_group() -> dist.ProcessGroup | None:
     return _background
 
 
-def patient_group() -> dist.ProcessGroup | None:
-    """A gloo group of all ranks in which one waits for the others as long as they take. Call on every rank.
+_patient: dist.ProcessGroup | None = None
 
-    None if there is one rank.
+
+def patient_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks in which one waits for the others as long as they take.
+
+    Call on every rank; it is made once. None if there is one rank.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    global _patient
+    if _patient is None and dist.is_initialized() and dist.get_world_size() > 1:
+        _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    return _patient
 
 
 _destroy: Callable[[], object] = dist.destroy_process_group
@@ -237,8 +241,8 @@ def destroy_with(destroy: Callable[[], object]) -> None:
 
 def shutdown() -> None:
     """Leaves the process group, if there is one; another run may then start in this process."""
-    global _gloo, _background
-    _gloo = _background = None
+    global _gloo, _background, _patient
+    _gloo = _background = _patient = None
     if dist.is_initialized():
         _destroy()
 
