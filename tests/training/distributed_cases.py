@@ -467,7 +467,7 @@ for _pair in ((1, 3), (3, 2), (2, 1)):
 for _stage in (0, 1, 3):
     add(save_beside_training, _stage, slow=_stage == 0)
 for _stage, _dtype in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
-    add(resume, _stage, _dtype, "adamw8bit", slow=(_stage, _dtype) not in ((1, "bf16"), (2, "fp32"), (3, "bf16")))
+    add(resume, _stage, _dtype, "adamw8bit", slow=(_stage, _dtype) not in ((1, "bf16"), (3, "bf16")))
     add(dropped_step, _stage, _dtype, "adamw8bit", False, slow=(_stage, _dtype) != (3, "fp32"))
 for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
     add(change_stage_8bit, *_pair, slow=_pair != (1, 3))
@@ -486,10 +486,9 @@ for _stage, _dtype in ((1, "fp32"), (3, "bf16")):
     add(memory_as_planned, _stage, _dtype, "adamw8bit", slow=_stage == 1)
 for _stage in (1, 2, 3):
     for _dtype in ("fp32", "bf16"):
-        _slow = (_stage, _dtype) not in ((1, "bf16"), (2, "fp32"), (3, "bf16"))
-        add(offload_changes_nothing, _stage, _dtype, slow=_slow)
-        add(resume, _stage, _dtype, "offload", slow=_slow)
-        add(dropped_step, _stage, _dtype, "offload", False, slow=_slow)
+        add(offload_changes_nothing, _stage, _dtype, slow=(_stage, _dtype) not in ((1, "bf16"), (3, "bf16")))
+        add(resume, _stage, _dtype, "offload", slow=(_stage, _dtype) != (2, "fp32"))
+        add(dropped_step, _stage, _dtype, "offload", False, slow=(_stage, _dtype) != (1, "bf16"))
         add(dropped_step, _stage, _dtype, "offload", True, slow=True)
         add(memory_as_planned, _stage, _dtype, "offload", slow=(_stage, _dtype) != (2, "fp32"))
 
