@@ -32,7 +32,7 @@ from videodit.device import choose_device
 from videodit.evaluation.charts import Curve, line_chart, svg_text
 from videodit.evaluation.machine import machine_facts
 from videodit.evaluation.report_style import STYLE
-from videodit.flow.loss import flow_loss
+from videodit.flow.loss import flow_loss, frame_error
 from videodit.flow.noise_level import NoiseLevelConfig, sigma_from_uniform
 from videodit.flow.path import interpolate
 from videodit.models.dit import DiTConfig, VideoDiT
@@ -136,7 +136,7 @@ def train(
         x0 = clips.mean[rows.to(device)]
         noisy = interpolate("rectified", x0, noise, sigma[:, None, None, None, None])
         weight = torch.ones(batch, clips.shape[1], device=device)
-        loss = flow_loss(model(noisy, sigma, captions), noise - x0, weight).mean()
+        loss = flow_loss(frame_error(model(noisy, sigma, captions), noise - x0), weight).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
