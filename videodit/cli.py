@@ -239,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The command `videodit`: `main`, and then the end of the process with its exit code."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
+    # Tensors of 2 MiB and more on huge pages: torch reads this at its first allocation (docs/decisions.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         code = main()
     except SystemExit as end:

@@ -1,4 +1,6 @@
-"""Between a codec's pictures and RGB arrays: colour matrix and range always said outright, display rotation applied."""
+"""Between a codec's pictures, RGB arrays and the 8-bit 4:2:0 of shards: colour matrix and range always said outright,
+display rotation applied.
+"""
 
 from typing import Any
 
@@ -91,6 +93,54 @@ class ToYUV:
             dst_color_range=ColorRange.MPEG,
             threads=1,
         )
+
+
+class ToShardFormat:
+    """Converts the decoded frames of one video to what shards hold: 8-bit 4:2:0, BT.709, limited range, as displayed.
+
+    A frame that is so already comes back as it is, without a copy.
+
+    Args:
+        size: (height, width) as displayed, to scale to; None for the first frame's own. An odd last row or column is
+            cut off, as 4:2:0 needs even sizes.
+    """
+
+    def __init__(self, size: tuple[int, int] | None = None) -> None:
+        self._size = size
+        self._to_rgb: ToRGB | None = None
+        self._to_yuv = ToYUV()
+
+    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """Converts one frame, of any pixel format, to yuv420p of even size."""
+        if self._is_so_already(frame):
+            self._size = frame.height, frame.width
+            return frame
+        self._to_rgb = self._to_rgb or ToRGB(self._size)
+        image = self._to_rgb(frame)
+        height, width = image.shape[:2]
+        self._size = height, width
+        return self._to_yuv(image[: height - height % 2, : width - width % 2])
+
+    def _is_so_already(self, frame: av.VideoFrame) -> bool:
+        return (
+            frame.format.name == "yuv420p"
+            and frame.color_range != ColorRange.JPEG
+            and frame.colorspace == Colorspace.ITU709
+            and not needs_mapping(frame.color_trc, frame.color_primaries)
+            and frame.height % 2 == 0
+            and frame.width % 2 == 0
+            and self._size in (None, (frame.height, frame.width))
+            and display_matrix(frame) is None
+        )
+
+
+def planes_of(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Luma (h, w) and chroma (h / 2, w / 2) twice of a yuv420p frame, uint8 views into it."""
+    y, u, v = (
+        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]  # type: ignore[call-overload]
+        for plane in frame.planes
+    )
+    return y, u, v
 
 
 def display_matrix(frame: av.VideoFrame) -> DisplayMatrix | None:
