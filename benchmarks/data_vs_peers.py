@@ -4,10 +4,12 @@
     python benchmarks/data_vs_peers.py --videos ../shared/videos --out benchmarks/results/data_vs_peers.json
 
 Clips of 2 to 10 s are cut from the videos by ingest, and copied until there are --clips of them. Every reader gives
-17 frames from a random moment of every clip, once, as the float tensor that a model takes, in one process with one
-thread (a worker is a process, so that the rates of several add up); readers take turns, --rounds times, and the
-medians are printed in clips a second. "decode only" is libavcodec alone, from the keyframe before the window to its
-last frame, without conversion to RGB: what any reader of these files must do at least. Then: latents, memory over many
+17 frames from a random moment of every clip, once, in one process with one thread (a worker is a process, so that the
+rates of several add up); readers take turns, --rounds times, and the medians are printed in clips a second. "videodit"
+gives batches as they go to the device, in YUV; all others, and "videodit, RGB", the float tensor that a model takes,
+made by the CPU. "decode only" is libavcodec alone, from the keyframe before the window to its last frame, without
+conversion to RGB: what any reader of these files must do at least. "to float RGB" is what remains for the device after
+"videodit", here done by the CPU. Then: latents, memory over many
 clips, how long it takes to begin in the middle of a million clips, and the order of a million clips for 1,024 ranks.
 """
 
@@ -32,6 +34,7 @@ import webdataset
 from rich.console import Console
 from rich.table import Table
 
+from videodit.data import yuv
 from videodit.data.clip_reader import DataConfig
 from videodit.data.deal import deal
 from videodit.data.ingest import IngestConfig, ingest
@@ -87,12 +90,23 @@ def decode_only(shards: ShardSet) -> Iterator[int]:
         yield 1
 
 
-def ours(shards: ShardSet, bucket: str) -> Iterator[int]:
+def ours(shards: ShardSet, bucket: str, pixels: str) -> Iterator[int]:
     """ClipLoader, in its global random order."""
-    config = DataConfig(shards=str(shards.root), buckets=[bucket], cache_decoded=False)
+    config = DataConfig(shards=str(shards.root), buckets=[bucket], pixels=pixels, cache_decoded=False)
     loader = ClipLoader(config, seed=0, global_batch_size=1, micro_batch_size=1, multiple=2)
     for _, batches in islice(loader.iterate(), len(shards)):
-        assert batches[0].weight.item() == 1 and batches[0].clip().shape[2] == FRAMES
+        assert batches[0].weight.item() == 1 and batches[0].frames.shape[1] == FRAMES
+        if pixels == "rgb":
+            assert batches[0].clip().shape[2] == FRAMES
+        yield 1
+
+
+def convert_only(shards: ShardSet) -> Iterator[int]:
+    """One clip in YUV to float RGB, again and again."""
+    meta = shards.entries[0].meta
+    clip = torch.zeros(1, *yuv.packed_shape(FRAMES, meta["height"], meta["width"]), dtype=torch.uint8)
+    for _ in shards.entries:
+        assert yuv.to_model_range(clip).shape[2] == FRAMES
         yield 1
 
 
@@ -263,7 +277,9 @@ def main() -> None:
         latents = make_latents(folder / "latents", options.latents)
         readers: dict[str, Callable[[], Iterator[int]]] = {
             "decode only": lambda: decode_only(shards),
-            "videodit": lambda: ours(shards, bucket),
+            "videodit": lambda: ours(shards, bucket, "yuv"),
+            "videodit, RGB": lambda: ours(shards, bucket, "rgb"),
+            "to float RGB": lambda: convert_only(shards),
             "webdataset + av, whole clip": lambda: plain_webdataset(shards, with_av_whole),
             "webdataset + av": lambda: plain_webdataset(shards, with_av),
             "webdataset + decord": lambda: plain_webdataset(shards, with_decord),

@@ -249,9 +249,10 @@ def _eval_clips(out: Path, vae_run: VAERunConfig) -> tuple[np.ndarray, list[Scen
     data = DataConfig(shards=str(out / "shards/eval"), buckets=vae_run.data.buckets[:1])
     frames, specs = [], []
     for batch in clips_in_order(data, shards, 32, multiple=8):
+        pixels = batch.pixels().numpy()
         for row, index in enumerate(batch.ids):
             if batch.weight[row] > 0:
-                frames.append(batch.frames[row].numpy())
+                frames.append(pixels[row])
                 specs.append(SceneSpec.from_dict(shards.read_json(index)["extra"]["spec"]))
     return np.stack(frames), specs
 

@@ -37,7 +37,9 @@ def test_the_loader_gives_the_same_batches(tmp_path: Path) -> None:
     folder = tiny.make_shards(tmp_path)
     batches = []
     for name in ("av", "decord"):
-        config = DataConfig(shards=str(folder), buckets=["5x32x32"], reader=name, cache_decoded=False, num_workers=1)
+        config = DataConfig(
+            shards=str(folder), buckets=["5x32x32"], reader=name, pixels="rgb", cache_decoded=False, num_workers=1
+        )
         loader = ClipLoader(config, seed=0, global_batch_size=4, micro_batch_size=4)
         batches.append([batch.clip() for _, (batch,) in islice(loader.iterate(), 4)])
     for one, other in zip(*batches, strict=True):

@@ -23,7 +23,7 @@ from videodit.data.mp4 import encode_mp4
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
 from videodit.data.transforms import fit_clip
-from videodit.data.video_io import read_frames
+from videodit.data.video_io import read_frames, read_yuv
 from videodit.errors import UserError
 
 NUM_CLIPS = 11
@@ -140,7 +140,7 @@ def test_batches_hold_what_fit_clip_makes_and_epochs_differ(clips):
 
 def test_without_random_crop_it_is_the_middle(clips):
     shards = ShardSet.open(clips)
-    for _, batches in islice(clip_loader(clips, random_crop=False).iterate(), 2):
+    for _, batches in islice(clip_loader(clips, random_crop=False, pixels="rgb").iterate(), 2):
         for batch in batches:
             for row, index in enumerate(batch.ids):
                 middle = fit_clip(read_frames(shards.read(index, "mp4")), Bucket(5, 32, 32), None)
@@ -220,7 +220,7 @@ def test_a_picture_is_a_clip_of_one_frame(tmp_path):
 @pytest.mark.parametrize(("world", "num_workers"), [(1, 0), (3, 0), (1, 1)])
 def test_in_order_every_clip_once_from_the_middle(clips, world, num_workers):
     shards = ShardSet.open(clips)
-    config = DataConfig(shards=clips, buckets=["5x32x32"], num_workers=num_workers)
+    config = DataConfig(shards=clips, buckets=["5x32x32"], num_workers=num_workers, pixels="rgb")
     batches = [batch for rank in range(world) for batch in clips_in_order(config, shards, 4, rank=rank, world=world)]
     assert [batch.clip().shape[0] for batch in batches] == [4, 4, 4]
     rows = {index: batch.frames[row] for batch in batches for row, index in enumerate(batch.ids) if index != -1}
@@ -259,7 +259,7 @@ def test_cache_is_filled_by_workers_for_everybody(clips):
     assert all(reader._cache.get(index) is None for index in range(NUM_CLIPS))
     list(read_all(reader, requests, num_workers=2, prefetch=1))
     for index in range(NUM_CLIPS):
-        assert np.array_equal(reader._cache.get(index), read_frames(shards.read(index, "mp4")))
+        assert np.array_equal(reader._cache.get(index), read_yuv(shards.read(index, "mp4")))
 
 
 @pytest.mark.parametrize(("cache_gib", "num_workers"), [(2.0, 0), (0.0, 0), (0.0, 2)])

@@ -19,7 +19,8 @@ from videodit.data.order import PADDING
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
 from videodit.data.transforms import fit_clip, to_model_range
-from videodit.data.video_io import read_frames
+from videodit.data.video_io import read_frames, read_yuv
+from videodit.data.yuv import to_pixels
 from videodit.generation.encode import EncodeConfig, encode_clips
 
 BUCKET = Bucket(5, 32, 32)
@@ -54,7 +55,7 @@ def conditions(folder: Path, crop: LatentCropConfig | None = None, ids: tuple[in
 
 def test_a_wide_clip_of_24_fps_is_recorded_as_it_was_cut(tmp_path: Path) -> None:
     write_clip(tmp_path / "clips", height=48, width=96, frames=21, fps=24.0)
-    latents = encoded(tmp_path, fps=8.0)
+    latents = encoded(tmp_path, fps=8.0, pixels="rgb")
     record = latents.read_json(0)
     # Every 3rd frame: 5 of them span 13 of 21, 4 are left on each side. 48x96 becomes 32x64, 16 columns left and right.
     expected = {"original_height": 48, "original_width": 96, "crop_top": 0, "crop_left": 16}
@@ -85,9 +86,10 @@ def test_the_crop_is_where_the_pixels_are(tmp_path: Path) -> None:
     config = DataConfig(shards=str(tmp_path / "clips"), buckets=["5x48x48"])
     (batch,) = clips_in_order(config, ShardSet.open(tmp_path / "clips"), 2, multiple=8)
     assert list(batch.cuts) == [0]  # the other row is padding
-    cut, frames = batch.cuts[0], read_frames(ShardSet.open(tmp_path / "clips").read(0, "mp4"))
+    cut, packed = batch.cuts[0], read_yuv(ShardSet.open(tmp_path / "clips").read(0, "mp4"))
+    frames = to_pixels(torch.from_numpy(packed)[None])[0].numpy()
     part = frames[cut.first_frame : cut.first_frame + 5, cut.crop_top :, cut.crop_left : cut.crop_left + 48]
-    assert np.array_equal(batch.frames[0].numpy(), part)
+    assert np.array_equal(batch.pixels()[0].numpy(), part)
 
 
 def test_latents_that_say_nothing_are_whole_clips_of_their_own_rate(tmp_path: Path) -> None:

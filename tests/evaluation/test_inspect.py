@@ -58,7 +58,7 @@ def test_crops_are_the_loaders(shards: Path, monkeypatch: pytest.MonkeyPatch, tm
             bucket, frames, caption = shown[batch.keys[0]]
             assert (bucket, caption) == (batch.bucket.name, batch.captions[0])
             factor = module.SMALLEST // 32
-            pixels = batch.frames[0].numpy().repeat(factor, axis=1).repeat(factor, axis=2)
+            pixels = batch.pixels()[0].numpy().repeat(factor, axis=1).repeat(factor, axis=2)
             assert frames.shape == pixels.shape
             assert np.abs(frames.astype(int) - pixels).mean() < 8  # H.264; one pixel beside it is 16
 

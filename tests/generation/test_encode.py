@@ -15,8 +15,8 @@ from videodit.data.latents import read_latent_sample, read_manifest
 from videodit.data.mp4 import encode_mp4
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import ShardSet
-from videodit.data.transforms import to_model_range
-from videodit.data.video_io import read_frames
+from videodit.data.video_io import read_yuv
+from videodit.data.yuv import to_model_range
 from videodit.errors import UserError
 from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.models.vae import VideoVAE
@@ -61,7 +61,7 @@ def test_latents_are_the_vaes_posterior(config: EncodeConfig) -> None:
     clips, latents = ShardSet.open(config.data.shards), ShardSet.open(config.out)
     assert [entry.key for entry in latents.entries] == [entry.key for entry in clips.entries]
     for index in range(NUM_CLIPS):
-        frames = torch.from_numpy(read_frames(clips.read(index, "mp4")))
+        frames = torch.from_numpy(read_yuv(clips.read(index, "mp4")))
         posterior = vae.posterior(to_model_range(frames[None]))
         sample = read_latent_sample(latents, index)
         assert sample.mean.shape == (4, 2, 4, 4) and sample.mean.dtype == torch.float16

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from videodit.data import yuv
 from videodit.data.buckets import Bucket
 from videodit.data.captions import Captions
 from videodit.data.order import PADDING
@@ -63,13 +64,24 @@ class ClipBatch(Batch):
     """A micro batch of pixels or fields."""
 
     frames: Tensor
-    """(b, t, h, w, c) uint8, or of fields standardised float32; rows of weight 0 are zeros."""
+    """(b, t, 3h/2, w) uint8, packed as in `yuv`; (b, t, h, w, 3) uint8 RGB; or of fields (b, t, h, w, c) standardised
+    float32. Rows of weight 0 are black, or zeros."""
     cuts: dict[int, ClipCut] = field(default_factory=dict)
     """Row -> how its clip was cut; rows of weight 0 are missing."""
 
     def clip(self, device: torch.device | str = "cpu") -> Tensor:
         """(b, c, t, h, w) float32 in [-1, 1], or standardised, as models see it; the device does the conversion."""
-        return to_model_range(self.frames.to(device))
+        frames = self.frames.to(device)
+        return yuv.to_model_range(frames) if frames.ndim == 4 else to_model_range(frames)
+
+    def pixels(self) -> Tensor:
+        """(b, t, h, w, 3) uint8 RGB as viewers see it, of videos and pictures."""
+        return clip_pixels(self.frames)
+
+
+def clip_pixels(frames: Tensor) -> Tensor:
+    """`ClipBatch.frames` of videos and pictures as (b, t, h, w, 3) uint8 RGB; fields as they are."""
+    return yuv.to_pixels(frames) if frames.ndim == 4 else frames
 
 
 @dataclass(kw_only=True)

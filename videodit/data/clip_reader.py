@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from videodit.data import yuv
 from videodit.data.batches import Request, Rows, choose_caption
 from videodit.data.buckets import Bucket, Grouping, group, parse_bucket
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.decoded_cache import DecodedCache, decoded_bytes
 from videodit.data.field import read_window
-from videodit.data.frame_reader import READERS, frame_reader
+from videodit.data.frame_reader import READERS, FrameReader, frame_reader
 from videodit.data.ingest_record import read_statistics
 from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
@@ -27,13 +28,15 @@ from videodit.data.transforms import (
     resize_to_cover,
     temporal_window,
 )
-from videodit.data.video_io import VideoError, read_frames
+from videodit.data.video_io import VideoError, read_frames, read_yuv
 from videodit.errors import UserError
 
 CLIP_EXTENSIONS = ("mp4", "jpg", "jpeg", "png", "webp")
 """Members that hold a clip's pixels, in order of preference; a picture is a clip of one frame."""
 
 FIELD_EXTENSION = "npy"
+
+PIXELS = ("yuv", "rgb")
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,9 @@ class DataConfig(ShardsConfig):
     """Draw the window in time and the crop anew each epoch; otherwise the middle, always. Encoding takes the middle."""
     reader: str = "av"
     """What decodes videos: av, or decord, which gives the same frames of clips that ingest wrote."""
+    pixels: str = "yuv"
+    """How clips go to the device: yuv, as they are stored, half the bytes and no work on the CPU, or rgb. Clips of one
+    frame, of which pictures have all their colour, and what decord reads are rgb anyway."""
     num_workers: int = 0
     """Processes that decode ahead, per rank; 0 decodes in the training process."""
     cache_decoded: bool = True
@@ -69,7 +75,14 @@ class DataConfig(ShardsConfig):
             raise ValueError(f"data.fps {self.fps} must be above 0, or null to keep every clip's own rate")
         if self.reader not in READERS:
             raise ValueError(f"data.reader {self.reader!r} is not one of {', '.join(READERS)}")
+        if self.pixels not in PIXELS:
+            raise ValueError(f"data.pixels {self.pixels!r} is not one of {', '.join(PIXELS)}")
         super().__post_init__()
+
+    @property
+    def in_yuv(self) -> bool:
+        """Whether videos are read without a conversion to RGB."""
+        return self.pixels == "yuv" and self.reader == "av"
 
 
 def field_channels(shards: ShardSet) -> int | None:
@@ -144,16 +157,21 @@ class ClipReader:
             raise UserError(f"{shards.name} holds {here}, the model reads {there}: give it the clips that it is for")
         self._channels = channels or 3
         self._video_reader = frame_reader(config.reader)
+        self._yuv = config.in_yuv and not statistics
         metas = [entry.meta for entry in shards.entries]
         self._shapes = [
             (int(meta.get("num_frames", 0)), int(meta.get("height", 0)), int(meta.get("width", 0)), self._channels)
             for meta in metas
         ]
+        stored = [
+            yuv.packed_shape(*shape[:3]) if self._is_packed(entry) else shape
+            for entry, shape in zip(shards.entries, self._shapes, strict=True)
+        ]
         self._strides = [frame_stride(float(meta.get("fps", 0)), config.fps) for meta in metas]
         self._cache: DecodedCache | None = None
         # A field is not decoded: what the system keeps of the shards in memory is its cache.
-        if config.cache_decoded and not statistics and decoded_bytes(self._shapes) <= config.cache_gib * 2**30:
-            self._cache = DecodedCache(self._shapes)
+        if config.cache_decoded and not statistics and decoded_bytes(stored) <= config.cache_gib * 2**30:
+            self._cache = DecodedCache(stored)
 
     def group(self, multiple: int) -> Grouping:
         """Assigns the clips to the configured buckets; says in the log how many fit none.
@@ -189,14 +207,18 @@ class ClipReader:
 
     def __getitem__(self, request: Request) -> Rows:
         bucket = request.bucket
+        shape: tuple[int, ...] = (*bucket, self._channels)
         dtype = torch.float32 if self.statistics else torch.uint8
-        clips = torch.zeros(len(request.ids), bucket.frames, bucket.height, bucket.width, self._channels, dtype=dtype)
+        if self._gives_packed(bucket):
+            shape = yuv.packed_shape(*bucket)
+        clips = torch.empty(len(request.ids), *shape, dtype=dtype)
         rows = Rows(request, {"clip": clips}, [""] * len(request.ids))
         for row, index in enumerate(request.ids):
             if index == PADDING:
+                self._blank(clips[row], bucket)
                 continue
             try:
-                clips[row], rows.cuts[row] = self._clip(index, bucket, request.epochs[row])
+                rows.cuts[row] = self._clip(index, bucket, request.epochs[row], clips[row])
                 key = self.shards.entries[index].key
                 captions = self.shards.weighted_captions(index)
                 number = choose_caption(captions, self.seed, request.epochs[row], key)
@@ -204,12 +226,25 @@ class ClipReader:
             except (VideoError, UserError, OSError, ValueError) as error:
                 rows.failures[row] = str(error)
                 rows.cuts.pop(row, None)
-                clips[row] = 0
+                self._blank(clips[row], bucket)
         return rows
 
-    def _clip(self, index: int, bucket: Bucket, epoch: int) -> tuple[Tensor, ClipCut]:
-        """(t, h, w, c), uint8 or, of a field, float32 and standardised, and how it was cut: no more than the window is
-        read or decoded, unless all of it is to be kept.
+    def _blank(self, row: Tensor, bucket: Bucket) -> None:
+        if self._gives_packed(bucket):
+            yuv.fill_black(row)
+        else:
+            row.zero_()
+
+    def _is_packed(self, entry: Entry) -> bool:
+        """Whether a clip is decoded to YUV."""
+        return self._yuv and "mp4" in entry.members
+
+    def _gives_packed(self, bucket: Bucket) -> bool:
+        return self._yuv and bucket.frames > 1 and bucket.height % 2 == 0 and bucket.width % 2 == 0
+
+    def _clip(self, index: int, bucket: Bucket, epoch: int, out: Tensor) -> ClipCut:
+        """Fills a row of `ClipBatch.frames` and says how it was cut. No more than the window is read or decoded, unless
+        all of it is to be kept.
         """
         rng = sample_rng(self.seed, epoch, self.shards.entries[index].key, "crop") if self.random_crop else None
         stride = self._strides[index]
@@ -217,24 +252,44 @@ class ClipReader:
         if self.statistics is not None:
             values = read_window(partial(self.shards.read, index, FIELD_EXTENSION), self._shapes[index], start, stop)
             part, corner = crop(values[::stride], bucket.height, bucket.width, rng)
-            cut = ClipCut(values.shape[1], values.shape[2], *corner, start, stride)
-            return torch.from_numpy(self.statistics.standardise(part)), cut
+            out.copy_(torch.from_numpy(self.statistics.standardise(part)))
+            return ClipCut(values.shape[1], values.shape[2], *corner, start, stride)
+        frames = self._window(index, start, stop, stride, out.numpy())
+        if self._gives_packed(bucket):
+            height, width = frames.shape[1] * 2 // 3, frames.shape[2]
+            covering = yuv.resize_to_cover(frames, bucket.height, bucket.width)
+            part, corner = yuv.crop(covering, bucket.height, bucket.width, rng)
+        else:
+            if frames.ndim == 3:
+                frames = yuv.to_pixels(torch.from_numpy(frames)[None])[0].numpy()
+            height, width = frames.shape[1:3]
+            part, corner = crop(resize_to_cover(frames, bucket.height, bucket.width), bucket.height, bucket.width, rng)
+        if not np.may_share_memory(part, out.numpy()):
+            out.copy_(torch.from_numpy(part))
+        return ClipCut(height, width, *corner, start, stride)
+
+    def _window(self, index: int, start: int, stop: int, stride: int, out: np.ndarray) -> np.ndarray:
+        """Every stride-th frame from start to stop, RGB or packed; in `out`, if they are read into it."""
         if self._cache is None:
-            frames = self._read(index, start, stop)
+            frames = self._read(index, start, stop, stride, out)
         else:
             whole = self._cache.get(index)
             if whole is None:
                 whole = self._read(index)
                 self._cache.put(index, whole)
-            frames = whole[start:stop]
-        if len(frames) != stop - start:
-            raise ValueError(f"it ends at frame {start + len(frames)}, the index says {self._shapes[index][0]}")
-        resized = resize_to_cover(frames[::stride], bucket.height, bucket.width)
-        part, corner = crop(resized, bucket.height, bucket.width, rng)
-        return torch.from_numpy(part), ClipCut(frames.shape[1], frames.shape[2], *corner, start, stride)
+            frames = whole[start:stop:stride]
+        if len(frames) != frames_after_stride(stop - start, stride):
+            raise ValueError(f"it ends before frame {stop}, the index says {self._shapes[index][0]} frames")
+        return frames
 
-    def _read(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        members = self.shards.entries[index].members
-        extension = next((ext for ext in CLIP_EXTENSIONS if ext in members), CLIP_EXTENSIONS[0])
-        read = self._video_reader if extension == "mp4" else read_frames
-        return read(self.shards.read(index, extension), start, stop)
+    def _read(
+        self, index: int, start: int = 0, stop: int | None = None, stride: int = 1, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(t, h, w, 3) uint8 RGB, or packed YUV, which may be in `out`."""
+        entry = self.shards.entries[index]
+        extension = next((ext for ext in CLIP_EXTENSIONS if ext in entry.members), CLIP_EXTENSIONS[0])
+        data = self.shards.read(index, extension)
+        if self._is_packed(entry):
+            return read_yuv(data, start, stop, stride, out)
+        read: FrameReader = self._video_reader if extension == "mp4" else read_frames
+        return read(data, start, stop)[::stride]

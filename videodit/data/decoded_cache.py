@@ -1,5 +1,6 @@
 """Decoded clips in memory that worker processes share: small sets are decoded once and not every epoch."""
 
+import math
 import mmap
 from collections.abc import Sequence
 
@@ -13,10 +14,10 @@ class DecodedCache:
     the size of /dev/shm, which is 64 MiB in many containers.
 
     Args:
-        shapes: (t, h, w, c) by index: what a clip must have to be kept.
+        shapes: by index: what a clip must have to be kept.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int, int]]) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         self._shapes = list(shapes)
         sizes = np.array([decoded_bytes([shape]) for shape in shapes], dtype=np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -26,7 +27,7 @@ class DecodedCache:
         self._pixels = self._memory[len(sizes) :]
 
     def get(self, index: int) -> np.ndarray | None:
-        """The clip, (t, h, w, c) uint8, not to be written to; None if it was not put there yet."""
+        """The clip, uint8, not to be written to; None if it was not put there yet."""
         if not self._ready[index]:
             return None
         return self._pixels[self._offsets[index] : self._offsets[index + 1]].reshape(self._shapes[index])
@@ -38,6 +39,6 @@ class DecodedCache:
             self._ready[index] = 1
 
 
-def decoded_bytes(shapes: Sequence[tuple[int, int, int, int]]) -> int:
-    """Bytes that clips of these (t, h, w, c) shapes take as uint8."""
-    return sum(t * h * w * c for t, h, w, c in shapes)
+def decoded_bytes(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Bytes that clips of these shapes take as uint8."""
+    return sum(map(math.prod, shapes))

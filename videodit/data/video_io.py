@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
 
-from videodit.data.frame_convert import ToRGB, display_matrix, is_transposed
+from videodit.data import yuv
+from videodit.data.frame_convert import ToRGB, ToShardFormat, display_matrix, is_transposed, planes_of
+
+T = TypeVar("T")
 
 KEYFRAME_EVERY = 16
 _SLOWEST, _FASTEST = 0.01, 1000.0  # frames per second that a header is believed
@@ -120,19 +123,53 @@ def read_frames(source: str | Path | bytes, start: int = 0, stop: int | None = N
         VideoError: if it does not decode, or ends before `start` or `stop`.
         ValueError: if the range is negative or empty.
     """
+    return np.stack(_read(source, start, stop, ToRGB))
+
+
+def read_yuv(
+    source: str | Path | bytes,
+    start: int = 0,
+    stop: int | None = None,
+    stride: int = 1,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """As `read_frames`, in the 4:2:0 of shards: what is stored so is not converted.
+
+    Args:
+        source, start, stop: as in `read_frames`.
+        stride: every how many frames to give.
+        out: filled and given back, if what was read has its shape; not written to otherwise.
+    Returns:
+        (t, 3h/2, w) uint8, packed as in `yuv`; an odd last row or column is cut off.
+    Raises:
+        VideoError, ValueError: as `read_frames`.
+    """
+    frames = _read(source, start, stop, ToShardFormat)[::stride]
+    shape = yuv.packed_shape(len(frames), frames[0].height, frames[0].width)
+    packed = out if out is not None and out.shape == shape else np.empty(shape, np.uint8)
+    luma, chroma = yuv.split(packed)
+    for number, frame in enumerate(frames):
+        luma[number], chroma[number, 0], chroma[number, 1] = planes_of(frame)
+    return packed
+
+
+def _read(
+    source: str | Path | bytes, start: int, stop: int | None, converter: Callable[[], Callable[[av.VideoFrame], T]]
+) -> list[T]:
+    """Frames start to stop, each as the converter gives it."""
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"frames {start} to {stop} are no range: 0 <= start < stop")
     with _open(source) as (container, stream):
         found = _seek(container, stream, start)
-        frames = _collect(*found, start, stop) if found else None
+        frames = _collect(*found, start, stop, converter()) if found else None
     if frames is None:  # the seek led nowhere certain
         with _open(source) as (container, stream):
-            frames = _collect(0, _decode(container, stream), start, stop)
+            frames = _collect(0, _decode(container, stream), start, stop, converter())
     if not frames:
         raise VideoError(f"ends before frame {start}" if start else "no frames")
     if stop is not None and len(frames) < stop - start:
         raise VideoError(f"ends after {start + len(frames)} frames, {stop} were asked for")
-    return np.stack(frames)
+    return frames
 
 
 def sample_frames(source: str | Path | bytes, count: int) -> list[np.ndarray]:
@@ -241,11 +278,16 @@ def _seek(
     return round(number), itertools.chain([frame], decoder)
 
 
-def _collect(first: int, decoder: Iterator[av.VideoFrame], start: int, stop: int | None) -> list[np.ndarray]:
+def _collect(
+    first: int,
+    decoder: Iterator[av.VideoFrame],
+    start: int,
+    stop: int | None,
+    convert: Callable[[av.VideoFrame], T],
+) -> list[T]:
     """Frames start to stop of a decoder whose next frame has the number `first`."""
-    to_rgb = ToRGB()
     count = None if stop is None else stop - first
-    return [to_rgb(frame) for frame in itertools.islice(decoder, start - first, count)]
+    return [convert(frame) for frame in itertools.islice(decoder, start - first, count)]
 
 
 def reason(error: BaseException) -> str:

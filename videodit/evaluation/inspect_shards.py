@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from videodit.config import from_dict
-from videodit.data.batches import Request
+from videodit.data.batches import Request, clip_pixels
 from videodit.data.buckets import Bucket
 from videodit.data.clip_reader import ClipReader, DataConfig, measured_statistics
 from videodit.data.field import preview
@@ -133,7 +133,7 @@ def _crops(reader: ClipReader, members: Mapping[Bucket, list[int]], config: Insp
                 crops.append(Crop(bucket.name, entries[index], b"", rows.failures[0]))
                 continue
             fps = _rate(entries[index], reader.config.fps)
-            shown = preview(rows.tensors["clip"][0].numpy())
+            shown = preview(clip_pixels(rows.tensors["clip"])[0].numpy())
             crops.append(Crop(bucket.name, entries[index], _mp4(shown, fps), rows.captions[0]))
     return crops
 

@@ -44,7 +44,7 @@ from videodit.parallel.watch import enter, tick, watching
 
 # What decides the embeddings of a transformers folder: config, tokenizer, weights.
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Goes up when clips are cut or encoded otherwise, so that old latents are made anew."""
 
 Progress = Callable[[int, int], None]
@@ -201,6 +201,7 @@ class _Job:
             "vae": files_fingerprint(config.vae, ("config.json", "*.safetensors"), tick),
             "buckets": config.data.buckets,
             "fps": config.data.fps,
+            "pixels": "yuv" if config.data.in_yuv else "rgb",
             "window": "middle",
             "text_encoder": text_encoder,
             "version": TRANSFORM_VERSION,
