@@ -5,6 +5,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Tests that run beside others share the cores with them; torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _threads)))
+
 import hypothesis
 import pytest
 import torch
