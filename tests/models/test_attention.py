@@ -4,6 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import randomize
 from videodit.models import attention
@@ -45,6 +46,36 @@ def test_temporal_attention_is_spatial_attention_of_the_transposed_clip() -> Non
     qkv = random_qkv()
     swapped = attend("s", *(x.transpose(1, 2).contiguous() for x in qkv)).transpose(1, 2)
     torch.testing.assert_close(attend("t", *qkv), swapped)
+
+
+class FusedShapes(TorchDispatchMode):
+    """Shapes that torch's fused attention is called with, and whether its inputs are views of these storages."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+        self.own = {x.untyped_storage()._cdata for x in given}
+        self.all_views = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func):
+            self.shapes.append(args[0].shape)
+            self.all_views &= all(x.untyped_storage()._cdata in self.own for x in args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_sequences_than_cuda_takes_at_once_are_attended_to_in_parts() -> None:
+    """5B on 81x720x1280: 3,600 positions of 24 heads, an axis of the kernels' grid that ends at 65,535."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 3600, 24, 2, generator=generator) for _ in range(3))
+    with torch.no_grad(), FusedShapes(query, key, value) as fused:
+        out = attend("t", query, key, value)
+    assert [shape[1] for shape in fused.shapes] == [43_200, 43_200] and fused.all_views
+    weights = (torch.einsum("btshe,bushe->bshtu", query, key) / 2**0.5).softmax(dim=-1)
+    torch.testing.assert_close(out.unflatten(-1, (24, 2)), torch.einsum("bshtu,bushe->btshe", weights, value))
+    with torch.no_grad(), FusedShapes(query, key, value) as fused:
+        attend("t", *(x[:, :, :2700] for x in (query, key, value)))  # 64,800 go at once
+    assert [shape[1] for shape in fused.shapes] == [64_800]
 
 
 @pytest.mark.parametrize("kind", "stf")

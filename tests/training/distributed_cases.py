@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests import tiny
 from tests.training import toy
@@ -31,7 +32,7 @@ from videodit.training.batched_muon import BatchedMuon
 from videodit.training.checkpoint import load_latest, steps_in
 from videodit.training.checkpoint_writer import CheckpointWriter
 from videodit.training.dit_config import DiTRunConfig
-from videodit.training.dit_model import build_model
+from videodit.training.dit_model import build_model, compile_blocks
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, sharded_construction
 from videodit.training.held_out import HeldOutLoss
@@ -429,6 +430,30 @@ def sharded_from_the_start(world: World, dtype: str, name: str) -> None:
     assert results[:3] == results[3:], results
 
 
+def compiled(world: World, stage: int, policy: str) -> None:
+    """Compiled blocks are one graph for each kind, ZeRO-3's hooks or not, and train as eager ones do."""
+    shape = DiTConfig(in_channels=4, hidden_size=96, depth=4, num_heads=2, text_dim=16, frequency_dim=32)
+    latents, mask = torch.randn(2, 4, 2, 4, 4), torch.ones(2, 3, dtype=torch.bool)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")  # graphs as inductor gets them, run as they are
+    norms: list[list[float]] = []
+    for compiles in (False, True):
+        torch.manual_seed(3)
+        with sharded_construction(stage, world):
+            model = VideoDiT(shape)
+        model.checkpointing = policy
+        if compiles:
+            compile_blocks(model, backend=counter)
+        engine = Engine(model, toy.optim_config(), zero_stage=stage, dtype="fp32", world=world, max_steps=9)
+        norms.append([])
+        for step in (1, 2, 3):
+            out = engine(latents, torch.full((2,), 0.5), torch.ones(2, 3, 16), mask)
+            engine.backward((out - latents).square().mean() / world.size)
+            norms[-1].append(engine.step(step).grad_norm)
+    torch.testing.assert_close(torch.tensor(norms[1]), torch.tensor(norms[0]), rtol=1e-5, atol=0)
+    assert counter.frame_count == 2 and norms[0][0] > 0, (counter.frame_count, norms)
+
+
 def errors_reach_all_ranks(world: World) -> None:
     """A folder that rank 0 cannot take is an error on every rank, not a hang."""
     from videodit.errors import UserError
@@ -478,6 +503,8 @@ for _stage, _dtype, _name in ((0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "b
     add(memory_as_planned, _stage, _dtype, _name)
 for _stage in (1, 3):
     add(held_out_loss, _stage)
+for _stage, _policy in ((3, "full"), (3, "none"), (1, "none")):
+    add(compiled, _stage, _policy, slow=_policy == "none")
 for _dtype, _name in (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")):
     add(sharded_from_the_start, _dtype, _name, slow=_name == "muon" or _dtype == "bf16")
 for _stage, _dtype, _name in ((1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "muon")):

@@ -66,11 +66,11 @@ def assert_alike(lines: list[dict[str, Any]], expected: list[dict[str, Any]], re
             assert line[name] == pytest.approx(other[name], rel=rel), (name, line["step"])
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize(("checkpointing", "zero_stage"), [("none", 1), ("full", 1), ("full", 3)])
 def test_losses_are_eagers_in_two_buckets_and_graphs_are_few(
-    checkpointing: str, latents: Path, eager: list[dict[str, Any]], tmp_path: Path
+    checkpointing: str, zero_stage: int, latents: Path, eager: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    lines = train(tmp_path / "run", latents, compile=True, checkpointing=checkpointing)
+    lines = train(tmp_path / "run", latents, compile=True, checkpointing=checkpointing, zero_stage=zero_stage)
     buckets = [line["data/bucket"] for line in lines]
     assert min(buckets.count(name) for name in set(buckets)) >= 2 == len(set(buckets))
     assert_alike(lines, eager, rel=1e-4)

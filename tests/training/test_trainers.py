@@ -446,6 +446,21 @@ def test_frames_have_levels_of_their_own_and_those_given_have_no_weight(latents:
     assert torch.equal(make_noisy(batch, config, noise).sigma, noisy.sigma[9:])
 
 
+@pytest.mark.parametrize(("frames", "patch"), [(5, 1), (6, 2), (6, 3), (1, 1), (2, 2)])
+def test_whole_patches_are_given_and_something_is_left_to_learn(
+    frames: int, patch: int, latents: Path, tmp_path: Path
+) -> None:
+    noise = NoiseLevelConfig(mean=1.0, frame_slope=6.0)
+    model = replace(tiny.DIT, patch_size=(patch, 2, 2))
+    config = dit_config(tmp_path / "run", latents, noise=noise, condition_rate=0.5, model=model)
+    noisy = make_noisy(latent_batch(torch.zeros(64, 4, frames, 2, 2)), config, noise)
+    levels = noisy.sigma.unflatten(1, (-1, patch))
+    assert torch.equal(levels, levels[..., :1].expand_as(levels))  # the model is told the first of a patch
+    given = (levels[..., 0] == 0).sum(dim=1)
+    assert set(given.tolist()) == set(range(max(frames // patch, 1)))  # none, some, never all: an image never
+    assert noisy.weight.unflatten(1, (-1, patch))[levels == 0].sum() == 0 < noisy.weight.sum(dim=1).min()
+
+
 def test_the_model_is_told_where_its_window_lies(latents: Path, tmp_path: Path) -> None:
     config = follow_latents(dit_config(tmp_path / "run", latents, crop=LatentCropConfig((4, 2), share=0.5)))
     assert config.crop_steps == STEPS // 2

@@ -22,6 +22,8 @@ from videodit.models.token_layout import WHOLE, TokenLayout
 SHORT_SEQUENCE = 128
 """Up to this length a CPU is faster with plain matrix products than with the fused kernel, see `short_attention`
 (forward and backward of 5, 16 and 80 tokens: docs/decisions.md)."""
+MOST_HEADS = 65_535
+"""Heads that a CUDA kernel takes at once: they are an axis of its grid (pytorch/pytorch#142228)."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -69,8 +71,17 @@ def attend(kind: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape = (b, t * s, h, e)
     else:
         raise ValueError(f"attention kind {kind!r} is not one of s, t, f")
-    query, key, value = (x.view(shape).transpose(1, 2) for x in (query, key, value))
-    return attention(query, key, value).transpose(1, 2).reshape(b, t, s, h * e)
+    query, key, value = (x.view(shape) for x in (query, key, value))
+    if shape[2] <= MOST_HEADS:
+        return _attend_heads(query, key, value).reshape(b, t, s, h * e)
+    count = -(-shape[2] // MOST_HEADS)
+    parts = [_attend_heads(*part) for part in zip(*(x.chunk(count, dim=2) for x in (query, key, value)))]
+    return torch.cat(parts, dim=2).view(b, t, s, h * e)
+
+
+def _attend_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`attention` with the heads behind the tokens: (b, n, h, e) -> the same."""
+    return attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
 
 class QKNorm(nn.Module):

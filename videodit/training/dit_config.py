@@ -62,7 +62,7 @@ class DiTRunConfig(RunConfig):
     """weight of a noise level in the loss: uniform, velocity (for x0 prediction), min_snr (for noise prediction), or
     learned: one over the error that is expected there"""
     condition_rate: float = 0.0
-    """share of samples whose first latent frames are given clean (image-to-video, extension)"""
+    """share of clips whose first latent frames are given clean (image-to-video, extension); of images none is"""
     checkpointing: str = "none"
     """activations that training keeps: none of them is computed again, attention keeps products and attention, full
     keeps the blocks' inputs, auto takes the first of these that fits the device's memory"""

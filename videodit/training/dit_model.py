@@ -22,6 +22,7 @@ from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.vae_folder import load_vae
 from videodit.training.checkpoint import Checkpoint, load_average
 from videodit.training.dit_config import DiTRunConfig
+from videodit.training.engine import gather_at_once
 
 
 def build_model(config: DiTRunConfig) -> TextToVideoModel:
@@ -60,7 +61,10 @@ def frozen_facts(config: DiTRunConfig) -> dict[str, Any]:
 
 
 def compile_blocks(dit: VideoDiT, *, exchanging: bool = False, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compiles each block where it stands, as one graph; blocks of a kind share it.
+    """Compiles each block's forward function, as one graph; blocks of a kind share it.
+
+    The function and not the block: ZeRO-3's hooks stay outside, where a block's weights are gathered for all of it. So
+    call it before the engine takes the model.
 
     Args:
         dit: its blocks are compiled when they first run.
@@ -69,7 +73,9 @@ def compile_blocks(dit: VideoDiT, *, exchanging: bool = False, backend: str | Ca
         backend: of torch.compile.
     """
     for block in cast("Iterable[DiTBlock]", dit.blocks):
-        block.compile(fullgraph=not (exchanging and block.kind == "f"), backend=backend)
+        fullgraph = not (exchanging and block.kind == "f")
+        block.forward = torch.compile(block.forward, fullgraph=fullgraph, backend=backend)  # type: ignore[method-assign]
+        gather_at_once(block)
 
 
 @torch.no_grad()

@@ -186,13 +186,16 @@ def make_noisy(batch: LatentBatch, config: DiTRunConfig, levels: NoiseLevelConfi
     noise = sample_noise(seed, epochs, keys, shape, "noise")
     sigma = sigma_from_uniform(sample_uniform(seed, epochs, keys, "sigma"), levels)
     slope, focus = (sample_uniform(seed, epochs, keys, name) for name in ("frame slope", "focus frame"))
-    sigma = frame_levels(sigma, t, slope, focus, levels)  # b t
+    pt = config.model.patch_size[0]
+    patches = t // pt  # the frames of a patch have one level: the DiT is told one
+    sigma = frame_levels(sigma, patches, slope, focus, levels)  # b patches
     weight = level_weight(sigma, config.weighting) * frames_to_denoise(sigma, levels)
-    if config.condition_rate > 0:
+    if config.condition_rate > 0 and patches > 1:  # of a single one nothing would be left to learn
         given = sample_uniform(seed, epochs, keys, "condition") < config.condition_rate
-        count = (sample_uniform(seed, epochs, keys, "condition frames") * (t - 1)).long() + 1  # 1 … t - 1
-        clean = given[:, None] & (torch.arange(t)[None] < count[:, None])
+        count = (sample_uniform(seed, epochs, keys, "condition frames") * (patches - 1)).long() + 1
+        clean = given[:, None] & (torch.arange(patches)[None] < count[:, None])  # 1 … patches - 1
         sigma, weight = sigma.masked_fill(clean, 0.0), weight.masked_fill(clean, 0.0)
+    sigma, weight = (x.repeat_interleave(pt, dim=1) for x in (sigma, weight))  # b t
     level = sigma[:, None, :, None, None]
     latents = interpolate(config.flow.path, x0, noise, level)
     wanted = target(config.flow, x0, noise, level)

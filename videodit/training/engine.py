@@ -314,6 +314,11 @@ def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
         yield
 
 
+def gather_at_once(module: nn.Module) -> None:
+    """At ZeRO-3 all weights of this module will come together before its forward pass: no hooks on what is inside."""
+    deepspeed.utils.set_z3_leaf_module(module, True)
+
+
 def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     # fused=True is torch's own kernel, on CPU too: no DeepSpeed op gets compiled.
     for group in groups:
