@@ -5,6 +5,7 @@ command runs in a fork: a process of its own, whose exit code, stdout and stderr
 {name: [code, stdout, stderr]}. One that does not end within a minute is killed by its alarm: code -14.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -39,10 +40,28 @@ def run_forked(argv: list[str], out: Path) -> int:
     os._exit(code)
 
 
-if __name__ == "__main__":
-    import videodit.evaluation.evaluate
-    import videodit.training.export  # noqa: F401  # brings torch, DeepSpeed and the trainers
+def warm_up() -> None:
+    """Imports what the commands need, and reads the docs of their settings, so that no fork does it again."""
+    from videodit.cli import ExportSettings, ImportSettings
+    from videodit.config import from_dict
+    from videodit.data.ingest import IngestConfig
+    from videodit.demo import DemoConfig
+    from videodit.errors import UserError
+    from videodit.evaluation.evaluate import EvaluateConfig
+    from videodit.evaluation.inspect_shards import InspectConfig
+    from videodit.generation.encode import EncodeConfig
+    from videodit.generation.generate import GenerateConfig
+    from videodit.training.dit_config import DiTRunConfig
+    from videodit.training.vae_config import VAERunConfig
 
+    trained = (VAERunConfig, DiTRunConfig, EncodeConfig, GenerateConfig, EvaluateConfig)
+    for config in (*trained, DemoConfig, IngestConfig, InspectConfig, ExportSettings, ImportSettings):
+        with contextlib.suppress(UserError):  # what has no default
+            from_dict(config, {})
+
+
+if __name__ == "__main__":
+    warm_up()
     folder = Path(sys.argv[2])
     results = {}
     for command_name, arguments in json.loads(Path(sys.argv[1]).read_text()).items():
