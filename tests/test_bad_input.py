@@ -108,10 +108,18 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "generate: device": ("{generate} --prompt x --device gpu", ["'gpu'", "auto, cpu, cuda"]),
     "generate: out is a file": ("{generate} --prompt x --out {text}", ["{text}", "choose another"]),
     "generate: out below a file": ("{generate} --prompt x --out {text}/x", ["{text}/x", "choose another"]),
-    # ---- evaluate, export, demo
+    # ---- inspect, evaluate, export, import, demo
+    "inspect: no such shards": ("inspect {gone}", ["{gone}", "no such folder", "videodit ingest"]),
+    "inspect: empty shards": ("inspect {empty}", ["{empty} has no samples"]),
+    "inspect: no such config": ("inspect {shards} --like {gone}", ["like {gone}", "give its YAML or its folder"]),
+    "inspect: frames": ("inspect {shards} --data.buckets 16x32x32", ["16x32x32", "the nearest that fits is 17x32x32"]),
+    "import: no such folder": ("import wan {gone} --out {new}", ["no such folder: {gone}", "Wan 2.1"]),
+    "import: another folder": ("import wan {model} --out {new}", ["{model} has no transformer/config.json", "Wan 2.1"]),
     "evaluate: nothing": ("evaluate", ["--model DIR", "--videos A --reference B"]),
     "evaluate: no such model": ("evaluate --model {gone}", ["no such model folder: {gone}"]),
     "evaluate: no such videos": ("evaluate --videos {gone} --reference {videos}", ["no such folder: {gone}"]),
+    "evaluate: no such original": ("evaluate --videos {videos} --reference {gone}", ["no such folder: {gone}"]),
+    "evaluate: out below a file": ("evaluate --model {model} --out {text}/x", ["{text}/x", "choose another"]),
     "evaluate: nothing matches": ("evaluate --videos {empty} --reference {videos}", ["{empty}", "{videos}"]),
     "export: no run": ("export {gone} --out {new}", ["{gone} is not a run folder", "config.yaml"]),
     "export: no checkpoint": ("export {young_run} --out {new}", ["{young_run} has no checkpoint yet", "save_every"]),
@@ -134,6 +142,8 @@ DISK_CASES: dict[str, tuple[str, list[str]]] = {
     "export: full": ("export {dit_run} --out {full}/model", ["no space left", "{full}/model", "free some space"]),
     "export: out below a file": ("export {dit_run} --out {text}/model", ["{text}/model", "choose another"]),
     "export: too small": ("export {dit_run} --out {small}/model", ["{small}/model", "free some space"]),
+    "inspect: full": ("{inspect} --out {full}/page.html", ["no space left", "{full}/page.html", "free some space"]),
+    "evaluate: full": ("{evaluate} --out {full}/x", ["no space left", "{full}/x/00000-", "free some space"]),
     "demo: full": ("demo --smoke=true --out {full}/demo", ["no space left", "{full}/demo", "free some space"]),
     "ingest: read-only": ("ingest {videos} --out {read_only}/shards", ["no permission", "{read_only}/shards"]),
     "vae: read-only": ("{vae} --run_dir {read_only}/run", ["{read_only}/run", "choose another run_dir"]),
@@ -141,6 +151,8 @@ DISK_CASES: dict[str, tuple[str, list[str]]] = {
     "encode: read-only": ("{encode} --out {read_only}/latents", ["no permission", "{read_only}/latents"]),
     "generate: read-only": ("{generate} --prompt x --out {read_only}/x", ["no permission", "{read_only}/x"]),
     "export: read-only": ("export {dit_run} --out {read_only}/model", ["no permission", "{read_only}/model"]),
+    "inspect: read-only": ("{inspect} --out {read_only}/page.html", ["no permission", "{read_only}/page.html"]),
+    "evaluate: read-only": ("{evaluate} --out {read_only}/x", ["no permission", "{read_only}/x"]),
     "demo: read-only": ("demo --smoke=true --out {read_only}/demo", ["no permission", "{read_only}/demo"]),
     # The run starts, but its checkpoint does not fit.
     "dit: too small": ("{dit} --run_dir {small}/run", ["{small}/run", "no room for the checkpoint", "free some space"]),
@@ -197,6 +209,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     result["dit"] = f"train dit {run} {dit}"
     data = f"--data.shards {at['shards']} --data.buckets {tiny.BUCKET}"
     result["encode"] = f"encode --vae {at['vae_folder']} {data} --out {root / 'encoded'}"
+    result["inspect"] = f"inspect {at['shards']} --data.buckets {tiny.BUCKET} --clips 1"
+    result["evaluate"] = f"evaluate --model {at['model']} --num_prompts 1"
     result["generate"] = f"generate --model {at['model']} --out {root / 'samples'}"
     return result
 
