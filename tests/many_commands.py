@@ -8,12 +8,43 @@ command runs in a fork: a process of its own, whose exit code, stdout and stderr
 import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 LIMIT_S = 60
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+FULL_AND_READ_ONLY = (
+    "mount -t tmpfs -o size=64k tmpfs {full}; head -c 65536 /dev/zero > {full}/zeros; "
+    "mount -t tmpfs -o ro tmpfs {read_only}"
+)
+"""Shell commands that make a full and a read-only disk of two folders, in a private mount namespace."""
+NO_MOUNTS = "no private mounts here (unshare --user --mount), so no full and no read-only disk"
+
+Results = dict[str, tuple[int, str, str]]
+"""name -> (exit code, stdout, stderr)"""
+
+
+def can_mount(setup: str) -> bool:
+    """Whether the shell commands run in a private mount namespace, which some machines do not allow."""
+    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, setup], capture_output=True).returncode == 0
+
+
+def run_all(commands: dict[str, list[str]], out: Path, setup: str = "") -> Results:
+    """Runs the commands, in order, in a private mount namespace where shell commands set things up before, if given."""
+    (out / "commands.json").write_text(json.dumps(commands))
+    command = [sys.executable, "-m", "tests.many_commands", str(out / "commands.json"), str(out)]
+    if setup:
+        command = [*UNSHARE, f'{setup}; exec "$@"', "sh", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results: Results = json.loads((out / "results.json").read_text())
+    return results
 
 
 def run_forked(argv: list[str], out: Path) -> int:

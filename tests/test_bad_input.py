@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +12,12 @@ import torch
 import yaml
 
 from tests import tiny
+from tests.many_commands import FULL_AND_READ_ONLY, NO_MOUNTS, Results, can_mount, run_all
 from videodit.data.mp4 import write_mp4
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import sample_spec
 from videodit.parallel.mesh import World
 from videodit.training.run_folder import RunFolder
-
-ROOT = Path(__file__).parents[1]
 
 # name -> arguments with {places} of the `places` fixture, and what the line must contain
 CASES: dict[str, tuple[str, list[str]]] = {
@@ -157,7 +154,6 @@ DISK_CASES: dict[str, tuple[str, list[str]]] = {
     # The run starts, but its checkpoint does not fit.
     "dit: too small": ("{dit} --run_dir {small}/run", ["{small}/run", "no room for the checkpoint", "free some space"]),
 }
-UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 # The same from a fresh process: what an import prints on stderr would be a second line.
 FRESH = ["ingest: no such folder", "vae: no such shards", "generate: no such model"]
 
@@ -237,33 +233,14 @@ def arguments(case: str, places: dict[str, str]) -> list[str]:
     return verb + [word for setting in settings.values() for word in setting]
 
 
-Results = dict[str, tuple[int, str, str]]
-"""name -> (exit code, stdout, stderr)"""
-
-
-def run_all(commands: dict[str, list[str]], out: Path, setup: str = "") -> Results:
-    """Runs the commands, in order, in a private mount namespace where shell commands set things up before, if given."""
-    (out / "commands.json").write_text(json.dumps(commands))
-    command = [sys.executable, "-m", "tests.many_commands", str(out / "commands.json"), str(out)]
-    if setup:
-        command = [*UNSHARE, "sh", "-ec", f'{setup}; exec "$@"', "sh", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    results: Results = json.loads((out / "results.json").read_text())
-    return results
-
-
 @pytest.fixture(scope="module")
 def results(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What every case gave; those of DISK_CASES are missing where there are no private mounts."""
     for name in ("full", "small", "read_only"):
         places[name] = str(tmp_path_factory.mktemp(name))
-    setup = "mount -t tmpfs -o size=64k tmpfs {full}; head -c 65536 /dev/zero > {full}/zeros; "
-    setup += "mount -t tmpfs -o size=64k tmpfs {small}; mount -t tmpfs -o ro tmpfs {read_only}"
-    setup = setup.format(**places)
+    setup = f"{FULL_AND_READ_ONLY}; mount -t tmpfs -o size=64k tmpfs {{small}}".format(**places)
     cases = CASES
-    if shutil.which("unshare") and subprocess.run([*UNSHARE, "sh", "-ec", setup], capture_output=True).returncode == 0:
+    if can_mount(setup):
         cases = {**CASES, "a run to export": ("{dit}", []), **DISK_CASES}
     else:
         setup = ""
@@ -292,13 +269,12 @@ def test_one_line_and_exit_code_2(results: Results, places: dict[str, str], name
 @pytest.mark.parametrize("name", list(DISK_CASES))
 def test_the_disk_refuses(results: Results, places: dict[str, str], name: str) -> None:
     if name not in results:
-        pytest.skip("no private mounts here (unshare --user --mount), so no full and no read-only disk")
+        pytest.skip(NO_MOUNTS)
     code, stdout, stderr = results[name]
     if name == "dit: too small":  # warnings about checkpoints come before
         stderr = stderr.splitlines(keepends=True)[-1]
-    check(
-        code, "" if name.startswith("demo") else stdout, stderr, [part.format(**places) for part in DISK_CASES[name][1]]
-    )
+    stdout = "" if name.startswith(("demo", "inspect")) else stdout  # stages that begin, and the table
+    check(code, stdout, stderr, [part.format(**places) for part in DISK_CASES[name][1]])
 
 
 @pytest.mark.parametrize("name", FRESH)
