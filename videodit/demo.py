@@ -40,6 +40,7 @@ from videodit.training.vae_trainer import train_vae
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FPS = 8.0
+SMOKE_NOTE = "A smoke run: it shows that everything runs, and learns nothing."
 STAGES = ("render", "ingest", "vae", "encode", "dit", "generate")
 
 
@@ -217,11 +218,13 @@ def _measure_and_report(
         ],
         stages={name: stages.seconds[name] for name in STAGES},
         machine=machine,
-        notes=["A smoke run: it shows that everything runs, and learns nothing."] if config.smoke else [],
+        notes=[SMOKE_NOTE] if config.smoke else [],
         configs={"vae": to_yaml(runs[0]), "dit": to_yaml(runs[1])},
         confusion=clips["train"][1].confusion,
     )
     write_report(out / "report.html", report)
+    if config.smoke:
+        console.print(SMOKE_NOTE)
     _print_summary(console, result, clips)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
     return result
