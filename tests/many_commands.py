@@ -5,14 +5,46 @@ command runs in a fork: a process of its own, whose exit code, stdout and stderr
 {name: [code, stdout, stderr]}. One that does not end within a minute is killed by its alarm: code -14.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 LIMIT_S = 60
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+FULL_AND_READ_ONLY = (
+    "mount -t tmpfs -o size=64k tmpfs {full}; head -c 65536 /dev/zero > {full}/zeros; "
+    "mount -t tmpfs -o ro tmpfs {read_only}"
+)
+"""Shell commands that make a full and a read-only disk of two folders, in a private mount namespace."""
+NO_MOUNTS = "no private mounts here (unshare --user --mount), so no full and no read-only disk"
+
+Results = dict[str, tuple[int, str, str]]
+"""name -> (exit code, stdout, stderr)"""
+
+
+def can_mount(setup: str) -> bool:
+    """Whether the shell commands run in a private mount namespace, which some machines do not allow."""
+    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, setup], capture_output=True).returncode == 0
+
+
+def run_all(commands: dict[str, list[str]], out: Path, setup: str = "") -> Results:
+    """Runs the commands, in order, in a private mount namespace where shell commands set things up before, if given."""
+    (out / "commands.json").write_text(json.dumps(commands))
+    command = [sys.executable, "-m", "tests.many_commands", str(out / "commands.json"), str(out)]
+    if setup:
+        command = [*UNSHARE, f'{setup}; exec "$@"', "sh", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results: Results = json.loads((out / "results.json").read_text())
+    return results
 
 
 def run_forked(argv: list[str], out: Path) -> int:
@@ -39,10 +71,28 @@ def run_forked(argv: list[str], out: Path) -> int:
     os._exit(code)
 
 
-if __name__ == "__main__":
-    import videodit.evaluation.evaluate
-    import videodit.training.export  # noqa: F401  # brings torch, DeepSpeed and the trainers
+def warm_up() -> None:
+    """Imports what the commands need, and reads the docs of their settings, so that no fork does it again."""
+    from videodit.cli import ExportSettings, ImportSettings
+    from videodit.config import from_dict
+    from videodit.data.ingest import IngestConfig
+    from videodit.demo import DemoConfig
+    from videodit.errors import UserError
+    from videodit.evaluation.evaluate import EvaluateConfig
+    from videodit.evaluation.inspect_shards import InspectConfig
+    from videodit.generation.encode import EncodeConfig
+    from videodit.generation.generate import GenerateConfig
+    from videodit.training.dit_config import DiTRunConfig
+    from videodit.training.vae_config import VAERunConfig
 
+    trained = (VAERunConfig, DiTRunConfig, EncodeConfig, GenerateConfig, EvaluateConfig)
+    for config in (*trained, DemoConfig, IngestConfig, InspectConfig, ExportSettings, ImportSettings):
+        with contextlib.suppress(UserError):  # what has no default
+            from_dict(config, {})
+
+
+if __name__ == "__main__":
+    warm_up()
     folder = Path(sys.argv[2])
     results = {}
     for command_name, arguments in json.loads(Path(sys.argv[1]).read_text()).items():

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +12,12 @@ import torch
 import yaml
 
 from tests import tiny
+from tests.many_commands import FULL_AND_READ_ONLY, NO_MOUNTS, Results, can_mount, run_all
 from videodit.data.mp4 import write_mp4
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import sample_spec
 from videodit.parallel.mesh import World
 from videodit.training.run_folder import RunFolder
-
-ROOT = Path(__file__).parents[1]
 
 # name -> arguments with {places} of the `places` fixture, and what the line must contain
 CASES: dict[str, tuple[str, list[str]]] = {
@@ -64,7 +61,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "dit: clips for latents": ("{dit} --data.shards {shards}", ["data.shards {shards}", "videodit encode"]),
     "dit: interrupted latents": ("{dit} --data.shards {torn_latents}", ["{torn_latents}", "videodit encode"]),
     "dit: no such vae": ("{dit} --vae {gone}", ["{gone}", "config.json"]),
-    "dit: patch": ("{dit} --model.patch_size [2,2,2]", ["model.patch_size [2, 2, 2]", "frames", "change the patch"]),
+    "dit: patch": ("{dit} --model.patch_size [2,2,2]", ["model.patch_size [2, 2, 2]", "fits is 5x32x32"]),
+    "dit: patch in space": ("{dit} --model.patch_size [1,3,3]", ["[1, 3, 3]", "change the patch", "fits is 9x24x24"]),
     "dit: few clips": ("{dit} --global_batch_size 9", ["{latents} has 8 clips", "global_batch_size 9", "to 8 or less"]),
     "dit: typo": ("{dit} --model.hiden_size 64", ["--model.hiden_size", "did you mean --model.hidden_size?"]),
     "dit: keep_every": ("{dit} --save_every 4 --keep_every 6", ["keep_every 6", "save_every 4", "nearest is 8"]),
@@ -107,10 +105,18 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "generate: device": ("{generate} --prompt x --device gpu", ["'gpu'", "auto, cpu, cuda"]),
     "generate: out is a file": ("{generate} --prompt x --out {text}", ["{text}", "choose another"]),
     "generate: out below a file": ("{generate} --prompt x --out {text}/x", ["{text}/x", "choose another"]),
-    # ---- evaluate, export, demo
+    # ---- inspect, evaluate, export, import, demo
+    "inspect: no such shards": ("inspect {gone}", ["{gone}", "no such folder", "videodit ingest"]),
+    "inspect: empty shards": ("inspect {empty}", ["{empty} has no samples"]),
+    "inspect: no such config": ("inspect {shards} --like {gone}", ["like {gone}", "give its YAML or its folder"]),
+    "inspect: frames": ("inspect {shards} --data.buckets 16x32x32", ["16x32x32", "the nearest that fits is 17x32x32"]),
+    "import: no such folder": ("import wan {gone} --out {new}", ["no such folder: {gone}", "Wan 2.1"]),
+    "import: another folder": ("import wan {model} --out {new}", ["{model} has no transformer/config.json", "Wan 2.1"]),
     "evaluate: nothing": ("evaluate", ["--model DIR", "--videos A --reference B"]),
     "evaluate: no such model": ("evaluate --model {gone}", ["no such model folder: {gone}"]),
     "evaluate: no such videos": ("evaluate --videos {gone} --reference {videos}", ["no such folder: {gone}"]),
+    "evaluate: no such original": ("evaluate --videos {videos} --reference {gone}", ["no such folder: {gone}"]),
+    "evaluate: out below a file": ("evaluate --model {model} --out {text}/x", ["{text}/x", "choose another"]),
     "evaluate: nothing matches": ("evaluate --videos {empty} --reference {videos}", ["{empty}", "{videos}"]),
     "export: no run": ("export {gone} --out {new}", ["{gone} is not a run folder", "config.yaml"]),
     "export: no checkpoint": ("export {young_run} --out {new}", ["{young_run} has no checkpoint yet", "save_every"]),
@@ -133,6 +139,8 @@ DISK_CASES: dict[str, tuple[str, list[str]]] = {
     "export: full": ("export {dit_run} --out {full}/model", ["no space left", "{full}/model", "free some space"]),
     "export: out below a file": ("export {dit_run} --out {text}/model", ["{text}/model", "choose another"]),
     "export: too small": ("export {dit_run} --out {small}/model", ["{small}/model", "free some space"]),
+    "inspect: full": ("{inspect} --out {full}/page.html", ["no space left", "{full}/page.html", "free some space"]),
+    "evaluate: full": ("{evaluate} --out {full}/x", ["no space left", "{full}/x/00000-", "free some space"]),
     "demo: full": ("demo --smoke=true --out {full}/demo", ["no space left", "{full}/demo", "free some space"]),
     "ingest: read-only": ("ingest {videos} --out {read_only}/shards", ["no permission", "{read_only}/shards"]),
     "vae: read-only": ("{vae} --run_dir {read_only}/run", ["{read_only}/run", "choose another run_dir"]),
@@ -140,11 +148,12 @@ DISK_CASES: dict[str, tuple[str, list[str]]] = {
     "encode: read-only": ("{encode} --out {read_only}/latents", ["no permission", "{read_only}/latents"]),
     "generate: read-only": ("{generate} --prompt x --out {read_only}/x", ["no permission", "{read_only}/x"]),
     "export: read-only": ("export {dit_run} --out {read_only}/model", ["no permission", "{read_only}/model"]),
+    "inspect: read-only": ("{inspect} --out {read_only}/page.html", ["no permission", "{read_only}/page.html"]),
+    "evaluate: read-only": ("{evaluate} --out {read_only}/x", ["no permission", "{read_only}/x"]),
     "demo: read-only": ("demo --smoke=true --out {read_only}/demo", ["no permission", "{read_only}/demo"]),
     # The run starts, but its checkpoint does not fit.
     "dit: too small": ("{dit} --run_dir {small}/run", ["{small}/run", "no room for the checkpoint", "free some space"]),
 }
-UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 # The same from a fresh process: what an import prints on stderr would be a second line.
 FRESH = ["ingest: no such folder", "vae: no such shards", "generate: no such model"]
 
@@ -196,6 +205,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     result["dit"] = f"train dit {run} {dit}"
     data = f"--data.shards {at['shards']} --data.buckets {tiny.BUCKET}"
     result["encode"] = f"encode --vae {at['vae_folder']} {data} --out {root / 'encoded'}"
+    result["inspect"] = f"inspect {at['shards']} --data.buckets {tiny.BUCKET} --clips 1"
+    result["evaluate"] = f"evaluate --model {at['model']} --num_prompts 1"
     result["generate"] = f"generate --model {at['model']} --out {root / 'samples'}"
     return result
 
@@ -222,33 +233,14 @@ def arguments(case: str, places: dict[str, str]) -> list[str]:
     return verb + [word for setting in settings.values() for word in setting]
 
 
-Results = dict[str, tuple[int, str, str]]
-"""name -> (exit code, stdout, stderr)"""
-
-
-def run_all(commands: dict[str, list[str]], out: Path, setup: str = "") -> Results:
-    """Runs the commands, in order, in a private mount namespace where shell commands set things up before, if given."""
-    (out / "commands.json").write_text(json.dumps(commands))
-    command = [sys.executable, "-m", "tests.many_commands", str(out / "commands.json"), str(out)]
-    if setup:
-        command = [*UNSHARE, "sh", "-ec", f'{setup}; exec "$@"', "sh", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    results: Results = json.loads((out / "results.json").read_text())
-    return results
-
-
 @pytest.fixture(scope="module")
 def results(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What every case gave; those of DISK_CASES are missing where there are no private mounts."""
     for name in ("full", "small", "read_only"):
         places[name] = str(tmp_path_factory.mktemp(name))
-    setup = "mount -t tmpfs -o size=64k tmpfs {full}; head -c 65536 /dev/zero > {full}/zeros; "
-    setup += "mount -t tmpfs -o size=64k tmpfs {small}; mount -t tmpfs -o ro tmpfs {read_only}"
-    setup = setup.format(**places)
+    setup = f"{FULL_AND_READ_ONLY}; mount -t tmpfs -o size=64k tmpfs {{small}}".format(**places)
     cases = CASES
-    if shutil.which("unshare") and subprocess.run([*UNSHARE, "sh", "-ec", setup], capture_output=True).returncode == 0:
+    if can_mount(setup):
         cases = {**CASES, "a run to export": ("{dit}", []), **DISK_CASES}
     else:
         setup = ""
@@ -277,13 +269,12 @@ def test_one_line_and_exit_code_2(results: Results, places: dict[str, str], name
 @pytest.mark.parametrize("name", list(DISK_CASES))
 def test_the_disk_refuses(results: Results, places: dict[str, str], name: str) -> None:
     if name not in results:
-        pytest.skip("no private mounts here (unshare --user --mount), so no full and no read-only disk")
+        pytest.skip(NO_MOUNTS)
     code, stdout, stderr = results[name]
     if name == "dit: too small":  # warnings about checkpoints come before
         stderr = stderr.splitlines(keepends=True)[-1]
-    check(
-        code, "" if name.startswith("demo") else stdout, stderr, [part.format(**places) for part in DISK_CASES[name][1]]
-    )
+    stdout = "" if name.startswith(("demo", "inspect")) else stdout  # stages that begin, and the table
+    check(code, stdout, stderr, [part.format(**places) for part in DISK_CASES[name][1]])
 
 
 @pytest.mark.parametrize("name", FRESH)

@@ -1,8 +1,12 @@
 """The command line: exit codes, one line for a user's mistake, and help that loads nothing heavy."""
 
+import dataclasses
 import errno
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -26,14 +30,60 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert python("-c", "import sys, videodit; dir(videodit); sys.exit('torch' in sys.modules)").returncode == 0
 
 
+def configs() -> dict[str, type]:
+    """The settings of each verb."""
+    from videodit.data.ingest import IngestConfig
+    from videodit.demo import DemoConfig
+    from videodit.evaluation.evaluate import EvaluateConfig
+    from videodit.evaluation.inspect_shards import InspectConfig
+    from videodit.generation.encode import EncodeConfig
+    from videodit.generation.generate import GenerateConfig
+    from videodit.planning.plan import config_class
+    from videodit.training.dit_config import DiTRunConfig
+    from videodit.training.vae_config import VAERunConfig
+
+    return {
+        "demo": DemoConfig,
+        "ingest": IngestConfig,
+        "inspect": InspectConfig,
+        "train vae": VAERunConfig,
+        "train dit": DiTRunConfig,
+        "plan": config_class([]),
+        "encode": EncodeConfig,
+        "generate": GenerateConfig,
+        "evaluate": EvaluateConfig,
+        "export": cli.ExportSettings,
+        "import wan": cli.ImportSettings,
+        "doctor": cli.NoSettings,
+    }
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every setting that is no group."""
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            yield from leaves(vars(value), f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_help_of_each_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its usage, an example, and every setting with what it means and its default."""
+    monkeypatch.setenv("COLUMNS", "2000")
     with pytest.raises(SystemExit) as caught:
         cli.main([*verb.split(), "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: videodit {verb} " in text
     assert f"example:\n  videodit {verb}" in text
+    rows = dict(re.findall(r"\n  --(\S+) \S+\s+(.+)", text))
+    fields = dataclasses.fields(configs()[verb])
+    made = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+    for key, default in leaves(made):
+        shown = "null" if default is None else default
+        doc, _, facts = rows[key].partition(" (type: ")
+        assert len(doc.split()) >= 1 and not doc.startswith("(") and facts.endswith(f", default: {shown})"), rows[key]
 
 
 def test_module_and_version() -> None:

@@ -31,4 +31,5 @@ def test_the_verdict_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixt
             run_doctor(tmp_path)
     else:
         run_doctor(tmp_path)
-    assert "python" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "python" in shown and "opencv-python-headless" in shown and "videodit 0" not in shown

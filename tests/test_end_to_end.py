@@ -14,6 +14,8 @@ import pytest
 
 from tests import tiny
 from videodit.data.video_io import read_frames
+from videodit.demo import CONFIGS, DemoConfig, run_demo
+from videodit.errors import UserError
 from videodit.training.run_folder import read_metrics
 
 STAGES = ["render", "ingest", "vae", "encode", "dit", "generate"]
@@ -25,6 +27,7 @@ class Demo:
     """A demo that was killed while the DiT trained, then finished, then started once more."""
 
     out: Path
+    refused_beside_it: str
     finished: subprocess.CompletedProcess[str]
     before: dict[str, str]
     again: subprocess.CompletedProcess[str]
@@ -41,38 +44,108 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def interrupt(out: Path, signal_number: int, min_steps: int) -> tuple[int, list[int]]:
-    """Starts the demo and stops it after some steps of the DiT: (exit code, steps in metrics.jsonl)."""
+def refusal(**settings: Any) -> str:
+    """What the demo answers to settings that it does not take."""
+    with pytest.raises(UserError) as caught:
+        run_demo(DemoConfig(**settings))
+    return str(caught.value)
 
-    def trained() -> bool:
-        return len(read_metrics(out / "dit")) >= min_steps
 
+def begun(out: Path) -> list[str]:
+    """The stages that have begun, in their order."""
+    file = out / "stages.json"
+    return list(json.loads(file.read_text())["settings"]) if file.exists() else []
+
+
+def is_within(stage: str, out: Path) -> bool:
+    """Whether a stage has begun and made something."""
+    made = {
+        "render": lambda: any(out.glob("videos/train/*.mp4")),
+        "ingest": lambda: any(path.is_file() and path.name != ".lock" for path in out.glob("shards/train/**/*")),
+        "vae": lambda: len(read_metrics(out / "vae")) >= 1,
+        "encode": lambda: any(path.is_file() and path.name != ".lock" for path in out.glob("latents/**/*")),
+        "dit": lambda: len(read_metrics(out / "dit")) >= 2,
+        "generate": lambda: any(out.glob("samples/train/*.mp4")),
+    }
+    return stage in begun(out) and made[stage]()
+
+
+def interrupt(out: Path, signal_number: int, stage: str) -> int:
+    """Starts the demo and stops it within a stage; gives its exit code."""
     with tiny.started(["demo", "--smoke", "--out", out]) as process:
-        tiny.wait_until(trained, process)
+        tiny.wait_until(lambda: is_within(stage, out), process)
         process.send_signal(signal_number)
         code = process.wait(120)
-    return code, [line["step"] for line in read_metrics(out / "dit")]
+    assert stage not in json.loads((out / "stages.json").read_text())["done"]
+    assert not (out / "result.json").exists()
+    return code
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     out = tmp_path_factory.mktemp("run") / "demo"
-    code, steps = interrupt(out, signal.SIGKILL, min_steps=1)
-    assert code == -signal.SIGKILL and steps
+    with tiny.started(["demo", "--smoke", "--out", out]) as process:
+        tiny.wait_until(lambda: "render" in begun(out), process)
+        answer = refusal(out=str(out), smoke=True).replace(str(process.pid), "PID")
+        tiny.wait_until(lambda: is_within("dit", out), process)
     assert not (out / "result.json").exists()
     finished = tiny.videodit("demo", "--smoke", "--out", out)
     before = contents(out)
-    return Demo(out, finished, before, tiny.videodit("demo", "--smoke", "--out", out))
+    return Demo(out, answer, finished, before, tiny.videodit("demo", "--smoke", "--out", out))
+
+
+def assert_went_on(out: Path, finished: subprocess.CompletedProcess[str], stage: str) -> None:
+    """What was done stayed, the interrupted stage and all later ones ran, and no step is missing or there twice."""
+    assert finished.returncode == 0, finished.stderr
+    before = STAGES.index(stage)
+    for name in STAGES[:before]:
+        assert f"{name}: done before" in finished.stdout
+    for name in STAGES[before:]:
+        assert f"\n{name}\n" in f"\n{finished.stdout}"
+    for run in ("vae", "dit"):
+        steps = [line["step"] for line in read_metrics(out / run) if "train/loss" in line]
+        assert steps == list(range(1, STEPS + 1))
 
 
 def test_a_killed_demo_goes_on_where_it_was(demo: Demo) -> None:
-    assert demo.finished.returncode == 0, demo.finished.stderr
-    for stage in STAGES[:4]:
-        assert f"{stage}: done before" in demo.finished.stdout
-    assert "\ndit\n" in demo.finished.stdout and "\ngenerate\n" in demo.finished.stdout
-    for run in ("vae", "dit"):
-        steps = [line["step"] for line in read_metrics(demo.out / run) if "train/loss" in line]
-        assert steps == list(range(1, STEPS + 1))
+    assert_went_on(demo.out, demo.finished, "dit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["render", "ingest", "vae", "encode", "generate"])
+def test_killed_in_any_stage_it_makes_the_same(demo: Demo, stage: str, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    assert interrupt(out, signal.SIGKILL, stage) == -signal.SIGKILL
+    assert_went_on(out, tiny.videodit("demo", "--smoke", "--out", out), stage)
+    made = {
+        path: digest
+        for path, digest in contents(out).items()
+        if path.endswith((".mp4", ".tar")) or (path.startswith("model/") and path.endswith(".safetensors"))
+    }
+    assert len(made) > 60 and made.items() <= demo.before.items()
+
+
+def test_a_second_demo_on_the_same_folder_is_refused(demo: Demo) -> None:
+    assert demo.refused_beside_it == (
+        f"--out {demo.out} is in use by process PID: wait for it, or choose another --out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"smoke": False}, "--smoke is false, but the render stage in --out {out} was begun with true: set it back,"),
+        ({"num_clips": 5}, "--num_clips is 5, but the render stage in --out {out} was begun with 4000"),
+        ({"num_prompts": 5}, "--num_prompts is 5, but the generate stage"),
+        ({"seed": 1}, "--seed is 1, but the render stage"),
+        ({"dit_config": "deep.yaml"}, "model.depth of --dit_config is 4, but the dit stage"),
+    ],
+)
+def test_a_demo_of_other_settings_is_refused(demo: Demo, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text((CONFIGS / "dit_demo.yaml").read_text().replace("  depth: 2", "  depth: 4", 1))
+    changes = {name: str(tmp_path / value) if value == "deep.yaml" else value for name, value in changes.items()}
+    assert message.format(out=demo.out) in refusal(**({"out": str(demo.out), "smoke": True} | changes))
+    assert contents(demo.out) == demo.before
 
 
 def test_a_finished_demo_does_nothing_again(demo: Demo) -> None:
@@ -135,8 +208,8 @@ def test_the_folders_are_those_of_the_design(demo: Demo) -> None:
 @pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_143(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    code, steps = interrupt(out, signal.SIGTERM, min_steps=2)
-    assert code == 143
+    assert interrupt(out, signal.SIGTERM, "dit") == 143
+    steps = [line["step"] for line in read_metrics(out / "dit") if "train/loss" in line]
     assert (out / f"dit/checkpoints/step-{steps[-1]:08d}/manifest.json").is_file()
     assert "dit" in json.loads((out / "stages.json").read_text())["seconds"]
     assert tiny.videodit("demo", "--smoke", "--out", out).returncode == 0

@@ -27,6 +27,7 @@ HEIGHT = {
     "planning": 3,
     "serving": 4,
     "demo": 5,
+    "demo_stages": 5,
     "doctor": 5,
     "cli": 6,
     "__main__": 7,

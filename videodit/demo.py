@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from videodit.config import load_yaml, to_yaml
+from videodit.config import load_yaml, to_dict, to_yaml
 from videodit.data.clip_reader import DataConfig
+from videodit.data.folder_lock import FolderLock
 from videodit.data.ingest import ingest
 from videodit.data.loader import clips_in_order
 from videodit.data.mp4 import encode_mp4
@@ -21,6 +19,7 @@ from videodit.data.shapes.oracle import oracle_report
 from videodit.data.shapes.render import object_boxes, write_world
 from videodit.data.shapes.world import SceneSpec, prompt_specs
 from videodit.data.shards import ShardSet
+from videodit.demo_stages import Stages
 from videodit.device import choose_device
 from videodit.errors import REFUSALS, UserError, user_error
 from videodit.evaluation.charts import curve_from_metrics
@@ -32,6 +31,7 @@ from videodit.evaluation.report import ClipCard, Reconstruction, RunReport, writ
 from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.models.vae import VideoVAE
 from videodit.progress import show_progress
+from videodit.settings import flatten
 from videodit.training.dit_config import DiTRunConfig
 from videodit.training.dit_trainer import train_dit
 from videodit.training.export import export_run
@@ -40,6 +40,7 @@ from videodit.training.vae_trainer import train_vae
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FPS = 8.0
+SMOKE_NOTE = "A smoke run: it shows that everything runs, and learns nothing."
 STAGES = ("render", "ingest", "vae", "encode", "dit", "generate")
 
 
@@ -48,7 +49,7 @@ class DemoConfig:
     """The demo's size; the defaults are what README's figures were measured with."""
 
     out: str = "runs/demo"
-    """folder for everything that is made; started again, the demo goes on where it was"""
+    """folder for everything that is made; started again with the same settings, the demo goes on where it was"""
     vae_config: str = str(CONFIGS / "vae_demo.yaml")
     """recipe of the VAE"""
     dit_config: str = str(CONFIGS / "dit_demo.yaml")
@@ -72,59 +73,25 @@ class DemoConfig:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1")
 
 
-class Stages:
-    """Times each stage in OUT/stages.json, over interruptions, and remembers which are done."""
-
-    def __init__(self, out: Path) -> None:
-        self._path = out / "stages.json"
-        self.seconds: dict[str, float] = {}
-        self.done: list[str] = []
-        if self._path.is_file():
-            record = json.loads(self._path.read_text())
-            self.seconds, self.done = record["seconds"], record["done"]
-
-    @contextmanager
-    def stage(self, name: str, console: Console) -> Iterator[bool]:
-        """Yields whether there is something to do."""
-        if name in self.done:
-            console.print(f"[dim]{name}: done before, in {self.seconds[name]:.0f} s[/dim]")
-            yield False
-            return
-        console.print(f"[bold]{name}[/bold]")
-        started = time.perf_counter()
-        try:
-            yield True
-            self.done.append(name)
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            self._write()
-
-    def _write(self) -> None:
-        temp = self._path.with_suffix(".tmp")
-        try:
-            temp.write_text(json.dumps({"seconds": self.seconds, "done": self.done}, indent=2))
-            temp.replace(self._path)
-        except OSError as error:
-            raise user_error(error, self._path) from None
-
-
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Runs what is not done yet: render, ingest, train vae, encode, train dit, generate, measure, report.
 
     Returns:
         result.json's content.
     Raises:
-        UserError: if the folder cannot be written or a recipe not be read.
+        UserError: if the folder cannot be written, is in use by another demo or was begun with other settings, or a
+            recipe cannot be read.
     """
-    config = _smoke(config) if config.smoke else config
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise user_error(error, out) from None
-    console = Console()
-    stages = Stages(out)
-    vae_run, dit_run = _recipes(config)
+    recipes = _recipes(config)
+    with FolderLock(config.out, "--out") as lock:
+        lock.hold_alone()
+        stages = Stages(Path(config.out), _settings(config, recipes))
+        return _run_stages(_smoke(config) if config.smoke else config, stages, recipes)
+
+
+def _run_stages(config: DemoConfig, stages: Stages, recipes: tuple[VAERunConfig, DiTRunConfig]) -> dict[str, Any]:
+    out, console = Path(config.out), Console()
+    vae_run, dit_run = recipes
 
     with stages.stage("render", console) as needed:
         if needed:
@@ -152,7 +119,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             specs = prompt_specs(count, split, config.seed)  # type: ignore[arg-type]
             clips[split] = follow_prompts(str(out / "model"), specs, str(out / "samples" / split), config.seed, 32)
     try:
-        return _measure_and_report(config, stages, clips, (vae_run, dit_run), console)
+        return _measure_and_report(config, stages, clips, recipes, console)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
@@ -170,15 +137,33 @@ def _recipes(config: DemoConfig) -> tuple[VAERunConfig, DiTRunConfig]:
         config.vae_config,
         {
             "run_dir": str(out / "vae"),
+            "seed": config.seed,
             "data.shards": str(out / "shards/train"),
             "eval_shards": str(out / "shards/eval"),
         },
     )
-    dit = load_yaml(DiTRunConfig, config.dit_config, {"run_dir": str(out / "dit"), "data.shards": str(out / "latents")})
+    dit = load_yaml(
+        DiTRunConfig,
+        config.dit_config,
+        {"run_dir": str(out / "dit"), "seed": config.seed, "data.shards": str(out / "latents")},
+    )
     if config.smoke:
         small = {"max_steps": 8, "save_every": 4, "sample_every": 4, "global_batch_size": 4, "micro_batch_size": 4}
         vae, dit = dataclasses.replace(vae, **small), dataclasses.replace(dit, **small)  # type: ignore[arg-type]
     return vae, dit
+
+
+def _settings(config: DemoConfig, recipes: tuple[VAERunConfig, DiTRunConfig]) -> dict[str, dict[str, Any]]:
+    """What each stage's result depends on, besides the stages before; where OUT lies does not count."""
+    given = {f"--{name}": value for name, value in to_dict(config).items()}
+    folders = ("run_dir", "data.shards", "eval_shards")
+    vae, dit = (
+        {f"{key} of {option}": value for key, value in flatten(type(run), to_dict(run), "") if key not in folders}
+        for run, option in zip(recipes, ("--vae_config", "--dit_config"))
+    )
+    world = {name: given[name] for name in ("--smoke", "--seed", "--num_clips", "--num_eval_clips")}
+    prompts = {name: given[name] for name in ("--num_prompts", "--num_held_out_prompts")}
+    return {"render": world, "ingest": {}, "vae": vae, "encode": {}, "dit": dit, "generate": prompts}
 
 
 def _smoke(config: DemoConfig) -> DemoConfig:
@@ -233,11 +218,13 @@ def _measure_and_report(
         ],
         stages={name: stages.seconds[name] for name in STAGES},
         machine=machine,
-        notes=["A smoke run: it shows that everything runs, and learns nothing."] if config.smoke else [],
+        notes=[SMOKE_NOTE] if config.smoke else [],
         configs={"vae": to_yaml(runs[0]), "dit": to_yaml(runs[1])},
         confusion=clips["train"][1].confusion,
     )
     write_report(out / "report.html", report)
+    if config.smoke:
+        console.print(SMOKE_NOTE)
     _print_summary(console, result, clips)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
     return result

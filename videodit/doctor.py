@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from videodit.errors import UserError
 
@@ -38,7 +38,8 @@ def run_doctor(folder: str | Path = ".") -> None:
         UserError: something is missing without which no verb that trains or generates works.
     """
     findings = list(examine(Path(folder)))
-    table = Table("", "subject", "found", "advice", title="videodit doctor", title_justify="left")
+    subject = Column("subject", no_wrap=True)  # names of packages that can be typed
+    table = Table("", subject, "found", "advice", title="videodit doctor", title_justify="left")
     for finding in findings:
         colour = COLOURS[finding.verdict]
         table.add_row(f"[{colour}]{finding.verdict}[/]", finding.subject, finding.found, finding.advice)
@@ -73,6 +74,8 @@ def _packages() -> Iterator[Finding]:
     for requirement in requirements:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         condition = re.search(r"extra == [\"']([\w-]+)", requirement)
+        if condition and name == "videodit":  # an extra that brings other extras
+            continue
         if condition:
             extras.setdefault(condition[1], []).append(name)
         else:

@@ -104,6 +104,11 @@ def test_text_from_outside_stays_text(report):
         assert words in text
 
 
+def test_notes_come_before_every_figure(report):
+    page = render_report(report)
+    assert page.index("Seeds: 0 &amp; 1.") < page.index("97.0%") < page.index("<main>")
+
+
 def test_marks_follow_the_oracle_and_held_out_clips_are_tagged(report):
     page = render_report(report)
     assert page.count("✓ colour") == 2 and page.count("✓ motion") == 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.generation.test_pipeline import PIPE
+from videodit import cli
 from videodit.data.video_io import probe, read_frames
 from videodit.errors import UserError
 from videodit.generation.generate import GenerateConfig, generate
@@ -45,6 +46,40 @@ def test_a_clip_and_its_record_for_every_prompt(model: str, tmp_path: Path) -> N
         assert (info.num_frames, info.height, info.width, info.fps) == (5, 32, 16, 12.0)
         record = json.loads(path.with_suffix(".json").read_text())
         assert (record["prompt"], record["seed"], record["fps"]) == (PROMPTS[index], 4 + index, 12.0)
+
+
+def test_every_flag_is_in_the_clip_or_its_record(model: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As typed, with dashes; what is the model's own is each time another value."""
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    flags = (
+        "--num-frames 9 --height 16 --width 48 --num-steps 4 --guidance-scale 1.5 --sampler heun --fps 12.5 --seed 7"
+    )
+    files = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    command = ["generate", "--model", model, "--prompt", "first", "--prompt", "second", *files, *flags.split()]
+    assert cli.main([*command, "--device", "cpu", "--batch-size", "2"]) == 0
+    names = [f"{index:05d}-{slug}" for index, slug in enumerate(("first", "second", "a-star"))]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / f"{name}.mp4") for name in names]
+    for index, (name, prompt) in enumerate(zip(names, ("first", "second", "a star"))):
+        clip = probe(tmp_path / "out" / f"{name}.mp4")
+        assert (clip.num_frames, clip.height, clip.width, clip.fps) == (9, 16, 48, 12.5)
+        record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert (record["prompt"], record["seed"], record["model"]) == (prompt, 7 + index, model)
+        assert (record["num_frames"], record["height"], record["width"], record["fps"]) == (9, 16, 48, 12.5)
+        assert (record["num_steps"], record["guidance_scale"], record["sampler"]) == (4, 1.5, "heun")
+    defaults = TextToVideo.from_pretrained(model).defaults
+    for name in ("num_frames", "height", "width", "fps", "num_steps", "guidance_scale", "sampler"):
+        assert getattr(defaults, name) != record[name]
+
+
+@pytest.mark.parametrize("flag", ["num_steps", "guidance_scale", "sampler", "seed"])
+def test_what_the_file_does_not_tell_changes_its_pixels(model: str, tmp_path: Path, flag: str) -> None:
+    given = {"num_steps": 2, "guidance_scale": 1.5, "sampler": "euler", "seed": 0}
+    other = {"num_steps": 3, "guidance_scale": 4.0, "sampler": "heun", "seed": 1}
+    one, two = (
+        generate(config(model, tmp_path / str(i), prompt=["a star"], **(given | {flag: values[flag]})))[0]
+        for i, values in enumerate((given, other))
+    )
+    assert not np.array_equal(read_frames(one), read_frames(two))
 
 
 def test_the_record_reproduces_the_clip(model: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.many_commands import FULL_AND_READ_ONLY, NO_MOUNTS, can_mount, run_all
 from tests.models.test_text_transformers import write_encoder
 from tests.models.test_wan import write_wan
 from videodit import cli
@@ -143,3 +144,20 @@ def test_a_source_that_is_not_whole_is_one_line(
 def test_import_needs_to_know_what(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["import"]) == 2 and "videodit import wan" in capsys.readouterr().err
     assert cli.main(["import", "--out", "x"]) == 2 and "videodit import wan" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_disk_refuses(source: Path, tmp_path: Path) -> None:
+    places = {name: str(tmp_path / name) for name in ("full", "read_only")}
+    for place in places.values():
+        Path(place).mkdir()
+    setup = FULL_AND_READ_ONLY.format(**places)
+    if not can_mount(setup):
+        pytest.skip(NO_MOUNTS)
+    commands = {name: ["import", "wan", str(source), "--out", f"{place}/model"] for name, place in places.items()}
+    for name, (code, stdout, stderr) in run_all(commands, tmp_path, setup).items():
+        said = {"full": "no space left while writing", "read_only": "no permission for"}[name]
+        assert (code, stdout) == (2, ""), stderr
+        (line,) = (line for line in stderr.splitlines() if line.startswith("error: "))
+        assert f"{said} {places[name]}/model" in line
+        assert "Traceback" not in stderr

@@ -26,7 +26,9 @@ from videodit.data.loader import ClipLoader
 from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 from videodit.flow.noise_level import GIVEN_BELOW, NoiseLevelConfig
-from videodit.generation.pipeline import RowNoise
+from videodit.flow.path import Parameterization
+from videodit.generation.generate import GenerateConfig, generate
+from videodit.generation.pipeline import RowNoise, read_parameterization
 from videodit.models.level_error import KNOTS
 from videodit.planning.workload import DiTWorkload
 from videodit.training import checkpoint_writer, vae_trainer
@@ -565,5 +567,33 @@ def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path
     assert set(build_model(follow_latents(config)).state_dict()) >= set(average)
     assert average.pop("level_error.knots").shape == (KNOTS,)  # weights the loss only
     assert_same(average, {name: value.detach() for name, value in exported.items()})
-    assert any(not torch.equal(average[name], weight) for name, weight in read_full(checkpoint, "weight").items())
+    trained = read_full(checkpoint, "weight")
+    assert any(not torch.equal(average[name], weight) for name, weight in trained.items())
+    torch.manual_seed(config.seed)
+    started = build_model(follow_latents(config)).state_dict()
+    text = [name for name in trained if name.startswith("text_encoder.")]
+    assert len(text) == len(list(pipe.text_encoder.parameters()))
+    assert [name for name in text if torch.equal(trained[name], started[name])] == []  # trained jointly
+    grams = "text_encoder.gram_embedding.weight"
+    assert (trained[grams] == started[grams]).all(1).any()  # those of n-grams that no caption has
     assert pipe(["a circle"]).shape == (1, tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "weighting", "least", "most"),
+    [("noise", "min_snr", 0.8, 1.2), ("v", "uniform", 0.0, 0.2)],
+)
+def test_ddpm_is_trained_exported_and_sampled(
+    latents: Path, tmp_path: Path, prediction: Any, weighting: Any, least: float, most: float
+) -> None:
+    """A fresh model predicts zero, so the first error is the target's mean square: of the noise, or of v, which at
+    DDPM's levels, most of them high, is nearly -x0, and these latents are small.
+    """
+    flow, noise = Parameterization("variance_preserving", prediction), NoiseLevelConfig(density="ddpm")
+    run = train_dit(dit_config(tmp_path / "run", latents, max_steps=3, flow=flow, weighting=weighting, noise=noise))
+    assert least < read_metrics(run)[0]["train/mse"] < most
+    export_run(run, tmp_path / "model")
+    assert read_parameterization(tmp_path / "model") == flow
+    options = GenerateConfig(str(tmp_path / "model"), ["a star"], out=str(tmp_path / "clips"), device="cpu")
+    (clip,) = generate(options)
+    assert read_frames(clip).shape == (tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)

@@ -72,7 +72,7 @@ class RunReport:
         curves: charts, in order.
         stages: seconds of each stage, in order.
         machine: `machine_facts()`.
-        notes: sentences worth a reader's attention.
+        notes: sentences that a reader must know first: they are at the top.
         configs: {file name: text}.
         confusion: {attribute: {asked: {read: count}}} over the generated clips.
         verdict: the line under the title; made from `result` when empty.
@@ -113,7 +113,7 @@ def render_report(report: RunReport) -> str:
         _costs(report),
         _texts(report),
     )
-    line = report.verdict or verdict(report.result)
+    line = " ".join([*report.notes, report.verdict or verdict(report.result)])
     return page("videodit run report", report.title, line, tiles(report.result, sum(report.stages.values())), sections)
 
 
@@ -220,17 +220,10 @@ def _costs(report: RunReport) -> str:
 
 
 def _texts(report: RunReport) -> str:
-    body = ""
-    if report.notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-        body += section("Notes", "", f'<ul class="notes">{items}</ul>')
     files = dict(report.configs)
     if report.result:
         files["result.json"] = json.dumps(report.result, indent=2)
-    if files:
-        items = "".join(
-            f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
-            for name, text in files.items()
-        )
-        body += section("Settings and raw figures", "", f'<div class="card configs">{items}</div>')
-    return body
+    items = "".join(
+        f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>" for name, text in files.items()
+    )
+    return section("Settings and raw figures", "", f'<div class="card configs">{items}</div>') if files else ""

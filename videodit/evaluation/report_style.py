@@ -153,8 +153,6 @@ table { border-collapse: collapse; width: 100%; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 18px; margin: 0; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
-ul.notes { margin: 0; padding-left: 20px; }
-ul.notes li { margin: 5px 0; }
 details { border-top: 1px solid var(--line); }
 details:first-of-type { border-top: 0; }
 summary { cursor: pointer; padding: 12px 2px; font-weight: 600; }

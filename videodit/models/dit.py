@@ -13,13 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from videodit.models.attention import text_attention_mask
+from videodit.models.attention import CrossAttention, text_attention_mask
 from videodit.models.checkpointing import run_block
 from videodit.models.dit_block import DiTBlock
 from videodit.models.folder import load_model, save_model
-from videodit.models.initialise import whole
-from videodit.models.layers import ACTIVATIONS, MLP, FinalBias, Modulation, modulate, sinusoidal_embedding
-from videodit.models.local import FrameConv, LocalLayers
+from videodit.models.initialise import init_norm, whole
+from videodit.models.layers import ACTIVATIONS, MLP, FinalBias, Modulation, RMSNorm, modulate, sinusoidal_embedding
+from videodit.models.local import FrameConv, LocalBlock, LocalLayers
 from videodit.models.micro_conditioning import MicroEmbedding
 from videodit.models.patchify import PatchIn, PatchOut, patchify, patchify_last, unpatchify, unpatchify_last
 from videodit.models.rope import absolute_embedding, rope_table
@@ -193,9 +193,10 @@ class VideoDiT(nn.Module):
         """Every initialisation of the DiT.
 
         Linear layers: Xavier uniform, biases zero. Convolutions: normal 1/sqrt(fan_in), biases zero. Noise-level
-        embedding: normal 0.02. Zero: the modulations (so that every gate starts closed and each block is the identity,
-        adaLN-Zero), the cross-attention's output, the last layer (so that the first prediction is zero) and that of the
-        micro-conditions (so that they change nothing before they are learned). Norms: one.
+        embedding: normal 0.02. Zero: the modulations with each block's bias (so that every gate starts closed and each
+        block is the identity, adaLN-Zero), the cross-attention's output, the last layer (so that the first prediction
+        is zero) and that of the micro-conditions (so that they change nothing before they are learned). Norms: weight
+        one, bias zero.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, FrameConv)):
@@ -205,6 +206,8 @@ class VideoDiT(nn.Module):
                     else:
                         nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, RMSNorm)):
+                init_norm(module)
         for module in self.sigma_embedding:
             if isinstance(module, nn.Linear):
                 with whole(module.weight):
@@ -217,10 +220,11 @@ class VideoDiT(nn.Module):
             zero.append(self.micro_embedding.out)
         weights = [layer.weight for layer in zero]
         weights.append(getattr(self.final_modulation, "weight", self.final_modulation.bias))
-        for block in cast("Iterable[DiTBlock]", self.blocks):
-            weights.append(block.modulation_bias)
-            if block.cross_attention is not None:
-                weights.append(block.cross_attention.proj.weight)
+        for module in self.modules():
+            if isinstance(module, (DiTBlock, LocalBlock)):
+                weights.append(module.modulation_bias)
+            if isinstance(module, CrossAttention):
+                weights.append(module.proj.weight)
         for weight in weights:
             with whole(weight):
                 nn.init.zeros_(weight)

@@ -7,7 +7,7 @@ Models write their initial values inside `with whole(weight, …):`. By default 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Gather = Callable[[list[Tensor]], AbstractContextManager[None]]
 
@@ -28,3 +28,10 @@ def gathering(gather: Gather) -> Iterator[None]:
         yield
     finally:
         _gather = before
+
+
+def init_norm(norm: nn.Module) -> None:
+    """Sets the norm's weight to one, and its bias, if it has one, to zero."""
+    with whole(*norm.parameters(recurse=False)):
+        for name, parameter in norm.named_parameters(recurse=False):
+            nn.init.constant_(parameter, 0.0 if name == "bias" else 1.0)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from videodit.models.folder import load_model, save_model
-from videodit.models.initialise import whole
+from videodit.models.initialise import init_norm, whole
 
 MAX_WORD_BYTES = 16
 GRAM_SIZES = (3, 4, 5)
@@ -175,7 +175,7 @@ class ByteTextEncoder(nn.Module):
         """Every initialisation of the encoder.
 
         Embeddings: normal 1 (n-grams) and 0.1 (positions). Linear layers: Xavier uniform, biases zero, the two that end
-        a residual branch scaled by 1/sqrt(2 depth).
+        a residual branch scaled by 1/sqrt(2 depth). Norms: weight one, bias zero.
         """
         with whole(self.gram_embedding.weight):
             nn.init.normal_(self.gram_embedding.weight)
@@ -186,6 +186,8 @@ class ByteTextEncoder(nn.Module):
                 with whole(module.weight, module.bias):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                init_norm(module)
         for layer in cast("Iterable[WordTransformerLayer]", self.layers):
             for weight in (layer.proj.weight, layer.fc2.weight):
                 with whole(weight):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from videodit.data.buckets import parse_bucket
+from videodit.data.buckets import FRAMES_PER_LATENT, Bucket, nearest_size, parse_bucket
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest, read_manifests
@@ -21,7 +21,7 @@ from videodit.models.dit import DiTConfig
 from videodit.models.folder import WEIGHTS_NAME, load_config
 from videodit.models.lora import LoRAConfig
 from videodit.models.text import ByteTextConfig
-from videodit.models.vae_folder import load_vae
+from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
 from videodit.training.run_config import RunConfig
 from videodit.training.stages import stages_of
 
@@ -219,8 +219,21 @@ def check_patch(patch_size: tuple[int, int, int], manifest: dict[str, Any], vae:
             if size % patch:
                 raise UserError(
                     f"model.patch_size {list(patch_size)} does not divide latents of {shape[1:]} ({name}) "
-                    f"in {folder}, bucket {bucket.name}: change the patch, or encode clips of another size"
+                    f"in {folder}, bucket {bucket.name}: change the patch, or encode clips of another size; "
+                    f"the nearest bucket that fits is {_nearest_bucket(bucket, config, patch_size).name}"
                 )
+
+
+def _nearest_bucket(bucket: Bucket, vae: VideoAutoencoderConfig, patch_size: tuple[int, int, int]) -> Bucket:
+    """Of the buckets whose latents the patch divides, the nearest."""
+    frames, height, width = bucket
+    lengths = range(1, frames + FRAMES_PER_LATENT * patch_size[0] + 1, FRAMES_PER_LATENT)
+    fitting = [length for length in lengths if vae.latent_shape(length, height, width)[1] % patch_size[0] == 0]
+    return Bucket(
+        min(fitting, key=lambda length: abs(length - frames)),
+        nearest_size(height, vae.spatial_compression * patch_size[1]),
+        nearest_size(width, vae.spatial_compression * patch_size[2]),
+    )
 
 
 def _follow_init(config: DiTRunConfig, frozen: dict[str, Any], names: str) -> DiTRunConfig:

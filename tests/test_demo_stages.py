@@ -1,0 +1,49 @@
+"""The demo's stages: what is done is not passed off as the result of other settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from videodit.demo_stages import Stages
+from videodit.errors import UserError
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "render": {"--num_clips": 3},
+    "dit": {"depth of --dit_config": 2, "size": (4, 4)},
+}
+
+
+def begin(out: Path, settings: dict[str, dict[str, Any]], *names: str) -> None:
+    stages = Stages(out, settings)
+    for name in names:
+        with stages.stage(name, Console(quiet=True)):
+            pass
+
+
+def test_settings_of_a_stage_that_has_not_begun_may_change(tmp_path: Path) -> None:
+    begin(tmp_path, SETTINGS, "render")
+    later = SETTINGS | {"dit": {"depth of --dit_config": 3}}
+    begin(tmp_path, later, "dit")
+    assert Stages(tmp_path, later).done == ["render", "dit"]
+
+
+def test_settings_of_a_stage_that_was_interrupted_may_not(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, SETTINGS)
+    with pytest.raises(KeyboardInterrupt), stages.stage("dit", Console(quiet=True)):
+        raise KeyboardInterrupt
+    assert Stages(tmp_path, SETTINGS).done == []
+    with pytest.raises(UserError) as caught:
+        Stages(tmp_path, SETTINGS | {"dit": {"depth of --dit_config": 3, "size": (4, 4)}})
+    assert str(caught.value) == (
+        f"depth of --dit_config is 3, but the dit stage in --out {tmp_path} was begun with 2: "
+        f"set it back, choose another --out, or remove {tmp_path}"
+    )
+
+
+def test_settings_that_nobody_noted(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text(json.dumps({"seconds": {"render": 1.0}, "done": ["render"]}))
+    with pytest.raises(UserError, match=r"did not note its settings: choose another --out, or remove"):
+        Stages(tmp_path, SETTINGS)
