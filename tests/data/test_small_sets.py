@@ -1,4 +1,4 @@
-"""Few clips, many ranks, real workers: a correct epoch or a clear error, never a wait without end or a step of nothing."""
+"""Few clips, many ranks, real workers: a correct epoch or a clear error, never a hang or a step of nothing."""
 
 import signal
 from collections.abc import Iterator
