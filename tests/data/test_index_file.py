@@ -45,11 +45,10 @@ def same(a: ShardSet, b: ShardSet) -> None:
     one, other = a.columns, b.columns
     assert list(one.keys) == list(other.keys) and one.sizes.keys() == other.sizes.keys()
     assert (one.shard_names, one.bucket_names) == (other.shard_names, other.bucket_names)
-    for left, right in (
-        (one.shards, other.shards),
-        (one.buckets, other.buckets),
-        *zip(one.sizes.values(), other.sizes.values()),
-    ):
+    pairs = [(one.shards, other.shards), (one.buckets, other.buckets)]
+    pairs += [(values, other.sizes[name]) for name, values in one.sizes.items()]
+    pairs += [(values, other.facts[name]) for name, values in one.facts.items()]
+    for left, right in pairs:
         assert np.array_equal(left, right)
 
 

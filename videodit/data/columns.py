@@ -1,5 +1,6 @@
 """Samples of a set by column: what the order of a million clips needs, without an object for each of them."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -8,6 +9,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from videodit.data.shards import Entry
+
+FACTS = ("num_frames", "height", "width", "fps", "channels")
 
 NONE = -1
 """What stands for a member that a sample hasn't, or the bucket of one that says none."""
@@ -61,18 +64,24 @@ class Columns:
     """Likewise."""
     sizes: dict[str, np.ndarray]
     """Extension -> (n,) int64 bytes of each sample's member; -1 for none."""
+    facts: dict[str, np.ndarray]
+    """Each of `FACTS` -> (n,) float64 what the samples' jsons say; 0 for nothing."""
 
     @classmethod
     def of(cls, entries: "Iterable[Entry]") -> "Columns":
         """The columns of samples."""
         keys: list[str] = []
         shards, buckets, sizes = _Numbers(), _Numbers(), _Sizes()
+        facts: dict[str, list[float]] = {name: [] for name in FACTS}
         for entry in entries:
             keys.append(entry.key)
             shards.add(entry.shard)
             buckets.add(entry.meta.get("bucket"))
             sizes.add(entry.members)
-        return cls(keys, *shards.column(), *buckets.column(), sizes.columns())
+            for name, column in facts.items():
+                column.append(_number(entry.meta.get(name)))
+        numbers = {name: np.array(column, dtype=np.float64) for name, column in facts.items()}
+        return cls(keys, *shards.column(), *buckets.column(), sizes.columns(), numbers)
 
     def take(self, rows: np.ndarray) -> "Columns":
         """Some of the samples, as if there were no others.
@@ -88,7 +97,18 @@ class Columns:
             _renumbered(self.shards[rows], self.shard_names),
             _renumbered(self.buckets[rows], self.bucket_names),
         )
-        return Columns(keys, *shards, *buckets, {name: values[rows] for name, values in self.sizes.items()})
+        sizes = {name: values[rows] for name, values in self.sizes.items()}
+        facts = {name: values[rows] for name, values in self.facts.items()}
+        return Columns(keys, *shards, *buckets, sizes, facts)
+
+
+def _number(value: Any) -> float:
+    """0 for what is none: what other tools wrote may be anything."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 class _Numbers:

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from videodit.data.columns import Columns, Keys
+from videodit.data.columns import FACTS, Columns, Keys
 from videodit.data.shards import (
     INDEX,
     Entry,
@@ -177,6 +177,7 @@ def _save(path: Path, table: _Table, digest: str) -> None:
     tensors = {"lines": table.lines, "used": table.used, "shards": columns.shards, "buckets": columns.buckets}
     tensors |= {"keys": columns.keys.text, "key_ends": columns.keys.ends}
     tensors |= {f"sizes/{extension}": values for extension, values in columns.sizes.items()}
+    tensors |= {f"facts/{name}": values for name, values in columns.facts.items()}
     facts = {"version": _VERSION, "sha256": digest, "ends": table.ends}
     facts |= {"shards": columns.shard_names, "buckets": columns.bucket_names}
     data = save(tensors, {"facts": json.dumps(facts)})
@@ -203,15 +204,11 @@ def _load(path: Path, digest: str) -> _Table | None:
         ends = arrays["key_ends"]
         keys = Keys(arrays["keys"], np.concatenate([[0], ends[:-1]]), ends)
         sizes = {name.removeprefix("sizes/"): arrays[name] for name in arrays if name.startswith("sizes/")}
-        columns = Columns(keys, arrays["shards"], facts["shards"], arrays["buckets"], facts["buckets"], sizes)
+        numbers = {name: arrays[f"facts/{name}"] for name in FACTS}
+        columns = Columns(keys, arrays["shards"], facts["shards"], arrays["buckets"], facts["buckets"], sizes, numbers)
         table = _Table(columns, arrays["lines"], arrays["used"], facts["ends"])
-        lengths = [
-            len(ends),
-            len(table.lines) - 1,
-            len(columns.shards),
-            len(columns.buckets),
-            *map(len, sizes.values()),
-        ]
+        lengths = [len(ends), len(table.lines) - 1, len(columns.shards), len(columns.buckets)]
+        lengths += map(len, [*sizes.values(), *numbers.values()])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     return table if set(lengths) == {count} else None
