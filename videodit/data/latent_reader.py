@@ -138,14 +138,9 @@ class LatentReader:
             if index == PADDING:
                 continue
             try:
-                sample, captions = self._sample(index)
-                if sample.mean.shape != shape or sample.logvar.shape != shape:
-                    raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
-                self._check_text(sample, captions.texts)
+                samples[row] = self._sample(index, shape)
             except (UserError, OSError, ValueError) as error:
                 failures[row] = str(error)
-                continue
-            samples[row] = sample, captions
         return samples
 
     def _read_windows(
@@ -185,11 +180,16 @@ class LatentReader:
         if any(text.ndim != 2 or text.shape[1] != self.empty_text.shape[1] for text in sample.text):
             raise ValueError(f"embeddings of other channels than the {self.empty_text.shape[1]} of the empty caption")
 
-    def _sample(self, index: int) -> tuple[LatentSample, Captions]:
+    def _sample(self, index: int, shape: tuple[int, ...]) -> tuple[LatentSample, Captions]:
         kept = self._kept.get(index)
         if kept is None:
-            kept = read_latent_sample(self.shards, index), self.shards.weighted_captions(index)
+            sample, captions = kept = read_latent_sample(self.shards, index), self.shards.weighted_captions(index)
+            if sample.mean.shape != shape or sample.logvar.shape != shape:
+                raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
+            self._check_text(sample, captions.texts)
             if self.in_memory:
+                if "logvar" not in self._parts:
+                    sample.logvar = sample.logvar[:0].clone()  # half of the memory
                 self._kept[index] = kept
         return kept
 
