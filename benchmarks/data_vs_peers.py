@@ -9,20 +9,24 @@ rates of several add up); readers take turns, --rounds times, and the medians ar
 gives batches as they go to the device, in YUV; all others, and "videodit, RGB", the float tensor that a model takes,
 made by the CPU. "decode only" is libavcodec alone, from the keyframe before the window to its last frame, without
 conversion to RGB: what any reader of these files must do at least. "to float RGB" is what remains for the device after
-"videodit", here done by the CPU. Then: latents, memory over many
-clips, how long it takes to begin in the middle of a million clips, and the order of a million clips for 1,024 ranks.
+"videodit", here done by the CPU. Then: latents, in memory also in the second epoch, memory over many clips, how long it
+takes to begin in the middle of a million clips, from their index (--index_only measures that alone, and puts it into
+the --out of an earlier run) and from arrays, and the order of a million clips for 1,024 ranks.
 """
 
 import argparse
 import io
 import json
+import logging
 import random
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +46,8 @@ from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import write_latent_sample
 from videodit.data.loader import ClipLoader, LatentLoader
 from videodit.data.order import ClipPlaces, GlobalOrder
-from videodit.data.shard_writer import ShardWriter
-from videodit.data.shards import ShardSet, json_bytes
+from videodit.data.shard_writer import ShardWriter, index_line
+from videodit.data.shards import Entry, ShardSet, json_bytes
 from videodit.data.transforms import to_model_range
 from videodit.data.video_io import KEYFRAME_EVERY
 from videodit.evaluation.machine import machine_facts
@@ -183,11 +187,14 @@ def make_latents(folder: Path, count: int) -> ShardSet:
     return ShardSet.open(folder)
 
 
-def our_latents(shards: ShardSet, cache_gib: float) -> Iterator[int]:
-    """LatentLoader; without cache_gib every sample is read from its tar."""
+def our_latents(shards: ShardSet, cache_gib: float, epoch: int = 1) -> Iterator[int]:
+    """LatentLoader; without cache_gib every sample is read from its tar. Epochs before are not measured."""
     config = LatentDataConfig(shards=str(shards.root), cache_gib=cache_gib)
     loader = LatentLoader(config, seed=0, global_batch_size=8, micro_batch_size=8)
-    for _, batches in islice(loader.iterate(), len(shards) // 8):
+    steps = loader.iterate()
+    for _ in range((epoch - 1) * loader.steps_per_epoch):
+        next(steps)
+    for _, batches in islice(steps, len(shards) // 8):
         yield int(batches[0].weight.sum())
 
 
@@ -224,6 +231,68 @@ def memory_growth(shards: ShardSet, bucket: str, clips: int) -> dict[str, float]
             seen[f"mib_after_{number}"] = pages * resource.getpagesize() / 2**20
     first, last = seen.values()
     return seen | {"growth": last / first - 1}
+
+
+def make_large_index(folder: Path, shards: int, latents: bool) -> Path:
+    """An index of shards of 1,000 samples, as ingest or encode write it; of the tars all but the first sample is a hole."""
+    folder.mkdir()
+    shape = (16, 5, 32, 32)
+    one = ShardWriter(folder / "one")
+    meta = {"fps": 24.0, "num_frames": 120, "height": 256, "width": 456, "source": "videos/somewhere/video-0001.mp4"}
+    meta |= {"start_s": 12.5, "end_s": 17.5, "sha256": 64 * "a", "motion": 0.123, "aesthetic": 4.567, "text_area": 0.0}
+    if latents:
+        meta |= {"bucket": "17x256x256", "captions": ["a caption"]}
+        entry = write_latent_sample(one, "clip", torch.zeros(shape), torch.zeros(shape), meta)
+    else:
+        entry = one.write("clip", {"mp4": bytes(500_000), "json": json_bytes(meta | {"captions": ["a caption"]})})
+    one.close()
+    size = (folder / "one" / entry.shard).stat().st_size
+    data = (folder / "one" / entry.shard).read_bytes()
+    with open(folder / "index.jsonl", "wb") as index:
+        for number in range(1000 * shards):
+            shard, place = divmod(number, 1000)
+            members = {name: (place * size + offset, length) for name, (offset, length) in entry.members.items()}
+            facts = {**entry.meta, "sha256": f"{number:064x}"}
+            index.write(index_line(Entry(f"clip-{number:07d}", f"shard-{shard:06d}.tar", members, facts)))
+    for shard in range(shards):
+        with open(folder / f"shard-{shard:06d}.tar", "wb") as tar:
+            tar.write(data)
+            tar.truncate(1000 * size)
+    return folder
+
+
+def resident_bytes() -> int:
+    """What this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def begin_in_index(folder: Path, latents: bool, clips: int) -> dict[str, float]:
+    """One rank of 128 opens the set and reads its first micro batch of a step in the third epoch's middle."""
+    logging.disable(logging.WARNING)  # that samples are left out
+    sizes = {"seed": 0, "global_batch_size": 1024, "micro_batch_size": 1, "rank": 3, "world": 128}
+    before, started, cpu = resident_bytes(), time.perf_counter(), time.process_time()
+    if latents:
+        loader: Any = LatentLoader(LatentDataConfig(str(folder), cache_gib=0), **sizes)
+    else:
+        config = DataConfig(str(folder), cache_decoded=False, buckets=["17x256x256", "17x256x456", "17x456x256"])
+        loader = ClipLoader(config, **sizes, multiple=8)
+    next(loader.iterate(2 * loader.steps_per_epoch + loader.steps_per_epoch // 2))
+    seconds = {"s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
+    return seconds | {"bytes_per_clip": (resident_bytes() - before) / clips}
+
+
+def begin_in_indices(shards: int = 1000) -> dict[str, Any]:
+    """A million clips, a million latents: the first time, when the columns are made, and after that."""
+    measured: dict[str, Any] = {"clips": 1000 * shards}
+    with tempfile.TemporaryDirectory() as name:
+        for kind in ("latents", "pixels"):
+            folder = make_large_index(Path(name) / kind, shards, kind == "latents")
+            measured[f"{kind}_index_bytes"] = (folder / "index.jsonl").stat().st_size
+            for time_of in ("first", "later"):
+                with ProcessPoolExecutor(1, get_context("fork")) as process:  # whose memory is its own
+                    done = process.submit(begin_in_index, folder, kind == "latents", 1000 * shards)
+                    measured[f"{kind}_{time_of}"] = done.result()
+    return measured
 
 
 def order_seconds(clips: int = 1_000_000, ranks: int = 1024) -> dict[str, float]:
@@ -264,11 +333,17 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory_clips", type=int, default=10_000)
+    parser.add_argument("--index_only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/data_vs_peers.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     console = Console()
+    index = begin_in_indices() | {"machine": machine_facts()}
+    console.print(f"to begin in the middle, from an index: {index}")
+    if options.index_only:
+        options.out.write_text(json.dumps(json.loads(options.out.read_text()) | {"index": index}, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = ShardSet.open(make_clips(options.videos, folder, options.clips, options.height))
@@ -286,6 +361,7 @@ def main() -> None:
             "DataLoader over files, av": lambda: file_loader(shards, folder / "files"),
             "latents: videodit": lambda: our_latents(latents, 0.0),
             "latents: videodit, in memory": lambda: our_latents(latents, 8.0),
+            "latents: videodit, in memory, second epoch": lambda: our_latents(latents, 8.0, epoch=2),
             "latents: webdataset": lambda: webdataset_latents(latents),
         }
         measured: dict[str, list[float]] = {name: [] for name in readers}
@@ -305,7 +381,9 @@ def main() -> None:
     facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     result = {"machine": machine_facts(), "options": facts, "bucket": bucket, "clips_per_s": rates, "rounds": measured}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result | {"memory": memory, "order": order, "shards": node}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps(result | {"memory": memory, "order": order, "shards": node, "index": index}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

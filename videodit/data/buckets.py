@@ -123,8 +123,9 @@ def group(sizes: Sequence[tuple[int, int, int]], buckets: Sequence[Bucket], *, e
         enlarge: as in `assign`.
     """
     grouping = Grouping(members={bucket: [] for bucket in buckets})
+    found = {size: assign(*size, buckets, enlarge=enlarge) for size in set(sizes)}  # of a million clips many are alike
     for index, size in enumerate(sizes):
-        bucket = assign(*size, buckets, enlarge=enlarge)
+        bucket = found[size]
         if bucket is None:
             grouping.dropped.append(index)
         else:

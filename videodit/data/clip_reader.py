@@ -12,6 +12,7 @@ from videodit.data import yuv
 from videodit.data.batches import Request, Rows, choose_caption
 from videodit.data.buckets import Bucket, Grouping, group, parse_bucket
 from videodit.data.channel_statistics import ChannelStatistics
+from videodit.data.columns import NONE
 from videodit.data.decoded_cache import DecodedCache, decoded_bytes
 from videodit.data.field import read_window
 from videodit.data.frame_reader import READERS, FrameReader, frame_reader
@@ -19,7 +20,7 @@ from videodit.data.ingest_record import read_statistics
 from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_rng
-from videodit.data.shards import Entry, ShardSet
+from videodit.data.shards import ShardSet
 from videodit.data.transforms import (
     ClipCut,
     crop,
@@ -91,7 +92,13 @@ def field_channels(shards: ShardSet) -> int | None:
     Raises:
         UserError: if clips differ in that: one model is trained on one kind of clip.
     """
-    examples = {_field_channels(entry): entry.key for entry in shards.entries}
+    columns = shards.columns
+    is_video = np.any([sizes != NONE for ext, sizes in columns.sizes.items() if ext in CLIP_EXTENSIONS], axis=0)
+    # Of a video or picture none, also if it has an array beside it (an embedding, say).
+    is_field = (columns.sizes.get(FIELD_EXTENSION, NONE) != NONE) & ~is_video
+    kinds = np.where(is_field, columns.facts["channels"], -1)
+    found = sorted(zip(*np.unique(kinds, return_index=True)), key=lambda kind: kind[1])
+    examples = {None if kind < 0 else int(kind): columns.keys[first] for kind, first in found}
     if len(examples) > 1:
         kinds = [f"{key} ({'a video' if c is None else f'{c} channels'})" for c, key in examples.items()]
         raise UserError(
@@ -99,12 +106,6 @@ def field_channels(shards: ShardSet) -> int | None:
             "one number of channels; ingest them into separate folders"
         )
     return next(iter(examples))
-
-
-def _field_channels(entry: Entry) -> int | None:
-    """None for a video or picture, also if it has an array beside it (an embedding, say)."""
-    is_field = FIELD_EXTENSION in entry.members and not any(ext in entry.members for ext in CLIP_EXTENSIONS)
-    return int(entry.meta.get("channels", 0)) if is_field else None
 
 
 def measured_statistics(shards: ShardSet) -> ChannelStatistics | None:
@@ -157,17 +158,16 @@ class ClipReader:
             raise UserError(f"{shards.name} holds {here}, the model reads {there}: give it the clips that it is for")
         self._channels = channels or 3
         self._video_reader = frame_reader(config.reader)
-        self._yuv = config.in_yuv and not statistics
-        metas = [entry.meta for entry in shards.entries]
-        self._shapes = [
-            (int(meta.get("num_frames", 0)), int(meta.get("height", 0)), int(meta.get("width", 0)), self._channels)
-            for meta in metas
-        ]
+        facts, videos = shards.columns.facts, shards.columns.sizes.get("mp4")
+        sizes = zip(*(facts[name].astype(int).tolist() for name in ("num_frames", "height", "width")))
+        self._shapes = [(*size, self._channels) for size in sizes]
+        self._strides = [frame_stride(fps, config.fps) for fps in facts["fps"].tolist()]
+        self._in_yuv = config.in_yuv and not statistics
+        # Clips that are decoded to YUV.
+        self._packed = np.zeros(len(shards), bool) if videos is None or not self._in_yuv else videos != NONE
         stored = [
-            yuv.packed_shape(*shape[:3]) if self._is_packed(entry) else shape
-            for entry, shape in zip(shards.entries, self._shapes, strict=True)
+            yuv.packed_shape(*shape[:3]) if packed else shape for shape, packed in zip(self._shapes, self._packed)
         ]
-        self._strides = [frame_stride(float(meta.get("fps", 0)), config.fps) for meta in metas]
         self._cache: DecodedCache | None = None
         # A field is not decoded: what the system keeps of the shards in memory is its cache.
         if config.cache_decoded and not statistics and decoded_bytes(stored) <= config.cache_gib * 2**30:
@@ -235,12 +235,8 @@ class ClipReader:
         else:
             row.zero_()
 
-    def _is_packed(self, entry: Entry) -> bool:
-        """Whether a clip is decoded to YUV."""
-        return self._yuv and "mp4" in entry.members
-
     def _gives_packed(self, bucket: Bucket) -> bool:
-        return self._yuv and bucket.frames > 1 and bucket.height % 2 == 0 and bucket.width % 2 == 0
+        return self._in_yuv and bucket.frames > 1 and bucket.height % 2 == 0 and bucket.width % 2 == 0
 
     def _clip(self, index: int, bucket: Bucket, epoch: int, out: Tensor) -> ClipCut:
         """Fills a row of `ClipBatch.frames` and says how it was cut. No more than the window is read or decoded, unless
@@ -289,7 +285,7 @@ class ClipReader:
         entry = self.shards.entries[index]
         extension = next((ext for ext in CLIP_EXTENSIONS if ext in entry.members), CLIP_EXTENSIONS[0])
         data = self.shards.read(index, extension)
-        if self._is_packed(entry):
+        if self._packed[index]:
             return read_yuv(data, start, stop, stride, out)
         read: FrameReader = self._video_reader if extension == "mp4" else read_frames
         return read(data, start, stop)[::stride]

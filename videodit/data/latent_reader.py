@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -10,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from videodit.data.batches import Request, Rows, choose_caption
 from videodit.data.buckets import Bucket, parse_bucket
 from videodit.data.captions import Captions
+from videodit.data.columns import NONE
 from videodit.data.latent_crop import LatentCropConfig, crop, draw_windows, window_weights
 from videodit.data.latents import (
     LatentSample,
@@ -73,21 +75,25 @@ class LatentReader:
         self.shards, self.config, self.seed = shards, config, seed
         self.window, self.patch = window, patch
         self._weights: dict[int, Tensor] = {}  # of each clip's windows, which are the same in every epoch
-        sizes = [entry.members["safetensors"][1] for entry in shards.entries if "safetensors" in entry.members]
+        columns = shards.columns
+        sizes = columns.sizes.get("safetensors", np.array([NONE]))
         root = shards.sets[0].root  # the others were made alike: `follow_latents` holds it
         has_text = bool((read_manifest(root) or {}).get("text_encoder"))
         self.empty_text = read_empty_text(root) if has_text else None
-        self.in_memory = sum(sizes) <= config.cache_gib * 2**30
+        self.in_memory = int(sizes.sum()) <= config.cache_gib * 2**30
         self._kept: dict[int, tuple[LatentSample, Captions]] = {}
-        self.members: dict[Bucket, list[int]] = {}
+        self.members: dict[Bucket, np.ndarray] = {}
         try:
-            if len(sizes) != len(shards):
-                raise KeyError("safetensors")
-            for index, entry in enumerate(shards.entries):
-                self.members.setdefault(parse_bucket(entry.meta["bucket"], multiple=1), []).append(index)
+            for name, column in (("safetensors", sizes), ("bucket", columns.buckets)):
+                if (column == NONE).any():
+                    raise KeyError(name)
+            buckets = [parse_bucket(name, multiple=1) for name in columns.bucket_names]
+            for bucket in dict.fromkeys(buckets):
+                numbers = [number for number, other in enumerate(buckets) if other == bucket]
+                self.members[bucket] = np.flatnonzero(np.isin(columns.buckets, numbers))
             # From the json, not from a tensor: a micro batch may be all padding, and the first sample may be damaged.
             self.latent_shapes = {
-                bucket: tuple(int(size) for size in shards.read_json(indices[0])["latent_shape"])
+                bucket: tuple(int(size) for size in shards.read_json(int(indices[0]))["latent_shape"])
                 for bucket, indices in self.members.items()
             }
         except (KeyError, ValueError) as error:
@@ -132,14 +138,9 @@ class LatentReader:
             if index == PADDING:
                 continue
             try:
-                sample, captions = self._sample(index)
-                if sample.mean.shape != shape or sample.logvar.shape != shape:
-                    raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
-                self._check_text(sample, captions.texts)
+                samples[row] = self._sample(index, shape)
             except (UserError, OSError, ValueError) as error:
                 failures[row] = str(error)
-                continue
-            samples[row] = sample, captions
         return samples
 
     def _read_windows(
@@ -179,11 +180,16 @@ class LatentReader:
         if any(text.ndim != 2 or text.shape[1] != self.empty_text.shape[1] for text in sample.text):
             raise ValueError(f"embeddings of other channels than the {self.empty_text.shape[1]} of the empty caption")
 
-    def _sample(self, index: int) -> tuple[LatentSample, Captions]:
+    def _sample(self, index: int, shape: tuple[int, ...]) -> tuple[LatentSample, Captions]:
         kept = self._kept.get(index)
         if kept is None:
-            kept = read_latent_sample(self.shards, index), self.shards.weighted_captions(index)
+            sample, captions = kept = read_latent_sample(self.shards, index), self.shards.weighted_captions(index)
+            if sample.mean.shape != shape or sample.logvar.shape != shape:
+                raise ValueError(f"latents of shape {tuple(sample.mean.shape)} among latents of shape {shape}")
+            self._check_text(sample, captions.texts)
             if self.in_memory:
+                if "logvar" not in self._parts:
+                    sample.logvar = sample.logvar[:0].clone()  # half of the memory
                 self._kept[index] = kept
         return kept
 

@@ -119,7 +119,7 @@ def read_latents(reader: LatentReader, requests: Iterable[Request]) -> Iterator[
     Raises:
         UserError: after 100 samples in a row that could not be read.
     """
-    keys = [entry.key for entry in reader.shards.entries]
+    keys = reader.shards.columns.keys
     guard = FailureGuard(keys)
     for rows in map(reader.__getitem__, requests):
         guard.check(rows)
@@ -180,7 +180,7 @@ def read_clips(reader: ClipReader, requests: Iterable[Request]) -> Iterator[Clip
     Raises:
         UserError: after 100 samples in a row that could not be read.
     """
-    keys = [entry.key for entry in reader.shards.entries]
+    keys = reader.shards.columns.keys
     guard = FailureGuard(keys)
     for rows in read_all(reader, requests, reader.config.num_workers, reader.config.prefetch):
         guard.check(rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from videodit.data.batches import check_workers
+from videodit.data.index_file import open_folder
 from videodit.data.order import ClipPlaces
 from videodit.data.remote import RemoteFolder, is_address, open_remote
 from videodit.data.shards import Entry, ShardSet
@@ -127,7 +128,7 @@ def open_shards(config: ShardsConfig) -> ShardSet:
     sets = [
         open_remote(RemoteFolder(folder, config.disk_cache), config.disk_cache_gib * 2**30)
         if is_address(folder)
-        else ShardSet.open(folder)
+        else open_folder(folder)
         for folder in config.folders
     ]
     return sets[0] if len(sets) == 1 else ShardMixture(sets)
@@ -146,12 +147,8 @@ def only_folder(config: ShardsConfig, verb: str) -> str:
 
 def clip_places(shards: ShardSet, config: ShardsConfig) -> ClipPlaces:
     """Where each clip lies, for the order."""
-    numbers: dict[tuple[int, str], int] = {}
     sets = np.repeat(np.arange(len(shards.sets)), [len(part) for part in shards.sets])
-    of_clip = [
-        numbers.setdefault((number, entry.shard), len(numbers))
-        for number, part in enumerate(shards.sets)
-        for entry in part.entries
-    ]
+    before = np.cumsum([0, *(len(part.columns.shard_names) for part in shards.sets)])
+    of_clip = [part.columns.shards.astype(np.int64) + first for part, first in zip(shards.sets, before)]
     weights = tuple(config.weights) or (1.0,) * len(shards.sets)
-    return ClipPlaces(np.array(of_clip, dtype=np.int64), sets, weights)
+    return ClipPlaces(np.concatenate(of_clip), sets, weights)

@@ -54,11 +54,11 @@ def apply_models(
     if not models:
         return bare
     said = _Said(root / SAID, keep)
-    stage = _Stage(ShardSet(root, bare), config, models, said, progress)
+    stage = _Stage(root, bare, config, models, said, progress)
     for work in (stage.caption, stage.match, stage.aesthetic):
         work()
     said.close()
-    return stage.shards.entries
+    return bare
 
 
 _Key = tuple[str, ...]  # what was asked of which model about which clip
@@ -108,17 +108,19 @@ class _Stage:
 
     def __init__(
         self,
-        shards: ShardSet,
+        root: Path,
+        entries: list[Entry],
         config: ModelsConfig,
         models: Mapping[str, Any],
         said: _Said,
         progress: Callable[[int, int], None],
     ) -> None:
-        self.shards, self._config, self._models, self._said, self._progress = shards, config, models, said, progress
+        self.shards, self._entries = ShardSet(root, entries), entries  # the same list, whose elements are replaced
+        self._config, self._models, self._said, self._progress = config, models, said, progress
         self._device = choose_device(config.device)
         self._clips = {
             index: str(entry.meta.get("sha256", entry.key))
-            for index, entry in enumerate(shards.entries)
+            for index, entry in enumerate(entries)
             if any(extension in entry.members for extension in CLIP_EXTENSIONS)
         }
 
@@ -180,7 +182,7 @@ class _Stage:
                 self._replace(index, meta=meta)
 
     def _replace(self, index: int, **changes: Any) -> None:
-        self.shards.entries[index] = replace(self.shards.entries[index], **changes)
+        self._entries[index] = replace(self._entries[index], **changes)
 
     def _batches(self, indices: list[int]) -> Iterator[tuple[list[int], list[list[np.ndarray]]]]:
         """Clips that decode, with their frames."""

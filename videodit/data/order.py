@@ -64,7 +64,7 @@ class GlobalOrder:
 
     def __init__(
         self,
-        buckets: Mapping[str, Sequence[int]],
+        buckets: Mapping[str, Sequence[int] | np.ndarray],
         global_batch_size: int | Mapping[str, int],
         seed: int,
         num_streams: int = 64,

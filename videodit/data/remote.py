@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from videodit.data.shards import INDEX, PART, ShardSet, check_sizes, read_index, read_span
+from videodit.data.index_file import used_samples
+from videodit.data.shards import INDEX, PART, ShardSet, check_sizes, read_span
 from videodit.data.storage import open_system, reason, version_of
 from videodit.errors import UserError
 
@@ -57,14 +58,16 @@ class RemoteFolder:
         self._connected: tuple[int, Any, str] | None = None
         try:
             filesystem, path = self._connect()
-            files = [file for file in filesystem.ls(path, detail=True) if file["type"] == "file"]
+            listed = filesystem.ls(path, detail=True)
+            # What begins with a dot, others have put there: locks, columns of the index.
+            files = [f for f in listed if f["type"] == "file" and not Path(f["name"]).name.startswith(".")]
         except UserError:
             raise
         except Exception as error:  # each store has its own
             raise UserError(f"data.shards {address} cannot be read: {reason(error)}") from error
         self.sizes = {Path(file["name"]).name: int(file["size"]) for file in files}
-        listed = sorted((Path(file["name"]).name, file["size"], version_of(file)) for file in files)
-        version = hashlib.sha256(json.dumps([address, listed]).encode()).hexdigest()[:16]
+        versions = sorted((Path(file["name"]).name, file["size"], version_of(file)) for file in files)
+        version = hashlib.sha256(json.dumps([address, versions]).encode()).hexdigest()[:16]
         self.local = self.cache_dir / f"{Path(path).name or 'shards'}-{version}"
         try:
             self.local.mkdir(parents=True, exist_ok=True)
@@ -237,12 +240,11 @@ def open_remote(folder: RemoteFolder, limit_bytes: float) -> ShardSet:
         raise UserError(
             f"data.shards {folder.address} has no {INDEX}: write the shards with videodit, or copy them to a disk"
         )
-    entries = read_index(folder.local / INDEX)
-    check_sizes(folder.address, entries, folder.sizes)
-    used = [entry for entry in entries if not entry.dropped]
+    used, columns, ends = used_samples(folder.local / INDEX)
+    check_sizes(folder.address, ends, folder.sizes)
     if not used:
         raise UserError(f"data.shards {folder.address} has no samples that filters left in")
-    return ShardSet(folder.local, used, folder.address, ShardCache(folder, limit_bytes))
+    return ShardSet(folder.local, used, folder.address, ShardCache(folder, limit_bytes), columns)
 
 
 @contextmanager

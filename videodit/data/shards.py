@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol
 
 from videodit.data import video_io
 from videodit.data.captions import Captions, stored_captions
+from videodit.data.columns import Columns
 from videodit.errors import UserError
 
 INDEX = "index.jsonl"
@@ -48,6 +49,11 @@ class Entry:
     captions: dict[str, Any] = field(default_factory=dict)
     """What is read in the place of its json's captions, in the same form; empty for those."""
 
+    @property
+    def end(self) -> int:
+        """Bytes that its shard has at least."""
+        return max(map(sum, self.members.values()), default=0)
+
 
 def json_bytes(value: Any) -> bytes:
     """JSON, always the same bytes for the same value: sorted keys, UTF-8, one line."""
@@ -70,7 +76,7 @@ class SpanReader(Protocol):
 class ShardSet:
     """The samples of a folder of shards, by number.
 
-    It holds no open file, so it may be shared by forked workers or pickled.
+    Forked workers may share it.
 
     Attributes:
         root: the folder.
@@ -80,12 +86,25 @@ class ShardSet:
     """
 
     def __init__(
-        self, root: str | Path, entries: list[Entry], name: str = "", cache: "SpanReader | None" = None
+        self,
+        root: str | Path,
+        entries: Sequence[Entry],
+        name: str = "",
+        cache: "SpanReader | None" = None,
+        columns: Columns | None = None,
     ) -> None:
         self.root = Path(root)
+        self._columns = columns
         self.entries = entries
         self.name = name or str(root)
         self.cache = cache
+
+    @property
+    def columns(self) -> Columns:
+        """The samples by column; made once."""
+        if self._columns is None:
+            self._columns = Columns.of(self.entries)
+        return self._columns
 
     @property
     def sets(self) -> list["ShardSet"]:
@@ -116,7 +135,7 @@ class ShardSet:
             raise UserError(
                 f"{root} has no samples: nothing passed ingest (see rejects.jsonl), or it is no folder of shards"
             )
-        _check_local_sizes(root, entries)
+        check_local_sizes(root, shard_ends(entries))
         return cls(root, used)
 
     def __len__(self) -> int:
@@ -235,20 +254,32 @@ def read_index(path: Path) -> list[Entry]:
         UserError: if it is damaged, or names a shard outside its folder.
     """
     entries = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                members = {extension: (int(place[0]), int(place[1])) for extension, place in record["members"].items()}
-                if Path(record["shard"]).name != record["shard"] or min(map(min, members.values()), default=0) < 0:
-                    raise ValueError(record["shard"])  # it could name any file
-                more = record.get("dropped", ""), record.get("captions", {})
-                entries.append(Entry(record["key"], record["shard"], members, record["meta"], *more))
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                raise UserError(
-                    f"{path}, line {number} is damaged: remove the index to scan the tars, or write the shards again"
-                ) from error
+            entry = parse_line(line)
+            if entry is None:
+                raise damaged_index(path, number)
+            entries.append(entry)
     return entries
+
+
+def parse_line(line: bytes) -> Entry | None:
+    """The sample of an index's line; None if it is damaged, or names a shard outside its folder."""
+    try:
+        record = json.loads(line)
+        shard = record["shard"]
+        members = {extension: (int(place[0]), int(place[1])) for extension, place in record["members"].items()}
+        if "/" in shard or shard in ("", ".", "..") or min(map(min, members.values()), default=0) < 0:
+            return None  # it could name any file
+        more = record.get("dropped", ""), record.get("captions", {})
+        return Entry(record["key"], shard, members, record["meta"], *more)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+
+
+def damaged_index(path: Path, number: int) -> UserError:
+    """The error of an index whose line of this number, from 1, is damaged."""
+    return UserError(f"{path}, line {number} is damaged: remove the index to scan the tars, or write the shards again")
 
 
 def _scan(root: Path) -> Iterator[Entry]:
@@ -256,7 +287,7 @@ def _scan(root: Path) -> Iterator[Entry]:
     seen: set[str] = set()
     for path in sorted(root.glob("*.tar")):
         entries = [Entry(key, path.name, members, {}) for key, members in tar_samples(path).items()]
-        _check_local_sizes(root, entries)
+        check_local_sizes(root, shard_ends(entries))
         one = ShardSet(root, entries)
         for i, entry in enumerate(entries):
             meta = plain_values(one.read_json(i))
@@ -271,19 +302,24 @@ def _scan(root: Path) -> Iterator[Entry]:
             yield Entry(key, entry.shard, entry.members, meta)
 
 
-def check_sizes(where: str | Path, entries: Sequence[Entry], sizes: Mapping[str, int]) -> None:
+def shard_ends(entries: Iterable[Entry]) -> dict[str, int]:
+    """Shard -> bytes that it has at least to hold its samples."""
+    ends: dict[str, int] = {}
+    for entry in entries:
+        ends[entry.shard] = max(ends.get(entry.shard, 0), entry.end)
+    return ends
+
+
+def check_sizes(where: str | Path, ends: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     """Checks that every shard of an index is there in full.
 
     Args:
         where: the folder, for messages.
-        entries: of the index.
+        ends: bytes of each shard of the index, at least.
         sizes: bytes of each shard that is there.
     Raises:
         UserError: if one is missing or shorter than its samples.
     """
-    ends: dict[str, int] = {}
-    for entry in entries:
-        ends[entry.shard] = max([ends.get(entry.shard, 0), *map(sum, entry.members.values())])
     for name, end in sorted(ends.items()):
         if name not in sizes:
             raise UserError(f"{where}/{name} is missing, but {INDEX} lists it: restore it or write the shards again")
@@ -294,9 +330,10 @@ def check_sizes(where: str | Path, entries: Sequence[Entry], sizes: Mapping[str,
             )
 
 
-def _check_local_sizes(root: Path, entries: Sequence[Entry]) -> None:
+def check_local_sizes(root: Path, ends: Mapping[str, int]) -> None:
+    """`check_sizes` of a folder on a disk."""
     sizes = {}
-    for name in {entry.shard for entry in entries}:
+    for name in ends:
         with suppress(OSError):
             sizes[name] = (root / name).stat().st_size
-    check_sizes(root, entries, sizes)
+    check_sizes(root, ends, sizes)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from videodit.data.batch_sizes import BatchBy, batch_sizes
 from videodit.data.batches import Batch, FailureGuard, Request, RowReader, Rows, batch_fields, read_all
 from videodit.data.buckets import Bucket
@@ -67,7 +69,7 @@ class StepLoader(Generic[BatchT]):
         self,
         reader: RowReader,
         to_batch: Callable[[Rows, dict[str, Any]], BatchT],
-        members: Mapping[Bucket, Sequence[int]],
+        members: Mapping[Bucket, Sequence[int] | np.ndarray],
         shards: ShardSet,
         config: ShardsConfig,
         *,
@@ -87,14 +89,14 @@ class StepLoader(Generic[BatchT]):
         self._to_batch = to_batch
         self._buckets = {bucket.name: bucket for bucket in members}
         self._clips = {bucket.name: clips for bucket, clips in members.items()}
-        self._keys = keys = [entry.key for entry in shards.entries]
+        self._keys = keys = shards.columns.keys
         self._rank, self._world = rank, world
         places = clip_places(shards, config)
         self.order_settings = {"data.streams": config.streams, "data.weights": list(places.weights)}
         self._num_workers, self._prefetch = num_workers, config.prefetch
         self._guard = FailureGuard(keys)
         self.num_clips = sum(map(len, self._clips.values()))
-        counts = {bucket.name: tokens[bucket] for bucket, clips in members.items() if clips}
+        counts = {bucket.name: tokens[bucket] for bucket, clips in members.items() if len(clips)}
         self.needs_seconds = batch_by == "time" and len(counts) > 1
         self._size_batches = partial(batch_sizes, counts, global_batch_size, micro_batch_size, batch_by, world=world)
         self._make_order = partial(GlobalOrder, self._clips, seed=seed, num_streams=config.streams, places=places)
@@ -130,7 +132,7 @@ class StepLoader(Generic[BatchT]):
     def first_clips(self, bucket: str) -> BatchT:
         """A micro batch of the first clips of a bucket, the same on every rank, for measuring."""
         size = self.batch_sizes[bucket].micro
-        ids = [*self._clips[bucket][:size], *[PADDING] * size][:size]
+        ids = [*map(int, self._clips[bucket][:size]), *[PADDING] * size][:size]
         rows = self._reader[Request(self._buckets[bucket], (0,) * size, tuple(ids))]
         return self._to_batch(rows, batch_fields(rows, self._keys))
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from videodit.data.batches import LatentBatch, Request
 from videodit.data.deal import num_micro_batches
+from videodit.data.index_file import open_folder
 from videodit.data.latent_reader import LatentReader
 from videodit.data.latents import read_manifest
 from videodit.data.loader import read_latents
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_noise, stable_hash
-from videodit.data.shards import ShardSet
 from videodit.errors import UserError
 from videodit.flow.loss import frame_error
 from videodit.flow.noise_level import sigma_from_uniform
@@ -50,12 +50,12 @@ class HeldOutLoss:
     def __init__(self, config: DiTRunConfig, mesh: Mesh, layout: Callable[[torch.Size], TokenLayout]) -> None:
         assert config.eval_shards is not None
         self._config, self._mesh, self._layout = config, mesh, layout
-        shards = ShardSet.open(config.eval_shards)
+        shards = open_folder(config.eval_shards)
         data = replace(config.data, shards=config.eval_shards, weights=[], caption_drop=0.0)
         self._reader = LatentReader(
             shards, data, config.seed, config.crop, config.model.patch_size[1:], posterior=config.sample_posterior
         )
-        keys = [entry.key for entry in shards.entries]
+        keys = shards.columns.keys
         order = sorted(range(len(keys)), key=lambda index: stable_hash(config.seed, 0, keys[index], "held out"))
         self._chosen = set(order[: config.eval_clips])
 
@@ -81,7 +81,7 @@ class HeldOutLoss:
         """This rank's share; every rank gets equally many, some of them padding."""
         requests = []
         for bucket, clips in self._reader.members.items():
-            chosen = [clip for clip in clips if clip in self._chosen]
+            chosen = [clip for clip in clips.tolist() if clip in self._chosen]
             micro, world = self._config.micro_batch_size, self._mesh.data_size
             chosen += [PADDING] * (num_micro_batches(len(chosen), world, micro) * world * micro - len(chosen))
             for start in range(self._mesh.data_rank * micro, len(chosen), world * micro):
