@@ -2,14 +2,16 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests import tiny
-from tests.forked_ranks import Rank, Ranks, alive, children, steps_of, wait_until
+from tests.forked_ranks import Rank, Ranks, alive, children, free_port, steps_of, wait_until
 from tests.training.toy import assert_same, whole
 from videodit.training.checkpoint import load_latest
 
@@ -90,6 +92,44 @@ def test_of_a_rank_that_is_frozen_or_stuck(ranks: Ranks, latents: Path, tmp_path
         assert all("Traceback" not in rank.stderr for rank in run.ranks)
 
 
+def test_before_the_ranks_have_met(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """A stop ends a rank at once, wherever it is, and a rank whose first one is gone says so."""
+    port = free_port()
+    first, other, stopped = ranks.start(options(tmp_path / "run", latents), 4, absent=1, port=port)
+    wait_until(lambda: accepts(port), lambda: first.stderr)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    wait_until(lambda: store.check(["meeting/ask/1", "meeting/ask/2"]), lambda: other.stderr)
+    stopped.signal(signal.SIGUSR1)
+    assert stopped.wait() == 143 and not stopped.stderr
+    first.signal(signal.SIGKILL)
+    assert other.wait() == 1
+    (line,) = other.lines
+    assert "rank 1 of 4 lost the others" in line and f"127.0.0.1:{port}" in line and "Traceback" not in other.stderr
+
+
+def test_of_a_rank_that_is_killed_in_its_first_collective(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """Rank 0 reads a config.yaml that does not come to an end; rank 1 waits for what it says."""
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    os.mkfifo(tmp_path / "config.yaml")
+    first, other = ranks.start(options(tmp_path, latents), 2)
+
+    def is_read() -> bool:
+        try:
+            pipes.append(os.open(tmp_path / "config.yaml", os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    pipes: list[int] = []
+    wait_until(is_read, lambda: first.stderr)
+    first.signal(signal.SIGKILL)
+    assert other.wait() == 1
+    os.close(pipes[0])
+    (line,) = other.lines
+    assert line.startswith("error: rank 0 (") and " is gone, last seen in start" in line
+    assert "Traceback" not in other.stderr
+
+
 def test_torchrun_starts_a_run_again_that_lost_a_rank(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
     straight = ranks.start(options(tmp_path / "straight", latents, STEPS), 2)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "videodit"]
@@ -111,6 +151,11 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(ranks: Ranks, latents: Pat
     ends = [load_latest(tmp_path / name) for name in ("straight", "killed")]
     assert all(end is not None and end.step == STEPS for end in ends)
     assert_same(*(whole(end) for end in ends if end is not None))
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return not probe.connect_ex(("127.0.0.1", port))
 
 
 def is_rank(pid: int, rank: int) -> bool:

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -20,7 +20,7 @@ from videodit.evaluation.machine import code_version
 from videodit.parallel.mesh import World, all_reduce_sum
 from videodit.parallel.watch import enter, phase, tick, watching
 from videodit.progress import Progress
-from videodit.training.checkpoint import load_latest
+from videodit.training.checkpoint import load_latest, steps_in
 from videodit.training.checkpoint_writer import CheckpointWriter, Written
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, StepResult
@@ -41,14 +41,16 @@ class TrainingRun:
     ema: PowerEMA
     writer: CheckpointWriter
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog, stop: StopRequest
+    ) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
         self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
         self._went_back = False  # in the last step
         self._several = self._mixed = False  # whether there are several buckets, and images as well as videos
         self._tracker = tracker
-        self._stop = StopRequest(world.is_main)
+        self._stop = stop
         self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, world.is_main, note=log.info)
         self._log = log
@@ -65,23 +67,25 @@ class TrainingRun:
         Raises:
             UserError: if the folder is in use, cannot be written, or holds a run of another model.
         """
-        folders = RunFolder.open(config.run_dir, config_text, world)
-        with folders as folder, RunLog.open(folder.path / "train.log", world) as log:
-            facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
-            tracker = Tracker(config.tracker, folder.path, facts, world)
-            run = cls(config, world, folder, tracker, log)
-            try:
-                with run._stop.listening():
-                    try:
-                        with run._progress, watching(world, config.hang_timeout_s):
-                            yield run
-                    except BaseException as error:
-                        run._end_writing(at_once=isinstance(error, KeyboardInterrupt))
-                        raise
-            finally:
-                tracker.finish()
-        if run._stop:  # asked for after the last step
-            raise SystemExit(run._stop.exit_code)
+        stop = StopRequest(world.is_main)
+        # First of all: what follows waits for the other ranks.
+        with stop.listening(), ExitStack() as watched:
+            watched.enter_context(watching(world, config.hang_timeout_s))
+            folders = RunFolder.open(config.run_dir, config_text, world)
+            with folders as folder, RunLog.open(folder.path / "train.log", world) as log:
+                facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
+                tracker = Tracker(config.tracker, folder.path, facts, world)
+                run = cls(config, world, folder, tracker, log, stop)
+                try:
+                    with watched.pop_all(), run._progress:
+                        yield run
+                except BaseException as error:
+                    run._end_writing(at_once=isinstance(error, KeyboardInterrupt))
+                    raise
+                finally:
+                    tracker.finish()
+            if stop:  # asked for after the last step
+                raise SystemExit(stop.exit_code)
 
     def start(self, module: nn.Module) -> None:
         """Puts the module into the engine, and the newest checkpoint, if there is one, into both."""
@@ -250,6 +254,14 @@ class TrainingRun:
         """Clips of the current step, by caption; rank 0 has written them into the run folder."""
         self.log({name: {caption: str(path.relative_to(self.folder.path)) for caption, path in videos.items()}})
 
+    @contextmanager
+    def keeping_samples(self) -> Iterator[None]:
+        """Around what writes samples and logs them: a full disk costs these, and a warning."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(f"no samples at step {self.step}: {error}; training goes on", stacklevel=3)
+
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is due; 0 is never.
 
@@ -333,11 +345,11 @@ class TrainingRun:
         if self.step:
             self.save()
         with phase("checkpoint"):
-            self._report(self.writer.wait())
+            self._report(self.writer.wait(), leaving=True)
         raise SystemExit(self._stop.exit_code)
 
-    def _report(self, written: Written | None) -> None:
-        """Tells how a save ended."""
+    def _report(self, written: Written | None, *, leaving: bool = False) -> None:
+        """Tells how a save ended; leaving: it is the last thing that this process does."""
         if written is None:
             return
         self._save_metrics["perf/write_s"] = written.seconds
@@ -345,8 +357,9 @@ class TrainingRun:
             self._log.info(f"checkpoint of step {written.step}")
             return
         if self.world.is_main:
-            message = f"no checkpoint at step {written.step}: {written.problem}; training goes on with the last one"
-            warnings.warn(message, stacklevel=3)
+            newest = max(steps_in(self.folder.path), default=0)
+            then = f"the same command goes on from step {newest}" if leaving else "training goes on"
+            warnings.warn(f"no checkpoint at step {written.step}: {written.problem}; {then}", stacklevel=3)
         if written.step >= self.config.max_steps:
             raise UserError(
                 f"run_dir {self.folder.path} has no room for the checkpoint of the last step: "
@@ -361,7 +374,7 @@ class TrainingRun:
             self.writer.abandon()
             return
         try:
-            self._report(self.writer.wait())
+            self._report(self.writer.wait(), leaving=True)
         except Exception as error:  # what ended the run is to be told, not this
             warnings.warn(f"the last checkpoint was not written: {error}", stacklevel=2)
 

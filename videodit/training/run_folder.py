@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -145,26 +145,30 @@ class RunFolder:
         if not self._is_main or not file.exists():
             return
         self._close_metrics()
-        kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+        written = file.read_text()
+        kept = [line for line in written.splitlines() if _step_of(line) <= step]
         if not evaluated:
             kept = [line for line in kept if _step_of(line) < step or "train/loss" in json.loads(line)]
-        temp = file.with_suffix(".tmp")
-        temp.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temp, file)
+        text = "".join(f"{line}\n" for line in kept)
+        try:
+            if written.startswith(text):  # but for a torn line in between; needs no space
+                os.truncate(file, len(text.encode()))
+            else:
+                temp = file.with_suffix(".tmp")
+                temp.write_text(text)
+                os.replace(temp, file)
+        except OSError as error:
+            warnings.warn(f"metrics.jsonl keeps lines after step {step}: {error}; training goes on", stacklevel=2)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl; numbers that are not finite become null. A full disk costs a warning."""
         if not self._is_main:
             return
         line = json.dumps({"step": step, **{key: _json_value(value) for key, value in metrics.items()}})
-        try:
+        with self._metrics_may_be_lost():
             if self._metrics is None:
                 self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
             self._metrics.write(f"{line}\n")
-        except OSError as error:
-            if not self._warned:
-                warnings.warn(f"metrics.jsonl cannot be written: {error}; training goes on", stacklevel=2)
-            self._warned = True
 
     def log_skipped(self, step: int, record: Mapping[str, Any]) -> None:
         """Appends one line to skipped.jsonl, and warns; what a run that goes back or resumes has written stays."""
@@ -186,9 +190,19 @@ class RunFolder:
             self._lock = None
 
     def _close_metrics(self) -> None:
-        if self._metrics:
-            self._metrics.close()
-            self._metrics = None
+        metrics, self._metrics = self._metrics, None
+        if metrics:
+            with self._metrics_may_be_lost():
+                metrics.close()
+
+    @contextlib.contextmanager
+    def _metrics_may_be_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"metrics.jsonl cannot be written: {error}; training goes on", stacklevel=4)
+            self._warned = True
 
     def __enter__(self) -> "RunFolder":
         return self
