@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from videodit.parallel.mesh import background_group, broadcast_object, gather_objects
 from videodit.training.checkpoint import FOLDER, digest_of, folder_of, state_buffers, steps_in
+from videodit.training.tensor_file import save_file
 
 if TYPE_CHECKING:
     from videodit.training.ema import PowerEMA
@@ -182,7 +181,6 @@ class CheckpointWriter:
         def write_part() -> dict[str, Any]:
             file = temp / f"rank-{self._engine.rank:05d}.safetensors"
             save_file(self._host, file)
-            _sync(file)
             return {file.name: digest_of(file)}
 
         def publish() -> None:
@@ -205,7 +203,7 @@ class CheckpointWriter:
         result, problem = None, ""
         try:
             result = work()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             problem = str(error)
         reports = gather_objects((result, problem), self._group)
         for rank, (_, problem) in enumerate(reports):
