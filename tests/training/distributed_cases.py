@@ -107,7 +107,8 @@ def resume(world: World, stage: int, dtype: str, name: str) -> None:
     engine = toy.make_engine(world, stage, dtype, name)
     ema = PowerEMA(engine.slices())
     folder = toy.shared_folder()
-    toy.train(engine, world, 1, 3, 2, ema)
+    assert not toy.save(folder / "start", 0, engine, ema)
+    first = toy.train(engine, world, 1, 3, 2, ema)
     assert not toy.save(folder, 3, engine, ema, {"seen": 24})
     straight = toy.train(engine, world, 4, 6, 2, ema)
     again = toy.make_engine(world, stage, dtype, name)
@@ -122,6 +123,12 @@ def resume(world: World, stage: int, dtype: str, name: str) -> None:
     checkpoint.restore(engine, ema)  # going back while training
     assert toy.train(engine, world, 4, 6, 2, ema) == straight
     toy.assert_same(toy.full_state(engine, ema), toy.full_state(again, again_ema))
+    start = load_latest(folder / "start")
+    assert start is not None
+    start.restore(engine, ema)  # to before the first update
+    assert engine.optimizer_step == 0
+    assert toy.train(engine, world, 1, 3, 2, ema) == first
+    toy.assert_same(toy.full_state(engine, ema), toy.whole(checkpoint))
 
 
 def change_stage(world: World, old: int, new: int, name: str) -> None:
