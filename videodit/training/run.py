@@ -48,6 +48,7 @@ class TrainingRun:
         self.step = self.saved_step = 0
         self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
         self._went_back = False  # in the last step
+        self._wall_start = time.monotonic()  # earlier by what the starts before took
         self._several = self._mixed = False  # whether there are several buckets, and images as well as videos
         self._tracker = tracker
         self._stop = stop
@@ -108,12 +109,22 @@ class TrainingRun:
             self.step = self.saved_step = found.step
         due = any(map(self.due, self.config.evaluation_intervals))
         self._evaluation_due = due and self.folder.evaluated_step() < self.step
-        self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due)
+        before = self.folder.last_metric("perf/wall_s"), found.state["extra"].get("wall_s", 0.0) if found else 0.0
+        self._wall_start -= max(before)
+        self._say_where(self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due))
         self._tracker.start()
         version = ", ".join(f"{name} {value}" for name, value in code_version().items() if value)
         self._log.info(f"from step {self.step} of {self.config.max_steps}: {self.world.size} ranks, {version}")
         module.register_forward_pre_hook(tick)  # samples are many forward passes
         self.meter = StepMeter(self.world.device, self.world.size)
+
+    def _say_where(self, again: int) -> None:
+        """Tells the user from where a run goes on that has been started before."""
+        repeated = f"; {again} later steps are made again" if again else ""
+        if self.step:
+            self._progress.say(f"goes on from step {self.step} of {self.config.max_steps}{repeated}")
+        elif again:
+            self._progress.say(f"no checkpoint was written yet, so it starts from step 0; {again} steps are made again")
 
     def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any], *, free: tuple[str, ...] = ()) -> None:
         """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
@@ -148,6 +159,11 @@ class TrainingRun:
     def next_data_step(self) -> int:
         """Which step's data comes next: the next step's, or later if the run has gone back past bad data."""
         return self.step + 1 + self.guard.state.data_offset
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run has taken, over all its starts; steps that were lost and made again count each time."""
+        return time.monotonic() - self._wall_start
 
     def total_weight(self, batches: list[Any]) -> float:
         """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data.
@@ -189,7 +205,7 @@ class TrainingRun:
         result, reason = self._guarded_step(dict(zip(losses, reduced)), images)
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics() | {"train/skipped": self.guard.state.skipped}
-        metrics |= self.meter.step(tokens=tokens, flops=flops)
+        metrics |= self.meter.step(tokens=tokens, flops=flops) | {"perf/wall_s": self.wall_s}
         metrics |= self._save_metrics
         self._save_metrics = {}
         if self._mixed:
@@ -324,7 +340,8 @@ class TrainingRun:
         with phase("checkpoint"):
             self._report(self.writer.wait())
             waited = time.perf_counter()
-            self.writer.save(self.step, {"guard": self.guard.to_dict(), "scheduled": scheduled})
+            extra = {"guard": self.guard.to_dict(), "scheduled": scheduled, "wall_s": self.wall_s}
+            self.writer.save(self.step, extra)
         self.saved_step = self.step
         self._save_metrics["perf/save_s"] = time.perf_counter() - start
         self._save_metrics["perf/save_wait_s"] = waited - start
