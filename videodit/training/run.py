@@ -15,13 +15,12 @@ from videodit.data.batch_sizes import BatchSize
 from videodit.data.batches import Batch
 from videodit.data.buckets import is_image
 from videodit.data.randomness import batch_digest
-from videodit.errors import UserError
 from videodit.evaluation.machine import code_version
 from videodit.parallel.mesh import World, all_reduce_sum
 from videodit.parallel.watch import enter, phase, tick, watching
 from videodit.progress import Progress
-from videodit.training.checkpoint import load_latest, steps_in
-from videodit.training.checkpoint_writer import CheckpointWriter, Written
+from videodit.training.checkpoint import load_latest
+from videodit.training.checkpoint_writer import CheckpointWriter
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, StepResult
 from videodit.training.guard import Guard
@@ -30,6 +29,7 @@ from videodit.training.rollback import go_back, guard_of
 from videodit.training.run_config import RunConfig, run_dtype
 from videodit.training.run_folder import RunFolder
 from videodit.training.run_log import RunLog
+from videodit.training.saves import Saves
 from videodit.training.stop import StopRequest
 from videodit.training.tracker import Tracker
 
@@ -39,20 +39,19 @@ class TrainingRun:
 
     engine: Engine
     ema: PowerEMA
-    writer: CheckpointWriter
+    _saves: Saves
 
     def __init__(
         self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog, stop: StopRequest
     ) -> None:
         self.config, self.world, self.folder = config, world, folder
-        self.step = self.saved_step = 0
+        self.step = 0
         self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
         self._went_back = False  # in the last step
         self._wall_start = time.monotonic()  # earlier by what the starts before took
         self._several = self._mixed = False  # whether there are several buckets, and images as well as videos
         self._tracker = tracker
         self._stop = stop
-        self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, world.is_main, note=log.info)
         self._log = log
 
@@ -81,7 +80,8 @@ class TrainingRun:
                     with watched.pop_all(), run._progress:
                         yield run
                 except BaseException as error:
-                    run._end_writing(at_once=isinstance(error, KeyboardInterrupt))
+                    if hasattr(run, "_saves"):
+                        run._saves.end(at_once=isinstance(error, KeyboardInterrupt))
                     raise
                 finally:
                     tracker.finish()
@@ -101,12 +101,13 @@ class TrainingRun:
         )
         self.ema = PowerEMA(self.engine.slices(), self.config.ema_profiles)
         keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
-        self.writer = CheckpointWriter(self.folder.path, self.engine, self.ema, **keep)
+        writer = CheckpointWriter(self.folder.path, self.engine, self.ema, **keep)
+        self._saves = Saves(writer, self.folder, self._log, self.config.max_steps)
         found = load_latest(self.folder.path, self.engine.shapes)
         if found is not None:
             found.restore(self.engine, self.ema)
             self.guard.load(guard_of(found.state))
-            self.step = self.saved_step = found.step
+            self.step = self._saves.step = found.step
         due = any(map(self.due, self.config.evaluation_intervals))
         self._evaluation_due = due and self.folder.evaluated_step() < self.step
         before = self.folder.last_metric("perf/wall_s"), found.state["extra"].get("wall_s", 0.0) if found else 0.0
@@ -196,7 +197,7 @@ class TrainingRun:
             SystemExit: with the code of the signal, after a checkpoint, if a rank was told to stop.
             UserError: if too many steps in a row were skipped, and going back has not helped or cannot.
         """
-        self._report(self.writer.poll())
+        self._saves.poll()
         self.step += 1
         row = self.guard.state.in_row
         enter("optimizer")
@@ -206,8 +207,7 @@ class TrainingRun:
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics() | {"train/skipped": self.guard.state.skipped}
         metrics |= self.meter.step(tokens=tokens, flops=flops) | {"perf/wall_s": self.wall_s}
-        metrics |= self._save_metrics
-        self._save_metrics = {}
+        metrics |= self._saves.take_metrics()
         if self._mixed:
             metrics[f"train/grad_norm_{'image' if images else 'video'}"] = metrics["train/grad_norm"]
         if self._several:
@@ -253,10 +253,11 @@ class TrainingRun:
 
     def _go_back(self, reason: str) -> None:
         """Goes on from the last checkpoint before the skipped steps, with the data after them."""
+        self._saves.wait()
         with phase("going back"):
-            self._report(self.writer.wait())
-            back = go_back(self.folder, self.engine, self.ema, self.writer, self.guard, self.step, reason)
-        self.step = self.saved_step = back
+            writer = self._saves.writer
+            back = go_back(self.folder, self.engine, self.ema, writer, self.guard, self.step, reason)
+        self.step = self._saves.step = back
         self._tracker.start()  # metrics.jsonl has become shorter
         self.meter.restart()
 
@@ -334,18 +335,10 @@ class TrainingRun:
         Args:
             scheduled: whether a run that was never stopped has it too.
         """
-        if self.saved_step == self.step:
-            return
-        start = time.perf_counter()
-        with phase("checkpoint"):
-            self._report(self.writer.wait())
-            waited = time.perf_counter()
+        if self._saves.step != self.step:
             extra = {"guard": self.guard.to_dict(), "scheduled": scheduled, "wall_s": self.wall_s}
-            self.writer.save(self.step, extra)
-        self.saved_step = self.step
-        self._save_metrics["perf/save_s"] = time.perf_counter() - start
-        self._save_metrics["perf/save_wait_s"] = waited - start
-        self.meter.restart()
+            self._saves.begin(self.step, extra)
+            self.meter.restart()
 
     def finish(self) -> None:
         """Ends a run whose steps are done: waits until the last checkpoint is written.
@@ -353,47 +346,15 @@ class TrainingRun:
         Raises:
             UserError: if that of the last step cannot be; before, training goes on without.
         """
-        with phase("checkpoint"):
-            self._report(self.writer.wait())
+        self._saves.wait()
         self._note_evaluated()
 
     def _leave(self) -> NoReturn:
         """Ends the run between two steps, on every rank, with a checkpoint if a step was ever made."""
         if self.step:
             self.save()
-        with phase("checkpoint"):
-            self._report(self.writer.wait(), leaving=True)
+        self._saves.wait(leaving=True)
         raise SystemExit(self._stop.exit_code)
-
-    def _report(self, written: Written | None, *, leaving: bool = False) -> None:
-        """Tells how a save ended; leaving: it is the last thing that this process does."""
-        if written is None:
-            return
-        self._save_metrics["perf/write_s"] = written.seconds
-        if not written.problem:
-            self._log.info(f"checkpoint of step {written.step}")
-            return
-        if self.world.is_main:
-            newest = max(steps_in(self.folder.path), default=0)
-            then = f"the same command goes on from step {newest}" if leaving else "training goes on"
-            warnings.warn(f"no checkpoint at step {written.step}: {written.problem}; {then}", stacklevel=3)
-        if written.step >= self.config.max_steps:
-            raise UserError(
-                f"run_dir {self.folder.path} has no room for the checkpoint of the last step: "
-                "free some space, then run the same command again"
-            )
-
-    def _end_writing(self, at_once: bool) -> None:
-        """After an error: a checkpoint that is being written is finished, unless the run is to end at once."""
-        if not hasattr(self, "writer"):
-            return
-        if at_once:
-            self.writer.abandon()
-            return
-        try:
-            self._report(self.writer.wait(), leaving=True)
-        except Exception as error:  # what ended the run is to be told, not this
-            warnings.warn(f"the last checkpoint was not written: {error}", stacklevel=2)
 
 
 class _Stopped(Exception):

@@ -39,7 +39,7 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
         unsynced = 0
         for tensor in tensors.values():
             for piece in torch.split(tensor, CHUNK_BYTES // 4):
-                file.write(piece.numpy())
+                file.write(piece.numpy().data)
                 unsynced += 4 * len(piece)
                 if unsynced >= CHUNK_BYTES:
                     _sync(file)
