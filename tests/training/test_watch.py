@@ -13,7 +13,9 @@ import torch.distributed as dist
 from tests import tiny
 from tests.forked_ranks import Rank, Ranks, alive, children, free_port, steps_of, wait_until
 from tests.training.toy import assert_same, whole
+from videodit.parallel.verdict import PERIOD_S
 from videodit.training.checkpoint import load_latest
+from videodit.training.run_folder import read_metrics
 
 STEPS = 40
 LIMIT_S = 5  # hang_timeout_s
@@ -45,6 +47,10 @@ class Lost:
         self.seen = {pid for rank in self.ranks for pid in rank.family()}
         assert len(self.seen) == 2 * len(self.ranks)  # each has a worker
 
+    def trained_s(self) -> float:
+        lines = read_metrics(self.run_dir)
+        return float(lines[-1]["perf/wall_s"] - lines[0]["perf/wall_s"])
+
     def end(self, *survivors: int) -> list[Rank]:
         """Waits for the survivors, which fail; kills what torchrun would kill. Nothing else is left."""
         left = [self.ranks[rank] for rank in survivors]
@@ -63,6 +69,8 @@ def test_of_a_rank_that_is_killed(ranks: Ranks, latents: Path, tmp_path: Path) -
     }
     for run in runs.values():
         run.ready()
+    for run in runs.values():
+        wait_until(lambda run=run: run.trained_s() > 3 * PERIOD_S)  # what is told once a period has been heard
     runs["killed"].ranks[2].signal(signal.SIGKILL)
     runs["killed first"].ranks[0].signal(signal.SIGKILL)  # it holds the store
     first, second = runs["killed"].end(0, 1)
