@@ -66,11 +66,23 @@ class Ranks:
         command = [sys.executable, "-m", "tests.forked_ranks"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path(__file__).parents[1], env=environment)
 
-    def start(self, argv: Sequence[str], size: int, address: str = "127.0.0.1", namespaces: Sequence[str] = ()) -> Any:
-        """`videodit ARGV` on all ranks, each in its network namespace if there are any: then each is a node."""
+    def start(
+        self,
+        argv: Sequence[str],
+        size: int,
+        address: str = "127.0.0.1",
+        namespaces: Sequence[str] = (),
+        *,
+        absent: int = 0,
+        port: int = 0,
+    ) -> list[Rank]:
+        """`videodit ARGV` on all ranks, each in its network namespace if there are any: then each is a node.
+
+        The absent ones, the last, never come.
+        """
         assert self._process.stdin is not None
-        port, ranks = free_port(), []
-        for rank in range(size):
+        port, ranks = port or free_port(), []
+        for rank in range(size - absent):
             self._count += 1
             out = self._folder / str(self._count)
             out.mkdir()

@@ -13,6 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 HEIGHT = {
     "errors": 0,
     "device": 0,
+    "early_stop": 0,
     "progress": 0,
     "settings": 1,
     "models": 1,

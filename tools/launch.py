@@ -3,8 +3,9 @@
     python tools/launch.py --nnodes 2 --nproc-per-node gpu … -m videodit train dit …     (the options are torchrun's)
 
 torchrun itself ends with 1 whatever the trainers ended with, so that a scheduler cannot tell a run that stopped with a
-checkpoint (143) from a wrong config (2) and a crash (1); and it kills them 30 s after a SIGTERM, which may be before
-the step and its checkpoint are done. Linux only; needs torchrun's --signals-to-handle, which torch 2.8 has not.
+checkpoint (143) from a wrong config (2) and a crash (1); it kills them 30 s after a SIGTERM, which may be before the
+step and its checkpoint are done; and its --max-restarts would start a stopped run and a wrong config again, not only a
+crash. Linux only; needs torchrun's --signals-to-handle, which torch 2.8 has not.
 """
 
 import os
@@ -13,12 +14,29 @@ import sys
 import threading
 from pathlib import Path
 
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
 STOPPED, USER_ERROR = 128 + signal.SIGTERM, 2
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
+
+_told_to_stop = threading.Event()
+
+
+class Agent(LocalElasticAgent):
+    """Starts the ranks again after a crash only: not after a stop, and not for what the user has to fix."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            codes = {failure.exitcode for failure in result.failures.values()}
+            if _told_to_stop.is_set() or codes <= {STOPPED, -signal.SIGTERM, USER_ERROR}:
+                self._remaining_restarts = 0
+        return result
 
 
 def launch(argv: list[str]) -> int:
@@ -30,6 +48,7 @@ def launch(argv: list[str]) -> int:
         0, or the exit code of the rank of this node that failed first; 128 + the number of the signal that ended it.
     """
     _watch_for_stop()
+    api.LocalElasticAgent = Agent  # torchrun has no other way to say what is started again
     try:
         run(parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *argv]))
     except ChildFailedError as error:
@@ -57,6 +76,7 @@ def _watch_for_stop() -> None:
         while True:
             if os.read(told, 1)[0] not in STOPS:
                 continue  # Ctrl-C and others are torchrun's
+            _told_to_stop.set()
             ranks = _children()
             if not ranks:
                 os._exit(STOPPED)

@@ -10,10 +10,11 @@ from typing import NoReturn
 
 from videodit import __version__
 from videodit.config import Argument, parse_command, parse_config
-from videodit.errors import REFUSALS, UserError
+from videodit.early_stop import end_at_once
+from videodit.errors import REFUSALS, LostRanks, UserError
 from videodit.progress import show_progress
 
-EXIT_DONE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_DONE, EXIT_LOST_RANKS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `videodit` and give its exit code: 0 done, 2 the user's to fix (one line on stderr), 130 interrupted.
+    """Run `videodit` and give its exit code: 0 done, 2 the user's to fix (one line on stderr), 1 other ranks
+    are gone (likewise), 130 interrupted.
 
     Args:
         argv: the arguments after `videodit`; those of the process if None.
@@ -226,6 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return _report(str(error))
+    except LostRanks as error:
+        print(f"error: {error}", file=sys.stderr)  # on every rank: each may have lost others
+        return EXIT_LOST_RANKS
     except OSError as error:
         if error.errno not in REFUSALS:
             raise  # a bug keeps its traceback
@@ -241,6 +246,8 @@ def entry() -> NoReturn:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
     # Tensors of 2 MiB and more on huge pages: torch reads this at its first allocation (docs/decisions.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.argv[1:2] == ["train"]:
+        end_at_once()
     try:
         code = main()
     except SystemExit as end:

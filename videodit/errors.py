@@ -11,6 +11,10 @@ class UserError(Exception):
     """A mistake in input or configuration; the message is one line that names the value and the fix."""
 
 
+class LostRanks(Exception):
+    """Other ranks are gone, or never came; one line. Exit code 1, after which launchers start the run again."""
+
+
 class MissingExtra(UserError):
     """An optional package is not installed.
 

@@ -62,6 +62,11 @@ class Progress:
             if self._note is not None:
                 self._note(line)
 
+    def say(self, text: str) -> None:
+        """One line, on a terminal too."""
+        if self.enabled:
+            print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+
     def _left(self, done: int) -> str:
         advanced = done - (self._first_done or 0)
         if not advanced or done >= self.total:

@@ -1,4 +1,4 @@
-"""tools/launch.py: the trainers' exit code, and a SIGTERM that waits for them; DeepSpeed's launcher on a hostfile."""
+"""tools/launch.py: exit code, restarts, a SIGTERM that waits for the trainers; DeepSpeed's launcher on a hostfile."""
 
 import json
 import os
@@ -21,7 +21,7 @@ folder, action = pathlib.Path(sys.argv[1]), sys.argv[2]
 stop = []
 signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
 rank = int(os.environ["RANK"])
-(folder / f"up-{rank}").write_text("")
+(folder / f"up-{rank}-{os.environ['TORCHELASTIC_RESTART_COUNT']}").write_text("")
 if action == "wait" or rank == 0 and action != "0":
     while not stop:
         time.sleep(0.02)
@@ -41,7 +41,7 @@ sys.exit(int(action))
 
 def launch(folder: Path, action: str) -> list[str]:
     (folder / "rank.py").write_text(RANK)
-    options = ["--standalone", "--nproc-per-node", "2", "--monitor-interval", "0.05"]
+    options = ["--standalone", "--nproc-per-node", "2", "--monitor-interval", "0.05", "--max-restarts=1"]
     return [sys.executable, str(ROOT / "tools/launch.py"), *options, str(folder / "rank.py"), str(folder), action]
 
 
@@ -50,7 +50,10 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path, action: s
     done = subprocess.run(launch(tmp_path, action), capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     # Which rank it was is told where the trainer may not have said anything.
-    assert ("rank      : 1" in done.stderr) == (action in ("7", "kill"))
+    crashed = action in ("7", "kill")
+    assert ("rank      : 1" in done.stderr) == crashed
+    # Only what may go better the next time is started again.
+    assert len(list(tmp_path.glob("up-1-*"))) == (2 if crashed else 1)
 
 
 def test_a_stop_reaches_the_ranks_and_waits_for_them(tmp_path: Path) -> None:
@@ -67,7 +70,7 @@ def test_a_stop_reaches_the_ranks_and_waits_for_them(tmp_path: Path) -> None:
             assert process.wait(120) == 143
         finally:
             process.kill()
-    assert len(list(tmp_path.glob("saved-*"))) == 2
+    assert len(list(tmp_path.glob("saved-*"))) == len(list(tmp_path.glob("up-*"))) == 2  # nor started again
 
 
 def test_a_sigterm_before_there_are_ranks_ends_it(tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ or traceback to FOLDER/report.json.
 import contextlib
 import dataclasses
 import gc
+import io
 import json
+import math
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,9 +29,10 @@ from videodit.data.latent_reader import LatentDataConfig
 from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.models.token_layout import WHOLE
 from videodit.parallel.mesh import Mesh, World, barrier, gather_objects, init_process, leave, shutdown
+from videodit.parallel.watch import watching
 from videodit.planning.footprint import LiveBytes, ParameterCount, count_parameters
 from videodit.planning.memory import BUCKET_BYTES, rank_memory
-from videodit.training import checkpoint_writer
+from videodit.training import checkpoint_writer, tensor_file
 from videodit.training.batched_muon import BatchedMuon
 from videodit.training.checkpoint import load_latest, steps_in
 from videodit.training.checkpoint_writer import CheckpointWriter
@@ -103,7 +108,8 @@ def resume(world: World, stage: int, dtype: str, name: str) -> None:
     engine = toy.make_engine(world, stage, dtype, name)
     ema = PowerEMA(engine.slices())
     folder = toy.shared_folder()
-    toy.train(engine, world, 1, 3, 2, ema)
+    assert not toy.save(folder / "start", 0, engine, ema)
+    first = toy.train(engine, world, 1, 3, 2, ema)
     assert not toy.save(folder, 3, engine, ema, {"seen": 24})
     straight = toy.train(engine, world, 4, 6, 2, ema)
     again = toy.make_engine(world, stage, dtype, name)
@@ -118,6 +124,12 @@ def resume(world: World, stage: int, dtype: str, name: str) -> None:
     checkpoint.restore(engine, ema)  # going back while training
     assert toy.train(engine, world, 4, 6, 2, ema) == straight
     toy.assert_same(toy.full_state(engine, ema), toy.full_state(again, again_ema))
+    start = load_latest(folder / "start")
+    assert start is not None
+    start.restore(engine, ema)  # to before the first update
+    assert engine.optimizer_step == 0
+    assert toy.train(engine, world, 1, 3, 2, ema) == first
+    toy.assert_same(toy.full_state(engine, ema), toy.whole(checkpoint))
 
 
 def change_stage(world: World, old: int, new: int, name: str) -> None:
@@ -224,6 +236,41 @@ def full_disk_of_one_rank(world: World) -> None:
         checkpoint = load_latest(folder)
         assert checkpoint is not None and checkpoint.step == (1 if problem else step)
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def slow_disk_is_no_hang(world: World) -> None:
+    """A save, and a resume's hashing on rank 0, that take longer than the watch lets a rank stay where it is."""
+    engine, folder = toy.make_engine(world, 1), toy.shared_folder()
+    sync, read_bytes = os.fsync, Path.open
+    limit_s, pause_s, pieces = 3.0, 0.8, 6
+
+    def slow_sync(handle: int) -> None:
+        time.sleep(pause_s)
+        sync(handle)
+
+    class SlowFile(io.BufferedReader):
+        def read(self, size: int | None = -1, /) -> bytes:
+            time.sleep(pause_s)
+            return super().read(math.ceil(os.fstat(self.fileno()).st_size / pieces))
+
+    def slow_open(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        slow = mode == "rb" and path.suffix == ".safetensors"
+        return SlowFile(io.FileIO(path)) if slow else read_bytes(path, mode, *args, **options)
+
+    chunk = tensor_file.CHUNK_BYTES
+    with watching(world, limit_s):
+        os.fsync, tensor_file.CHUNK_BYTES = slow_sync, 400
+        try:
+            assert not toy.save(folder, 1, engine)
+        finally:
+            os.fsync, tensor_file.CHUNK_BYTES = sync, chunk
+        Path.open = slow_open
+        try:
+            checkpoint = load_latest(folder)
+        finally:
+            Path.open = read_bytes
+    assert checkpoint is not None
+    toy.assert_same(toy.whole(checkpoint), toy.full_state(engine))
 
 
 def offload_changes_nothing(world: World, stage: int, dtype: str) -> None:
@@ -497,6 +544,7 @@ for _stage, _dtype in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "
 for _pair in ((0, 1), (1, 3), (3, 2), (2, 0)):
     add(change_stage_8bit, *_pair, slow=_pair != (1, 3))
 add(full_disk_of_one_rank)
+add(slow_disk_is_no_hang, slow=True)
 add(errors_reach_all_ranks)
 add(batched_muon)
 for _stage, _dtype, _name in ((0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "fp32", "adamw")):

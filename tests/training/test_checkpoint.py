@@ -4,7 +4,7 @@ import errno
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +57,34 @@ def flip_bit(path: Path) -> None:
     file.write_bytes(data)
 
 
-DAMAGE = {
-    "tensors cut": cut_tensors,
-    "bit flipped": flip_bit,
-    "tensors missing": lambda path: (path / "rank-00000.safetensors").unlink(),
-    "state missing": lambda path: (path / "state.json").unlink(),
-    "killed before the manifest": lambda path: (path / "manifest.json").unlink(),
-    "manifest empty": lambda path: (path / "manifest.json").write_text(""),
-    "manifest another thing": lambda path: (path / "manifest.json").write_text("[1]"),
+def break_disk(path: Path) -> None:
+    """A read error: /proc/self/mem gives EIO at 0, and has the size that the manifest is told."""
+    (path / "rank-00000.safetensors").unlink()
+    (path / "rank-00000.safetensors").symlink_to("/proc/self/mem")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["rank-00000.safetensors"]["bytes"] = 0
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+TENSORS = "rank-00000.safetensors"
+# name -> what is done to a checkpoint, and the file that is named
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tensors cut": (cut_tensors, TENSORS),
+    "bit flipped": (flip_bit, TENSORS),
+    "tensors on a broken disk": (break_disk, TENSORS),
+    "tensors missing": (lambda path: (path / TENSORS).unlink(), TENSORS),
+    "state missing": (lambda path: (path / "state.json").unlink(), "state.json"),
+    "killed before the manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
+    "manifest empty": (lambda path: (path / "manifest.json").write_text(""), "manifest.json"),
+    "manifest another thing": (lambda path: (path / "manifest.json").write_text("[1]"), "manifest.json"),
 }
 
 
 @pytest.mark.parametrize("name", list(DAMAGE))
 def test_damage_falls_back_and_is_named(run: Path, name: str) -> None:
-    DAMAGE[name](newest(run))
-    with pytest.warns(UserWarning, match="step-00000002 is passed over"):
+    damage, file = DAMAGE[name]
+    damage(newest(run))
+    with pytest.warns(UserWarning, match=f"step-00000002 is passed over: {file} (is|cannot be read)"):
         found = load_latest(run)
     assert found is not None and found.step == 1 and found.state["extra"] == {"step": 1}
 

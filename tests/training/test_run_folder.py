@@ -1,6 +1,7 @@
 """The run folder's lock, config check and metrics; the meters."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,51 @@ def test_frozen_values_may_change_only_before_the_first_checkpoint(tmp_path: Pat
             with pytest.raises(UserError, match=r"clips a step of 1x64x64: (8|None), but run_dir .* with 16"):
                 run.freeze("batches.json", other, "clips a step", "set batch sizes and data back")
     assert json.loads((tmp_path / "batches.json").read_text()) == {"17x64x64": 4, "1x64x64": 16}
+
+
+@pytest.mark.parametrize("content", ["", '{"17x64x64": [', "\x00" * 8])
+def test_what_a_power_loss_left_is_one_line(tmp_path: Path, content: str) -> None:
+    """Neither taken for a run without settings, nor a traceback."""
+    (tmp_path / "checkpoints/step-00000010").mkdir(parents=True)
+    message = "is empty or damaged: restore it or, if this command has the settings that the run began with, delete it"
+    with RunFolder.open(tmp_path, "model: {depth: 5}", ALONE) as run:
+        (tmp_path / "order.json").write_text(content)
+        for read in (lambda: run.freeze("order.json", {"streams": 4}), lambda: run.frozen("order.json")):
+            with pytest.raises(UserError, match=f"{tmp_path}/order.json {message}"):
+                read()
+        (tmp_path / "order.json").unlink()
+        run.freeze("order.json", {"streams": 4})
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/config.yaml {message}"):
+        RunFolder.open(tmp_path, "model: {depth: 5}", ALONE)
+    (tmp_path / "config.yaml").unlink()
+    RunFolder.open(tmp_path, "model: {depth: 5}", ALONE).close()
+
+
+def test_what_a_rename_names_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss leaves files empty whose content nobody synced, and old names in a folder that nobody did."""
+    synced: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def note_sync(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def check_and_rename(source: Path, target: Path) -> None:
+        assert synced and synced[-1] == str(source)
+        rename(source, target)
+        renamed.append(len(synced))
+
+    renamed: list[int] = []
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", check_and_rename)
+    with RunFolder.open(tmp_path, "model: 1", ALONE) as run:
+        run.freeze("order.json", {"streams": 4})
+        run.accept_config()
+        run.note_evaluated(4)
+    assert len(renamed) >= 3
+    for count in renamed:
+        assert Path(synced[count]).is_dir()
 
 
 def test_a_file_or_an_unwritable_place_is_one_line(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from videodit.training.run import TrainingRun
 from videodit.training.run_folder import read_metrics
 from videodit.training.tracker import TrackerConfig
 from videodit.training.vae_config import VAERunConfig
+from videodit.training.vae_objective import VAEObjective
 from videodit.training.vae_trainer import train_vae
 
 SLOW = pytest.mark.slow
@@ -171,10 +172,51 @@ def test_train_dit_stopped_by_ctrl_c_loses_no_step(
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_train_dit_cut_off_goes_on_from_the_last_checkpoint(latents: Path, tmp_path: Path) -> None:
+def test_train_dit_cut_off_goes_on_from_the_last_checkpoint(
+    latents: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The second Ctrl-C leaves no checkpoint: steps since the last one are run again, with the same figures."""
     interrupts = (signal.SIGINT, signal.SIGINT)
     check_resume(lambda folder: train_dit(dit_config(folder, latents, save_every=2)), tmp_path, *interrupts, code=None)
+    said = [line for line in capfd.readouterr().err.splitlines() if "goes on" in line]
+    assert said == ["train resumed: goes on from step 2 of 6; 2 later steps are made again"]
+
+
+def test_the_time_of_a_run_goes_on_over_its_starts(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """perf/wall_s counts steps that a crash has cost too, and is part of a checkpoint."""
+    config = vae_config(tmp_path / "run", shards, save_every=3)
+    figures = tmp_path / "run/metrics.jsonl"
+
+    def crash_at(step: int) -> None:
+        def log_and_crash(run: TrainingRun, line: dict[str, Any]) -> None:
+            log(run, line)
+            if run.step == step:
+                raise RuntimeError("injected")
+
+        with monkeypatch.context() as injected, pytest.raises(RuntimeError, match="injected"):
+            injected.setattr(TrainingRun, "log", log_and_crash)
+            train_vae(config)
+
+    def seconds() -> list[float]:
+        return [line["perf/wall_s"] for line in read_metrics(tmp_path / "run")]
+
+    log = TrainingRun.log
+    crash_at(2)  # before there is a checkpoint
+    assert 0 < seconds()[0] < seconds()[1]
+    *first, last = read_metrics(tmp_path / "run")
+    figures.write_text("".join(f"{json.dumps(line)}\n" for line in (*first, last | {"perf/wall_s": 1000.0})))
+    capfd.readouterr()
+    crash_at(5)
+    said = "train run: no checkpoint was written yet, so it starts from step 0; 2 steps are made again\n"
+    assert said in capfd.readouterr().err
+    assert seconds() == sorted(seconds()) and len(seconds()) == 5 and seconds()[0] > 1000
+    saved = load_latest(tmp_path / "run")
+    assert saved is not None and seconds()[2] < saved.state["extra"]["wall_s"] < seconds()[3]
+    figures.unlink()
+    train_vae(config)
+    assert seconds() == sorted(seconds()) and len(seconds()) == 3 and seconds()[0] > saved.state["extra"]["wall_s"]
 
 
 def test_ctrl_c_is_ignored_where_it_was(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,12 +268,13 @@ def test_a_stop_while_sampling_breaks_it_off(latents: Path, tmp_path: Path) -> N
     assert_same(whole(straight), whole(resumed))
 
 
-@pytest.mark.parametrize("during", ["evaluation", "data", "setup"])
+@pytest.mark.parametrize("during", ["evaluation", "data", "setup", "first forward pass"])
 def test_a_stop_between_steps_comes_before_the_next(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
-    """SIGUSR1 while held-out clips are measured, while the first batch is read, and before."""
-    calls = {"evaluation": (vae_trainer, "psnr"), "data": (ClipLoader, "iterate"), "setup": (TrainingRun, "start")}
+    """SIGUSR1 while held-out clips are measured, while the first batch is read, and before; a step that began ends."""
+    calls: dict[str, tuple[Any, str]] = {"evaluation": (vae_trainer, "psnr"), "data": (ClipLoader, "iterate")}
+    calls |= {"setup": (TrainingRun, "start"), "first forward pass": (VAEObjective, "forward")}
     owner, name = calls[during]
     original = getattr(owner, name)
 
@@ -243,7 +286,7 @@ def test_a_stop_between_steps_comes_before_the_next(
     with pytest.raises(SystemExit) as stopped:
         train_vae(vae_config(tmp_path / "run", shards, eval_shards=str(shards), sample_every=2))
     assert stopped.value.code == 143
-    assert steps_in(tmp_path / "run") == ([2] if during == "evaluation" else [])
+    assert steps_in(tmp_path / "run") == {"evaluation": [2], "first forward pass": [1]}.get(during, [])
     assert not (tmp_path / "run/model").exists()
 
 

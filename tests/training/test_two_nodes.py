@@ -1,9 +1,10 @@
-"""Two nodes, each a network namespace with one rank, joined by a cable: it is pulled out, and a node dies."""
+"""Two nodes, each a network namespace with one rank, joined by a cable: it is pulled out, a node dies, or a rank."""
 
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.forked_ranks import Rank, Ranks, steps_of, wait_until
+from tests.forked_ranks import Rank, Ranks, alive, children, free_port, steps_of, wait_until
 from tests.training.toy import assert_same, whole
 from videodit.training.checkpoint import load_latest
+from videodit.training.run_folder import read_metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 SAVE_EVERY = 10
 NAMES = [f"videodit-{os.getpid()}-{node}" for node in range(2)]
 ADDRESSES = ["10.213.7.1", "10.213.7.2"]
@@ -56,18 +59,20 @@ class Training:
     """Starts the same run again and again, and another one without any fault beside it."""
 
     def __init__(self, ranks: Ranks, nodes: list[str], folder: Path) -> None:
-        self._ranks, self._nodes, self.run, self._straight = ranks, nodes, folder / "run", folder / "straight"
+        self._ranks, self._nodes, self.run, self.straight = ranks, nodes, folder / "run", folder / "straight"
         root = folder / "data"
         self._latents = tiny.make_latents(
             root / "latents", tiny.make_shards(root / "shards"), tiny.make_vae(root / "vae")
         )
 
-    def start(self, run_dir: Path, max_steps: int = 1_000_000) -> list[Rank]:
+    def command(self, run_dir: Path, max_steps: int) -> list[str]:
         options = [f"--run_dir={run_dir}", f"--data.shards={self._latents}", f"--max_steps={max_steps}", "--dtype=fp32"]
         options += ["--global_batch_size=4", "--micro_batch_size=2", "--hang_timeout_s=8", "--sample_every=0"]
         options += [f"--save_every={SAVE_EVERY}", "--optim.schedule=constant", "--optim.warmup_steps=0"]
-        command = ["train", "dit", *options, *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS]
-        return self._ranks.start(command, 2, ADDRESSES[0], self._nodes)
+        return ["train", "dit", *options, *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS]
+
+    def start(self, run_dir: Path, max_steps: int = 1_000_000) -> list[Rank]:
+        return self._ranks.start(self.command(run_dir, max_steps), 2, ADDRESSES[0], self._nodes)
 
     def wait(self, steps: int, pair: list[Rank]) -> None:
         wait_until(lambda: steps_of(self.run) > steps, lambda: pair[0].stderr + pair[1].stderr)
@@ -75,10 +80,13 @@ class Training:
     def check_the_end(self) -> None:
         """Goes on to the next checkpoint: it is as if nothing had ever happened."""
         last = max(int(path.name[5:]) for path in (self.run / "checkpoints").glob("step-*")) + SAVE_EVERY
-        pairs = [self.start(folder, last) for folder in (self.run, self._straight)]
+        pairs = [self.start(folder, last) for folder in (self.run, self.straight)]
         assert [rank.wait() for pair in pairs for rank in pair] == [0] * 4, pairs[0][0].stderr
         assert not any(rank.lines for pair in pairs for rank in pair)
-        ends = [load_latest(folder) for folder in (self.run, self._straight)]
+        self.compare(last)
+
+    def compare(self, last: int) -> None:
+        ends = [load_latest(folder) for folder in (self.run, self.straight)]
         assert all(end is not None and end.step == last for end in ends)
         assert_same(*(whole(end) for end in ends if end is not None))
 
@@ -113,3 +121,44 @@ def test_one_of_two_nodes_dies(ranks: Ranks, nodes: list[str], tmp_path: Path) -
         (line,) = left.lines
         assert line.startswith(f"error: rank {dying} (") and " is gone" in line and "Traceback" not in left.stderr
     training.check_the_end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_launchers_start_a_run_again_by_themselves(
+    ranks: Ranks, nodes: list[str], tmp_path: Path, rendezvous: str
+) -> None:
+    """A rank of the first node is killed, which has the store, and one of the second: nobody types anything."""
+    training, last = Training(ranks, nodes, tmp_path), 12 * SAVE_EVERY
+    launcher = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", f"--rdzv-backend={rendezvous}"]
+    launcher += [f"--rdzv-endpoint={ADDRESSES[0]}:{free_port()}"]
+    outputs, agents = [tmp_path / f"node-{node}" for node in range(2)], []
+    try:
+        for node, (name, address) in enumerate(zip(NAMES, ADDRESSES)):
+            own = [f"--node-rank={node}"] if rendezvous == "static" else [f"--rdzv-conf=is_host={node == 0}"]
+            command = ["ip", "netns", "exec", name, sys.executable, "tools/launch.py", *launcher, *own]
+            command += [f"--local-addr={address}", "-m", "videodit", *training.command(training.run, last)]
+            with outputs[node].open("w") as output:
+                agents.append(subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output))
+
+        def report() -> str:
+            return "\n".join(output.read_text()[-3000:] for output in outputs)
+
+        for kill, node in enumerate((1, 0), 1):
+            wait_until(lambda steps=4 * SAVE_EVERY * kill: newest_step(training.run) > steps, report)
+            (pid,) = [pid for pid in children(agents[node].pid) if alive(pid)]
+            os.kill(pid, signal.SIGKILL)
+        assert [agent.wait(240) for agent in agents] == [0, 0], report()
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert "is gone" in report() and "Traceback" not in report()
+    straight = training.start(training.straight, last)
+    assert [rank.wait() for rank in straight] == [0, 0]
+    training.compare(last)
+
+
+def newest_step(run_dir: Path) -> int:
+    """Read from the last line, for lines of steps that are made again are cut."""
+    lines = read_metrics(run_dir)
+    return int(lines[-1]["step"]) if lines else 0

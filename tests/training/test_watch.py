@@ -2,16 +2,20 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests import tiny
-from tests.forked_ranks import Rank, Ranks, alive, children, steps_of, wait_until
+from tests.forked_ranks import Rank, Ranks, alive, children, free_port, steps_of, wait_until
 from tests.training.toy import assert_same, whole
+from videodit.parallel.verdict import PERIOD_S
 from videodit.training.checkpoint import load_latest
+from videodit.training.run_folder import read_metrics
 
 STEPS = 40
 LIMIT_S = 5  # hang_timeout_s
@@ -43,6 +47,10 @@ class Lost:
         self.seen = {pid for rank in self.ranks for pid in rank.family()}
         assert len(self.seen) == 2 * len(self.ranks)  # each has a worker
 
+    def trained_s(self) -> float:
+        lines = read_metrics(self.run_dir)
+        return float(lines[-1]["perf/wall_s"] - lines[0]["perf/wall_s"])
+
     def end(self, *survivors: int) -> list[Rank]:
         """Waits for the survivors, which fail; kills what torchrun would kill. Nothing else is left."""
         left = [self.ranks[rank] for rank in survivors]
@@ -61,6 +69,8 @@ def test_of_a_rank_that_is_killed(ranks: Ranks, latents: Path, tmp_path: Path) -
     }
     for run in runs.values():
         run.ready()
+    for run in runs.values():
+        wait_until(lambda run=run: run.trained_s() > 3 * PERIOD_S)  # what is told once a period has been heard
     runs["killed"].ranks[2].signal(signal.SIGKILL)
     runs["killed first"].ranks[0].signal(signal.SIGKILL)  # it holds the store
     first, second = runs["killed"].end(0, 1)
@@ -90,6 +100,44 @@ def test_of_a_rank_that_is_frozen_or_stuck(ranks: Ranks, latents: Path, tmp_path
         assert all("Traceback" not in rank.stderr for rank in run.ranks)
 
 
+def test_before_the_ranks_have_met(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """A stop ends a rank at once, wherever it is, and a rank whose first one is gone says so."""
+    port = free_port()
+    first, other, stopped = ranks.start(options(tmp_path / "run", latents), 4, absent=1, port=port)
+    wait_until(lambda: accepts(port), lambda: first.stderr)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    wait_until(lambda: store.check(["meeting/ask/1", "meeting/ask/2"]), lambda: other.stderr)
+    stopped.signal(signal.SIGUSR1)
+    assert stopped.wait() == 143 and not stopped.stderr
+    first.signal(signal.SIGKILL)
+    assert other.wait() == 1
+    (line,) = other.lines
+    assert "rank 1 of 4 lost the others" in line and f"127.0.0.1:{port}" in line and "Traceback" not in other.stderr
+
+
+def test_of_a_rank_that_is_killed_in_its_first_collective(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """Rank 0 reads a config.yaml that does not come to an end; rank 1 waits for what it says."""
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    os.mkfifo(tmp_path / "config.yaml")
+    first, other = ranks.start(options(tmp_path, latents), 2)
+
+    def is_read() -> bool:
+        try:
+            pipes.append(os.open(tmp_path / "config.yaml", os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    pipes: list[int] = []
+    wait_until(is_read, lambda: first.stderr)
+    first.signal(signal.SIGKILL)
+    assert other.wait() == 1
+    os.close(pipes[0])
+    (line,) = other.lines
+    assert line.startswith("error: rank 0 (") and " is gone, last seen in start" in line
+    assert "Traceback" not in other.stderr
+
+
 def test_torchrun_starts_a_run_again_that_lost_a_rank(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
     straight = ranks.start(options(tmp_path / "straight", latents, STEPS), 2)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "videodit"]
@@ -111,6 +159,11 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(ranks: Ranks, latents: Pat
     ends = [load_latest(tmp_path / name) for name in ("straight", "killed")]
     assert all(end is not None and end.step == STEPS for end in ends)
     assert_same(*(whole(end) for end in ends if end is not None))
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return not probe.connect_ex(("127.0.0.1", port))
 
 
 def is_rank(pid: int, rank: int) -> bool:

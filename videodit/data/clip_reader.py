@@ -165,13 +165,14 @@ class ClipReader:
         self._in_yuv = config.in_yuv and not statistics
         # Clips that are decoded to YUV.
         self._packed = np.zeros(len(shards), bool) if videos is None or not self._in_yuv else videos != NONE
-        stored = [
-            yuv.packed_shape(*shape[:3]) if packed else shape for shape, packed in zip(self._shapes, self._packed)
-        ]
         self._cache: DecodedCache | None = None
         # A field is not decoded: what the system keeps of the shards in memory is its cache.
-        if config.cache_decoded and not statistics and decoded_bytes(stored) <= config.cache_gib * 2**30:
-            self._cache = DecodedCache(stored)
+        if config.cache_decoded and not statistics:
+            stored = [
+                yuv.packed_shape(*shape[:3]) if packed else shape for shape, packed in zip(self._shapes, self._packed)
+            ]
+            if decoded_bytes(stored) <= config.cache_gib * 2**30:
+                self._cache = DecodedCache(stored)
 
     def group(self, multiple: int) -> Grouping:
         """Assigns the clips to the configured buckets; says in the log how many fit none.

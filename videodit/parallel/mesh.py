@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from videodit.errors import UserError
+from videodit.errors import LostRanks, UserError
 from videodit.parallel.meeting import choose_interface, fresh_store
 
 T = TypeVar("T")
@@ -55,6 +55,8 @@ def init_process(device: str | None = None) -> World:
         device: "cpu" or "cuda"; by default CUDA where there is a GPU.
     Returns:
         This process' place in the run. Gloo carries collectives on CPU, NCCL on GPU (gloo beside it for CPU tensors).
+    Raises:
+        LostRanks: if the others do not come, or are gone before all have met.
     """
     global _joined
     _joined = True
@@ -68,15 +70,27 @@ def init_process(device: str | None = None) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         if launched:
-            choose_interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-            store = fresh_store(store, rank, size, TIMEOUT.total_seconds())
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            _meet(backend, rank, size)
         else:
             # A store in memory needs no port, no file and no environment.
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def _meet(backend: str, rank: int, size: int) -> None:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        choose_interface(address, port)
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store = fresh_store(store, rank, size, TIMEOUT.total_seconds())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except RuntimeError as error:
+        why = str(error).strip().split("\n")[0]  # what follows is where in C++
+        raise LostRanks(
+            f"rank {rank} of {size} lost the others, or did not find them, at {address}:{port} before training: {why}; "
+            "start the same command again"
+        ) from error
 
 
 @contextmanager

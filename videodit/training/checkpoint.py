@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from videodit.errors import UserError
 from videodit.parallel.mesh import broadcast_object
+from videodit.parallel.watch import tick
 
 if TYPE_CHECKING:
     from videodit.training.ema import PowerEMA
@@ -80,6 +81,7 @@ class Checkpoint:
         Raises:
             UserError: if the checkpoint does not hold all of it (another model, another optimizer).
         """
+        tick()
         out = torch.empty(length)
         covered = 0
         for piece_start, piece_stop, file, key in self._slices().get((kind, name), []):
@@ -244,16 +246,21 @@ def find_damage(path: Path) -> str:
     """What is wrong with a checkpoint folder, "" if nothing: every file is there with the size and sha256 it had."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, entry in manifest["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if (path / name).stat().st_size != entry["bytes"] or digest_of(path / name) != entry:
-                return f"{name} is damaged"
-        return "" if "state.json" in manifest["files"] else "state.json is missing"
+        files = {str(name): (entry, entry["bytes"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         return "manifest.json is missing, so it was not finished"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return f"manifest.json cannot be read ({type(problem).__name__})"
+    for name, (entry, size) in files.items():
+        file = path / name
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size or digest_of(file) != entry:
+                return f"{name} is damaged"
+        except OSError as problem:
+            return f"{name} cannot be read ({problem.strerror})"
+    return "" if "state.json" in files else "state.json is missing"
 
 
 def state_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -263,9 +270,10 @@ def state_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def digest_of(file: Path) -> dict[str, Any]:
-    """A file's entry in the manifest: bytes and sha256."""
+    """A file's entry in the manifest: bytes and sha256. `tick`s while it reads."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
+            tick()
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from videodit.parallel.mesh import background_group, broadcast_object, gather_objects
 from videodit.training.checkpoint import FOLDER, digest_of, folder_of, state_buffers, steps_in
+from videodit.training.durable import sync
+from videodit.training.tensor_file import save_file
 
 if TYPE_CHECKING:
     from videodit.training.ema import PowerEMA
@@ -182,7 +182,6 @@ class CheckpointWriter:
         def write_part() -> dict[str, Any]:
             file = temp / f"rank-{self._engine.rank:05d}.safetensors"
             save_file(self._host, file)
-            _sync(file)
             return {file.name: digest_of(file)}
 
         def publish() -> None:
@@ -205,7 +204,7 @@ class CheckpointWriter:
         result, problem = None, ""
         try:
             result = work()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             problem = str(error)
         reports = gather_objects((result, problem), self._group)
         for rank, (_, problem) in enumerate(reports):
@@ -239,15 +238,15 @@ def _tensors_by_key(engine: "Engine", ema: "PowerEMA | None") -> Iterator[tuple[
 def _publish(temp: Path, target: Path, state: dict[str, Any], files: dict[str, Any]) -> None:
     """Writes state and manifest, then makes the folder appear under its name in one rename."""
     (temp / "state.json").write_text(json.dumps(state, indent=1))
-    _sync(temp / "state.json")
+    sync(temp / "state.json")
     files["state.json"] = digest_of(temp / "state.json")
     (temp / "manifest.json").write_text(json.dumps({"format": 1, "files": files}, indent=1))
-    _sync(temp / "manifest.json")
-    _sync(temp)
+    sync(temp / "manifest.json")
+    sync(temp)
     if target.exists():
         _remove(target)
     os.rename(temp, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _remove(path: Path) -> None:
@@ -256,11 +255,3 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

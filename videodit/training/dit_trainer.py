@@ -320,9 +320,10 @@ def _draw_samples(run: TrainingRun, config: DiTRunConfig, text_encoder: TextEnco
             clips = pipe(config.prompts, seed=config.seed)
         if not run.world.is_main:
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        videos = {}
-        for row, (prompt, clip) in enumerate(zip(config.prompts, clips)):
-            videos[prompt] = folder / f"{'raw-' if weights == 'raw' else ''}{row:02d}.mp4"
-            write_mp4(videos[prompt], preview(clip), config.sampling.fps)
-        run.log_videos(f"samples/{weights}", videos)
+        with run.keeping_samples():
+            folder.mkdir(parents=True, exist_ok=True)
+            videos = {}
+            for row, (prompt, clip) in enumerate(zip(config.prompts, clips)):
+                videos[prompt] = folder / f"{'raw-' if weights == 'raw' else ''}{row:02d}.mp4"
+                write_mp4(videos[prompt], preview(clip), config.sampling.fps)
+            run.log_videos(f"samples/{weights}", videos)

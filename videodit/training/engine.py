@@ -254,7 +254,7 @@ class Engine:
 
         Args:
             read: gives any range of any parameter's weight or moment.
-            optimizer_step: that was saved with them; 0 leaves the moments alone.
+            optimizer_step: that was saved with them; with 0 there are no moments.
         """
         self._state.load(read, optimizer_step)
         self._state.refresh_module()

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,13 +15,12 @@ from videodit.data.batch_sizes import BatchSize
 from videodit.data.batches import Batch
 from videodit.data.buckets import is_image
 from videodit.data.randomness import batch_digest
-from videodit.errors import UserError
 from videodit.evaluation.machine import code_version
 from videodit.parallel.mesh import World, all_reduce_sum
 from videodit.parallel.watch import enter, phase, tick, watching
 from videodit.progress import Progress
 from videodit.training.checkpoint import load_latest
-from videodit.training.checkpoint_writer import CheckpointWriter, Written
+from videodit.training.checkpoint_writer import CheckpointWriter
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, StepResult
 from videodit.training.guard import Guard
@@ -30,6 +29,7 @@ from videodit.training.rollback import go_back, guard_of
 from videodit.training.run_config import RunConfig, run_dtype
 from videodit.training.run_folder import RunFolder
 from videodit.training.run_log import RunLog
+from videodit.training.saves import Saves
 from videodit.training.stop import StopRequest
 from videodit.training.tracker import Tracker
 
@@ -39,17 +39,19 @@ class TrainingRun:
 
     engine: Engine
     ema: PowerEMA
-    writer: CheckpointWriter
+    _saves: Saves
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog, stop: StopRequest
+    ) -> None:
         self.config, self.world, self.folder = config, world, folder
-        self.step = self.saved_step = 0
+        self.step = 0
         self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
         self._went_back = False  # in the last step
+        self._wall_start = time.monotonic()  # earlier by what the starts before took
         self._several = self._mixed = False  # whether there are several buckets, and images as well as videos
         self._tracker = tracker
-        self._stop = StopRequest(world.is_main)
-        self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
+        self._stop = stop
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, world.is_main, note=log.info)
         self._log = log
 
@@ -65,23 +67,26 @@ class TrainingRun:
         Raises:
             UserError: if the folder is in use, cannot be written, or holds a run of another model.
         """
-        folders = RunFolder.open(config.run_dir, config_text, world)
-        with folders as folder, RunLog.open(folder.path / "train.log", world) as log:
-            facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
-            tracker = Tracker(config.tracker, folder.path, facts, world)
-            run = cls(config, world, folder, tracker, log)
-            try:
-                with run._stop.listening():
-                    try:
-                        with run._progress, watching(world, config.hang_timeout_s):
-                            yield run
-                    except BaseException as error:
-                        run._end_writing(at_once=isinstance(error, KeyboardInterrupt))
-                        raise
-            finally:
-                tracker.finish()
-        if run._stop:  # asked for after the last step
-            raise SystemExit(run._stop.exit_code)
+        stop = StopRequest(world.is_main)
+        # First of all: what follows waits for the other ranks.
+        with stop.listening(), ExitStack() as watched:
+            watched.enter_context(watching(world, config.hang_timeout_s))
+            folders = RunFolder.open(config.run_dir, config_text, world)
+            with folders as folder, RunLog.open(folder.path / "train.log", world) as log:
+                facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
+                tracker = Tracker(config.tracker, folder.path, facts, world)
+                run = cls(config, world, folder, tracker, log, stop)
+                try:
+                    with watched.pop_all(), run._progress:
+                        yield run
+                except BaseException as error:
+                    if hasattr(run, "_saves"):
+                        run._saves.end(at_once=isinstance(error, KeyboardInterrupt))
+                    raise
+                finally:
+                    tracker.finish()
+            if stop:  # asked for after the last step
+                raise SystemExit(stop.exit_code)
 
     def start(self, module: nn.Module) -> None:
         """Puts the module into the engine, and the newest checkpoint, if there is one, into both."""
@@ -96,20 +101,31 @@ class TrainingRun:
         )
         self.ema = PowerEMA(self.engine.slices(), self.config.ema_profiles)
         keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
-        self.writer = CheckpointWriter(self.folder.path, self.engine, self.ema, **keep)
+        writer = CheckpointWriter(self.folder.path, self.engine, self.ema, **keep)
+        self._saves = Saves(writer, self.folder, self._log, self.config.max_steps)
         found = load_latest(self.folder.path, self.engine.shapes)
         if found is not None:
             found.restore(self.engine, self.ema)
             self.guard.load(guard_of(found.state))
-            self.step = self.saved_step = found.step
+            self.step = self._saves.step = found.step
         due = any(map(self.due, self.config.evaluation_intervals))
         self._evaluation_due = due and self.folder.evaluated_step() < self.step
-        self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due)
+        before = self.folder.last_metric("perf/wall_s"), found.state["extra"].get("wall_s", 0.0) if found else 0.0
+        self._wall_start -= max(before)
+        self._say_where(self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due))
         self._tracker.start()
         version = ", ".join(f"{name} {value}" for name, value in code_version().items() if value)
         self._log.info(f"from step {self.step} of {self.config.max_steps}: {self.world.size} ranks, {version}")
         module.register_forward_pre_hook(tick)  # samples are many forward passes
         self.meter = StepMeter(self.world.device, self.world.size)
+
+    def _say_where(self, again: int) -> None:
+        """Tells the user from where a run goes on that has been started before."""
+        repeated = f"; {again} later steps are made again" if again else ""
+        if self.step:
+            self._progress.say(f"goes on from step {self.step} of {self.config.max_steps}{repeated}")
+        elif again:
+            self._progress.say(f"no checkpoint was written yet, so it starts from step 0; {again} steps are made again")
 
     def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any], *, free: tuple[str, ...] = ()) -> None:
         """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
@@ -145,6 +161,11 @@ class TrainingRun:
         """Which step's data comes next: the next step's, or later if the run has gone back past bad data."""
         return self.step + 1 + self.guard.state.data_offset
 
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run has taken, over all its starts; steps that were lost and made again count each time."""
+        return time.monotonic() - self._wall_start
+
     def total_weight(self, batches: list[Any]) -> float:
         """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data.
 
@@ -176,7 +197,7 @@ class TrainingRun:
             SystemExit: with the code of the signal, after a checkpoint, if a rank was told to stop.
             UserError: if too many steps in a row were skipped, and going back has not helped or cannot.
         """
-        self._report(self.writer.poll())
+        self._saves.poll()
         self.step += 1
         row = self.guard.state.in_row
         enter("optimizer")
@@ -185,9 +206,8 @@ class TrainingRun:
         result, reason = self._guarded_step(dict(zip(losses, reduced)), images)
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics() | {"train/skipped": self.guard.state.skipped}
-        metrics |= self.meter.step(tokens=tokens, flops=flops)
-        metrics |= self._save_metrics
-        self._save_metrics = {}
+        metrics |= self.meter.step(tokens=tokens, flops=flops) | {"perf/wall_s": self.wall_s}
+        metrics |= self._saves.take_metrics()
         if self._mixed:
             metrics[f"train/grad_norm_{'image' if images else 'video'}"] = metrics["train/grad_norm"]
         if self._several:
@@ -233,10 +253,11 @@ class TrainingRun:
 
     def _go_back(self, reason: str) -> None:
         """Goes on from the last checkpoint before the skipped steps, with the data after them."""
+        self._saves.wait()
         with phase("going back"):
-            self._report(self.writer.wait())
-            back = go_back(self.folder, self.engine, self.ema, self.writer, self.guard, self.step, reason)
-        self.step = self.saved_step = back
+            writer = self._saves.writer
+            back = go_back(self.folder, self.engine, self.ema, writer, self.guard, self.step, reason)
+        self.step = self._saves.step = back
         self._tracker.start()  # metrics.jsonl has become shorter
         self.meter.restart()
 
@@ -249,6 +270,14 @@ class TrainingRun:
     def log_videos(self, name: str, videos: dict[str, Path]) -> None:
         """Clips of the current step, by caption; rank 0 has written them into the run folder."""
         self.log({name: {caption: str(path.relative_to(self.folder.path)) for caption, path in videos.items()}})
+
+    @contextmanager
+    def keeping_samples(self) -> Iterator[None]:
+        """Around what writes samples and logs them: a full disk costs these, and a warning."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(f"no samples at step {self.step}: {error}; training goes on", stacklevel=3)
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is due; 0 is never.
@@ -306,17 +335,10 @@ class TrainingRun:
         Args:
             scheduled: whether a run that was never stopped has it too.
         """
-        if self.saved_step == self.step:
-            return
-        start = time.perf_counter()
-        with phase("checkpoint"):
-            self._report(self.writer.wait())
-            waited = time.perf_counter()
-            self.writer.save(self.step, {"guard": self.guard.to_dict(), "scheduled": scheduled})
-        self.saved_step = self.step
-        self._save_metrics["perf/save_s"] = time.perf_counter() - start
-        self._save_metrics["perf/save_wait_s"] = waited - start
-        self.meter.restart()
+        if self._saves.step != self.step:
+            extra = {"guard": self.guard.to_dict(), "scheduled": scheduled, "wall_s": self.wall_s}
+            self._saves.begin(self.step, extra)
+            self.meter.restart()
 
     def finish(self) -> None:
         """Ends a run whose steps are done: waits until the last checkpoint is written.
@@ -324,46 +346,15 @@ class TrainingRun:
         Raises:
             UserError: if that of the last step cannot be; before, training goes on without.
         """
-        with phase("checkpoint"):
-            self._report(self.writer.wait())
+        self._saves.wait()
         self._note_evaluated()
 
     def _leave(self) -> NoReturn:
         """Ends the run between two steps, on every rank, with a checkpoint if a step was ever made."""
         if self.step:
             self.save()
-        with phase("checkpoint"):
-            self._report(self.writer.wait())
+        self._saves.wait(leaving=True)
         raise SystemExit(self._stop.exit_code)
-
-    def _report(self, written: Written | None) -> None:
-        """Tells how a save ended."""
-        if written is None:
-            return
-        self._save_metrics["perf/write_s"] = written.seconds
-        if not written.problem:
-            self._log.info(f"checkpoint of step {written.step}")
-            return
-        if self.world.is_main:
-            message = f"no checkpoint at step {written.step}: {written.problem}; training goes on with the last one"
-            warnings.warn(message, stacklevel=3)
-        if written.step >= self.config.max_steps:
-            raise UserError(
-                f"run_dir {self.folder.path} has no room for the checkpoint of the last step: "
-                "free some space, then run the same command again"
-            )
-
-    def _end_writing(self, at_once: bool) -> None:
-        """After an error: a checkpoint that is being written is finished, unless the run is to end at once."""
-        if not hasattr(self, "writer"):
-            return
-        if at_once:
-            self.writer.abandon()
-            return
-        try:
-            self._report(self.writer.wait())
-        except Exception as error:  # what ended the run is to be told, not this
-            warnings.warn(f"the last checkpoint was not written: {error}", stacklevel=2)
 
 
 class _Stopped(Exception):

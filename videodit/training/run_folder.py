@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +15,7 @@ import yaml
 from videodit.errors import UserError
 from videodit.parallel.mesh import World, broadcast_object
 from videodit.training.checkpoint import FOLDER, steps_in
+from videodit.training.durable import write_durably
 
 EVALUATED = "samples/.evaluated"
 SKIPPED = "skipped.jsonl"
@@ -55,7 +56,7 @@ class RunFolder:
                 if steps_in(path):
                     _check_config(path, config_text, fixed_keys)
                 else:
-                    _write_config(path, config_text)
+                    write_durably(path / "config.yaml", config_text)
             except UserError as error:
                 problem = str(error)
             except FileExistsError:
@@ -72,7 +73,7 @@ class RunFolder:
     def accept_config(self) -> None:
         """Writes config.yaml of a run that goes on, once its checkpoint has taken the new settings."""
         if self._is_main:
-            _write_config(self.path, self._config_text)
+            write_durably(self.path / "config.yaml", self._config_text)
 
     def freeze(
         self,
@@ -96,30 +97,42 @@ class RunFolder:
         """
         problem = ""
         if self._is_main:
-            file = self.path / name
-            old = json.loads(file.read_text()) if file.exists() and steps_in(self.path) else dict(values)
-            changed = [item for item in differences("", old, dict(values)) if not item[0].endswith(free)]
-            if changed:
-                key, before, after = changed[0]
-                name = f"{what} of {key.lstrip('.')}" if what else key.lstrip(".")
-                problem = (
-                    f"{name}: {after}, but run_dir {self.path} was trained with {before}: "
-                    f"{fix}, or choose another run_dir"
-                )
-            else:
-                temp = file.with_suffix(".tmp")
-                temp.write_text(json.dumps(dict(values), indent=1) + "\n")
-                os.replace(temp, file)
+            try:
+                self._freeze(self.path / name, dict(values), what, fix, free)
+            except UserError as error:
+                problem = str(error)
         problem = broadcast_object(problem)
         if problem:
             raise UserError(problem)
 
+    def _freeze(self, file: Path, values: dict[str, Any], what: str, fix: str, free: tuple[str, ...]) -> None:
+        old = _read_kept(file, json.loads) if file.exists() and steps_in(self.path) else values
+        changed = [item for item in differences("", old, values) if not item[0].endswith(free)]
+        if changed:
+            key, before, after = changed[0]
+            name = f"{what} of {key.lstrip('.')}" if what else key.lstrip(".")
+            raise UserError(
+                f"{name}: {after}, but run_dir {self.path} was trained with {before}: {fix}, or choose another run_dir"
+            )
+        write_durably(file, json.dumps(values, indent=1) + "\n")
+
     def frozen(self, name: str) -> dict[str, Any]:
-        """What a run that goes on has frozen under this name; {} if it begins, or has not. Call on every rank."""
-        file, values = self.path / name, {}
+        """What a run that goes on has frozen under this name; {} if it begins, or has not. Call on every rank.
+
+        Raises:
+            UserError: on every rank, if the file is damaged.
+        """
+        file = self.path / name
+        values, problem = {}, ""
         if self._is_main and file.exists() and steps_in(self.path):
-            values = json.loads(file.read_text())
-        return broadcast_object(values)
+            try:
+                values = _read_kept(file, json.loads)
+            except UserError as error:
+                problem = str(error)
+        values, problem = broadcast_object((values, problem))
+        if problem:
+            raise UserError(problem)
+        return values
 
     def evaluated_step(self) -> int:
         """The last step whose samples and held-out figures are complete; 0 if none was noted. Call on every rank."""
@@ -129,42 +142,55 @@ class RunFolder:
     def note_evaluated(self, step: int) -> None:
         """Notes that samples and held-out figures of a step are complete. A full disk costs the note."""
         if self._is_main:
-            temp = self.path / f"{EVALUATED}.tmp"
             with contextlib.suppress(OSError):
-                temp.write_text(f"{step}\n")
-                os.replace(temp, self.path / EVALUATED)
+                write_durably(self.path / EVALUATED, f"{step}\n")
 
-    def cut_metrics(self, step: int, *, evaluated: bool = True) -> None:
+    def last_metric(self, name: str) -> float:
+        """The newest value of a figure in metrics.jsonl; 0 if it has none, and on other ranks than 0."""
+        file = self.path / "metrics.jsonl"
+        if self._is_main and file.exists():
+            for line in reversed(file.read_text().splitlines()):
+                if _step_of(line) < math.inf and name in (figures := json.loads(line)):
+                    return float(figures[name])
+        return 0.0
+
+    def cut_metrics(self, step: int, *, evaluated: bool = True) -> int:
         """Drops the lines of metrics.jsonl after a step (0: all), for those steps are about to be run again.
 
         Args:
             step: the last one that stays.
             evaluated: whether its held-out figures stay too; they are lines of their own, without a loss.
+        Returns:
+            how many steps that were; 0 on other ranks than 0.
         """
         file = self.path / "metrics.jsonl"
         if not self._is_main or not file.exists():
-            return
+            return 0
         self._close_metrics()
-        kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+        written = file.read_text()
+        kept = [line for line in written.splitlines() if _step_of(line) <= step]
         if not evaluated:
             kept = [line for line in kept if _step_of(line) < step or "train/loss" in json.loads(line)]
-        temp = file.with_suffix(".tmp")
-        temp.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temp, file)
+        text = "".join(f"{line}\n" for line in kept)
+        try:
+            if written.startswith(text):  # but for a torn line in between; needs no space
+                os.truncate(file, len(text.encode()))
+            else:
+                write_durably(file, text)
+        except OSError as error:
+            warnings.warn(f"metrics.jsonl keeps lines after step {step}: {error}; training goes on", stacklevel=2)
+        steps = {_step_of(line) for line in written.splitlines()}
+        return sum(step < other < math.inf for other in steps)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl; numbers that are not finite become null. A full disk costs a warning."""
         if not self._is_main:
             return
         line = json.dumps({"step": step, **{key: _json_value(value) for key, value in metrics.items()}})
-        try:
+        with self._metrics_may_be_lost():
             if self._metrics is None:
                 self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
             self._metrics.write(f"{line}\n")
-        except OSError as error:
-            if not self._warned:
-                warnings.warn(f"metrics.jsonl cannot be written: {error}; training goes on", stacklevel=2)
-            self._warned = True
 
     def log_skipped(self, step: int, record: Mapping[str, Any]) -> None:
         """Appends one line to skipped.jsonl, and warns; what a run that goes back or resumes has written stays."""
@@ -186,9 +212,19 @@ class RunFolder:
             self._lock = None
 
     def _close_metrics(self) -> None:
-        if self._metrics:
-            self._metrics.close()
-            self._metrics = None
+        metrics, self._metrics = self._metrics, None
+        if metrics:
+            with self._metrics_may_be_lost():
+                metrics.close()
+
+    @contextlib.contextmanager
+    def _metrics_may_be_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"metrics.jsonl cannot be written: {error}; training goes on", stacklevel=4)
+            self._warned = True
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -223,7 +259,7 @@ def _lock(path: Path) -> IO[str]:
 def _check_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
     file = path / "config.yaml"
     if file.exists():
-        old, new = yaml.safe_load(file.read_text()) or {}, yaml.safe_load(text) or {}
+        old, new = _read_kept(file, yaml.safe_load), yaml.safe_load(text) or {}
         for key in fixed_keys:
             for name, before, after in differences(key, old.get(key), new.get(key)):
                 raise UserError(
@@ -232,10 +268,17 @@ def _check_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
                 )
 
 
-def _write_config(path: Path, text: str) -> None:
-    temp = path / "config.tmp"
-    temp.write_text(text)
-    os.replace(temp, path / "config.yaml")
+def _read_kept(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a run wrote when it began. Raises UserError if that is no longer there."""
+    values = None
+    with contextlib.suppress(ValueError, yaml.YAMLError):
+        values = parse(file.read_text())
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file} is empty or damaged: restore it or, if this command has the settings that the run began with, "
+            "delete it"
+        )
+    return values
 
 
 def differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:

@@ -92,7 +92,10 @@ class ShardedState:
 
     @torch.no_grad()
     def load(self, read: SliceReader, optimizer_step: int) -> None:
-        """Fills master weights, moments and the optimizer's step; the module's own weights come with refresh_module."""
+        """Fills master weights, moments and the optimizer's step, or takes the moments away that a step 0 has not had.
+
+        The module's own weights come with refresh_module.
+        """
         for piece in self._pieces:
             part, length = piece.slice, piece.slice.weight.numel()
             part.weight.copy_(read("weight", part.name, part.start, length))
@@ -115,6 +118,16 @@ class ShardedState:
 
         if optimizer_step:
             self._load_quantized(read, optimizer_step)
+        else:
+            self._forget_moments()
+
+    def _forget_moments(self) -> None:
+        for state in self._optimizer.state.values():
+            for kind in list(state):
+                if kind == "momentum_buffer":  # at stage 3 it is there before the first step
+                    state[kind].zero_()
+                else:
+                    del state[kind]
 
     def _load_quantized(self, read: SliceReader, optimizer_step: int) -> None:
         """Moments in 8 bits, each put together first: its blocks do not end where slices do."""

@@ -5,9 +5,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from videodit.early_stop import EXIT_CODE, STOPS
 from videodit.parallel.mesh import any_rank
-
-_OF_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -31,7 +30,7 @@ class StopRequest:
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C; else 143, SIGTERM's, which job scripts requeue on, whatever the signal and the rank."""
-        return 128 + (signal.SIGINT if self._number == signal.SIGINT else signal.SIGTERM)
+        return 128 + signal.SIGINT if self._number == signal.SIGINT else EXIT_CODE
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -40,16 +39,18 @@ class StopRequest:
         Raises:
             KeyboardInterrupt: at the second Ctrl-C.
         """
-        numbers = [*_OF_SCHEDULERS]
+        numbers = [*STOPS]
         # A shell that starts a job in the background has it ignore Ctrl-C: leave that as it is.
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             numbers.append(signal.SIGINT)
+        wakeup = signal.set_wakeup_fd(-1)  # of `early_stop`: processes that are forked inside must not write there
         before = {number: signal.signal(number, self._hear) for number in numbers}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
 
     def _hear(self, number: int, _: object) -> None:
         if number == signal.SIGINT:

@@ -209,5 +209,6 @@ def _reconstruct(run: TrainingRun, clips: Tensor, fps: float) -> None:
         shown = rearrange([clips[:4], made[:4]], "v b c t h w -> 1 c t (v h) (b w)")
         frames = rearrange(shown, "1 c t h w -> t h w c") if of_fields else to_pixels(shown)[0]
         path = run.folder.path / "samples" / f"step-{run.step:08d}.mp4"
-        write_mp4(path, preview(frames.numpy()), fps)
-        run.log_videos("samples/ema", {"above: clip, below: reconstruction": path})
+        with run.keeping_samples():
+            write_mp4(path, preview(frames.numpy()), fps)
+            run.log_videos("samples/ema", {"above: clip, below: reconstruction": path})
