@@ -22,6 +22,7 @@ from videodit.parallel.watch import enter, phase, tick, watching
 from videodit.progress import Progress
 from videodit.training.checkpoint import load_latest
 from videodit.training.checkpoint_writer import CheckpointWriter, Written
+from videodit.training.communication import Communication
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, StepResult
 from videodit.training.guard import Guard
@@ -50,6 +51,7 @@ class TrainingRun:
         self._tracker = tracker
         self._stop = StopRequest(world.is_main)
         self._save_metrics: dict[str, float] = {}  # for the next line of metrics.jsonl
+        self._communication = Communication(config.communication_every, world)
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, world.is_main, note=log.info)
         self._log = log
 
@@ -79,6 +81,7 @@ class TrainingRun:
                         run._end_writing(at_once=isinstance(error, KeyboardInterrupt))
                         raise
             finally:
+                run._communication.end()
                 tracker.finish()
         if run._stop:  # asked for after the last step
             raise SystemExit(run._stop.exit_code)
@@ -159,6 +162,7 @@ class TrainingRun:
             total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
         if stop:
             self._leave()
+        self._communication.begin(self.step + 1)
         return max(total, 1.0)
 
     def finish_step(
@@ -186,6 +190,9 @@ class TrainingRun:
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics() | {"train/skipped": self.guard.state.skipped}
         metrics |= self.meter.step(tokens=tokens, flops=flops)
+        if measured := self._communication.end():
+            metrics |= measured
+            self.meter.restart()  # reading what the profiler has seen
         metrics |= self._save_metrics
         self._save_metrics = {}
         if self._mixed:
