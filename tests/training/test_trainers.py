@@ -1,5 +1,6 @@
 """The two trainers: a run that was stopped goes on bit for bit, whatever stopped it; samples and exports come out."""
 
+import itertools
 import json
 import os
 import re
@@ -117,23 +118,36 @@ def check_resume(
     assert_same(whole(straight), whole(resumed))
 
 
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
-def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(shards: Path, tmp_path: Path, zero_stage: int) -> None:
-    check_resume(
-        lambda folder: train_vae(vae_config(folder, shards, zero_stage=zero_stage)), tmp_path, signal.SIGTERM, code=143
-    )
+def stages(*quick: tuple[int, str]) -> pytest.MarkDecorator:
+    """Every ZeRO stage and number format that go together; those that are not named are slow."""
+    cases = [(0, "fp32"), *itertools.product((1, 2, 3), ("fp32", "bf16"))]
+    marked = [pytest.param(*case, marks=() if case in quick else SLOW) for case in cases]
+    return pytest.mark.parametrize(("zero_stage", "dtype"), marked)
+
+
+@stages((1, "fp32"), (3, "bf16"))
+def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(
+    shards: Path, tmp_path: Path, zero_stage: int, dtype: str
+) -> None:
+    def run(folder: Path) -> Path:
+        return train_vae(vae_config(folder, shards, zero_stage=zero_stage, dtype=dtype))
+
+    check_resume(run, tmp_path, signal.SIGTERM, code=143)
     straight, resumed = (VideoVAE.from_pretrained(tmp_path / name / "model") for name in ("straight", "resumed"))
     assert_same(straight.state_dict(), resumed.state_dict())  # the latents' statistics too
 
 
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=SLOW), 3])
-def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_path: Path, zero_stage: int) -> None:
+@stages((1, "fp32"), (3, "fp32"), (2, "bf16"))
+def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(
+    latents: Path, tmp_path: Path, zero_stage: int, dtype: str
+) -> None:
     def run(folder: Path) -> Path:
         noise = NoiseLevelConfig(frame_slope=2.0)
         levels = {"noise": noise, "late_noise": NoiseLevelConfig(mean=1.0), "late_share": 0.5}
         windows = LatentCropConfig(size=(2, 4), share=0.8)
-        config = dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, crop=windows, **levels)
-        return train_dit(config)
+        optim = OptimConfig(name="muon" if zero_stage else "adamw", lr=1e-3, schedule="linear")
+        stage = {"zero_stage": zero_stage, "dtype": dtype, "optim": optim}
+        return train_dit(dit_config(folder, latents, condition_rate=0.5, crop=windows, **levels, **stage))
 
     check_resume(run, tmp_path, signal.SIGTERM, code=143)
 
