@@ -1,4 +1,4 @@
-"""Runs on two ranks that were stopped go on bit for bit, the VAE's and the DiT's, at every ZeRO stage and in bf16."""
+"""Runs on two ranks that were stopped go on bit for bit, at every ZeRO stage and in bf16; a damaged checkpoint."""
 
 import signal
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ import pytest
 
 from tests import tiny
 from tests.forked_ranks import Ranks, steps_of, wait_until
-from tests.training.test_trainers import metrics, stages
+from tests.training.test_trainers import dit_config, metrics, stages, stop_at
 from tests.training.toy import assert_same, whole
-from videodit.training.checkpoint import load_latest, steps_in
+from videodit.training.checkpoint import folder_of, load_latest, steps_in
+from videodit.training.dit_trainer import train_dit
 
 
 class Stopped:
@@ -69,3 +70,24 @@ def test_two_ranks_go_on_bit_for_bit_at_every_stage(
     ranks: Ranks, shards: Path, latents: Path, tmp_path: Path, zero_stage: int, dtype: str
 ) -> None:
     check(ranks, tmp_path, [(kind, data, zero_stage, dtype) for kind, data in (("vae", shards), ("dit", latents))])
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before(latents: Path, tmp_path: Path) -> None:
+    """The same command names the damage, goes on from the checkpoint before, and ends as a run without any of it."""
+    run, straight = (dit_config(tmp_path / name, latents, save_every=2) for name in ("run", "straight"))
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit):
+        stop_at(5, signal.SIGTERM, monkeypatch)
+        train_dit(run)
+    assert steps_in(run.run_dir) == [4, 5]
+    (file,) = folder_of(run.run_dir, 5).glob("rank-*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1 << 3
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match=rf"step-00000005 is passed over: {file.name}"):
+        train_dit(run)
+    assert "from step 4 of" in (tmp_path / "run/train.log").read_text()
+    train_dit(straight)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    ends = [load_latest(tmp_path / name) for name in ("run", "straight")]
+    assert [end.step for end in ends if end is not None] == [straight.max_steps] * 2
+    assert_same(*(whole(end) for end in ends if end is not None))
