@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
@@ -39,7 +40,7 @@ class Communication:
         if not self._every or step % self._every or torch.autograd._profiler_enabled():
             return
         # On a GPU the kernels alone: every operation of the CPU is left as fast as it is.
-        options = {"use_cpu": False, "use_device": "cuda"} if self._on_gpu else {}
+        options: dict[str, Any] = {"use_cpu": False, "use_device": "cuda"} if self._on_gpu else {}
         self._profile = profile(use_kineto=True, **options)
         self._profile.__enter__()
 
