@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG, CLONE_NEWNET = 1, 0x40000000
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, CLONE_NEWNET = 1, 36, 0x40000000
 LIMIT_S = 120.0
 
 
@@ -121,7 +121,16 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def exists(pid: int) -> bool:
+    """Whether there is such a process, be it a zombie: one that has ended and whose parent does not care.
+
+    Of ranks that were forked here and whatever they have started: those whose parent has ended are taken care of.
+    """
+    return Path(f"/proc/{pid}").exists()
+
+
 def alive(pid: int) -> bool:
+    """Whether a process still runs."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -164,6 +173,7 @@ def _run(job: dict[str, Any]) -> None:
 
 def _serve() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     outs: dict[int, Path] = {}
     pending = b""
     while True:
@@ -178,9 +188,13 @@ def _serve() -> None:
                 if not pid:
                     _run(job)
                 outs[pid] = Path(job["out"])
-        for pid in list(outs):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
+        pid = 1
+        while pid:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)  # orphans too
+            except ChildProcessError:
+                break
+            if pid in outs:
                 out = outs.pop(pid)
                 (out / "code.tmp").write_text(str(os.waitstatus_to_exitcode(status)))
                 os.replace(out / "code.tmp", out / "code")

@@ -14,10 +14,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import videodit.training.export  # noqa: F401  # brings torch, DeepSpeed and the trainers, for the forks
 from tests import tiny
-from tests.chaos.processes import Job, adopt_orphans, descendants, wait_for_no_descendants
+from tests.chaos.processes import Job, adopt_orphans, shared_memory, wait_for_no_descendants
 from tests.training.toy import assert_same, whole
 from videodit.training.checkpoint import Checkpoint, find_damage, folder_of, steps_in
 from videodit.training.run_folder import read_metrics
@@ -54,19 +55,23 @@ class Moment:
 
 
 class Run:
-    """A run folder under attack."""
+    """A run folder under attack: of a DiT on latents, or of a VAE on clips."""
 
-    def __init__(self, folder: Path, latents: Path, steps: int, save_every: int, *more: str) -> None:
+    def __init__(self, folder: Path, data: Path, steps: int, save_every: int, *more: str, kind: str = "dit") -> None:
         self.folder, self.save_every = folder, save_every
         options = [
             f"--run_dir={folder}",
-            f"--data.shards={latents}",
+            f"--data.shards={data}",
             f"--max_steps={steps}",
             f"--sample_every={SAMPLE_EVERY}",
         ]
-        options += [f"--save_every={save_every}", "--global_batch_size=4", "--micro_batch_size=2", '--prompts=["a"]']
+        options += [f"--save_every={save_every}", "--global_batch_size=4", "--micro_batch_size=2"]
         options += ["--data.num_workers=1", "--optim.name=adamw", "--dtype=fp32"]
-        self.arguments = ["train", "dit", *options, *tiny.DIT_OPTIONS, *tiny.RUN_OPTIONS, *more]
+        own = {
+            "dit": ['--prompts=["a"]', *tiny.DIT_OPTIONS],
+            "vae": [f"--eval_shards={data}", "--eval_clips=2", f"--data.buckets={tiny.BUCKET}", *tiny.VAE_OPTIONS],
+        }[kind]
+        self.arguments = ["train", kind, *options, *own, *tiny.RUN_OPTIONS, *more]
 
     def lines(self) -> list[str]:
         """Whole lines of metrics.jsonl that are steps."""
@@ -114,9 +119,9 @@ def attack(
     while True:
         newest = max(steps_in(run.folder), default=0)
         kept = [line for line in run.lines() if json.loads(line)["step"] <= newest]
+        before = shared_memory()
         job = Job(run.arguments, ranks, log, fork=fork)
         done = kills == 0 or not run.wait_for(Moment.draw(rng, *times), job)
-        victims = descendants()
         if not done:
             kills -= 1
             alone = rng.random() < ONE_ALONE and job.kill_one(rng)
@@ -127,7 +132,7 @@ def attack(
         else:
             assert job.wait(LIMIT_S) == [0] * len(job.pids), log.read_text()[-3000:]
         wait_for_no_descendants()
-        left = [path.name for pid in victims for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
+        left = shared_memory() - before
         assert not left, f"shared memory is left: {left}"
         lines = run.lines()
         if len(lines) > len(kept) or done:
@@ -158,17 +163,26 @@ def what_was_hit(run: Run, new_steps: int) -> str:
     return "writing a checkpoint" if hidden else "training, sampling"
 
 
+def figures_of(run: Run) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl, without times."""
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in read_metrics(run.folder)]
+
+
 def check_end(run: Run, reference: Run, steps: int) -> None:
     """The run is bit for bit the undisturbed one, and left nothing behind."""
-    figures = [
-        [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in read_metrics(r.folder)]
-        for r in (run, reference)
-    ]
+    figures = [figures_of(r) for r in (run, reference)]
     assert [line["step"] for line in figures[0] if "train/loss" in line] == list(range(1, steps + 1))
     assert figures[0] == figures[1]
     assert not run.hidden() and not list(run.folder.glob("*.tmp"))
-    samples = [{file.parent.name: file.read_bytes() for file in r.folder.glob("samples/*/*")} for r in (run, reference)]
+    samples, models = (
+        [
+            {str(file.relative_to(r.folder)): file.read_bytes() for file in r.folder.glob(which)}
+            for r in (run, reference)
+        ]
+        for which in ("samples/**/*.mp4", "model/*")
+    )
     assert samples[0] == samples[1] and len(samples[0]) == steps // SAMPLE_EVERY + bool(steps % SAMPLE_EVERY)
+    assert models[0] == models[1]  # a VAE's
     states = [whole(Checkpoint.open(folder_of(r.folder, steps))) for r in (run, reference)]
     assert_same(*states)
 
@@ -182,8 +196,10 @@ class Undisturbed:
     train_s: float
 
     @classmethod
-    def make(cls, folder: Path, latents: Path, ranks: int, options: argparse.Namespace) -> "Undisturbed":
-        run = Run(folder, latents, options.steps, options.save_every)
+    def make(
+        cls, folder: Path, data: Path, ranks: int, options: argparse.Namespace, kind: str = "dit"
+    ) -> "Undisturbed":
+        run = Run(folder, data, options.steps, options.save_every, kind=kind)
         log = folder.with_suffix(".log")
         start = time.monotonic()
         job = Job(run.arguments, ranks, log, fork=not options.real)
@@ -195,13 +211,13 @@ class Undisturbed:
 
 
 def campaign(
-    out: Path, latents: Path, ranks: int, options: argparse.Namespace, reference: Undisturbed
+    out: Path, data: Path, ranks: int, options: argparse.Namespace, reference: Undisturbed, kind: str = "dit"
 ) -> dict[str, object]:
     """Runs on so many ranks until there were enough kills: their figures."""
     begin = time.monotonic()
     rng, hit, runs = random.Random(f"{options.seed} {ranks}"), Counter[str](), 0
     while (left := options.kills - hit.total()) > 0:
-        run = Run(out / f"{ranks}-ranks-{runs}", latents, options.steps, options.save_every)
+        run = Run(out / f"{ranks}-ranks-{runs}", data, options.steps, options.save_every, kind=kind)
         times = (reference.start_s, reference.train_s)
         hit += attack(run, ranks, rng, min(left, options.kills_a_run), times, not options.real)
         check_end(run, reference.run, options.steps)
@@ -222,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kills", type=int, default=3, help="for each number of ranks (default: %(default)s)")
     made.add_argument("--kills-a-run", type=int, default=8, help="at most (default: %(default)s)")
     made.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: %(default)s)")
+    made.add_argument("--kind", choices=("dit", "vae"), default="dit", help="what is trained (default: %(default)s)")
     made.add_argument("--steps", type=int, default=8, help="of each run (default: %(default)s)")
     made.add_argument("--save-every", type=int, default=2, help="steps (default: %(default)s)")
     made.add_argument("--real", action="store_true", help="start the command line, not forks of this process")
@@ -232,11 +249,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     adopt_orphans()
-    latents = make_latents(options.out / "data")
+    latents, kind = make_latents(options.out / "data"), options.kind
+    data = latents if kind == "dit" else latents.with_name("clips")
     report = {}
     for ranks in options.ranks:
-        reference = Undisturbed.make(options.out / f"{ranks}-ranks", latents, ranks, options)
-        report[f"{ranks} ranks"] = campaign(options.out, latents, ranks, options, reference)
+        reference = Undisturbed.make(options.out / f"{ranks}-ranks", data, ranks, options, kind)
+        report[f"{ranks} ranks"] = campaign(options.out, data, ranks, options, reference, kind)
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -38,14 +38,25 @@ def descendants() -> list[int]:
     return found
 
 
+def shared_memory() -> set[str]:
+    """Names of what lies in shared memory; of this process' runs alone where it has a /dev/shm of its own."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def command_of(pid: int) -> bytes:
+    """Command line of a process, b"" if it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def wait_for_no_descendants(limit_s: float = 60.0) -> None:
     """Fails if a process of a run that has ended is still there after a while."""
     deadline = time.monotonic() + limit_s
     while left := descendants():
         with contextlib.suppress(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
-        names = [Path(f"/proc/{pid}/cmdline") for pid in left]
-        assert time.monotonic() < deadline, [name.read_text() for name in names if name.exists()]
+        assert time.monotonic() < deadline, [command_of(pid) for pid in left]
         time.sleep(0.005)
 
 

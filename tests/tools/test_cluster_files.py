@@ -1,8 +1,11 @@
 """tools/slurm and tools/kubernetes: the commands they give to the scheduler, and what becomes of each exit code."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,14 @@ import pytest
 import yaml
 
 from tests import tiny
+from tests.forked_ranks import free_port
+from videodit.config import parse_config
+from videodit.training.dit_config import DiTRunConfig
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SBATCH = TOOLS / "slurm/train.sbatch"
-COMMAND = ["train", "dit", "--config", "configs/dit_xl.yaml", "--prompts", '["a red kite", "two"]']
+COMMAND_PROMPTS = ["a red kite", "two"]
+COMMAND = ["train", "dit", "--config", "configs/dit_xl.yaml", "--prompts", json.dumps(COMMAND_PROMPTS)]
 
 # Slurm's commands and the launcher, as executables that write down how they were called.
 STUBS = {
@@ -82,6 +89,23 @@ def test_the_job_script_is_valid_bash() -> None:
     assert done.returncode == 0, done.stderr
     options = [line.removeprefix("#SBATCH ") for line in SBATCH.read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--requeue", "--signal=B:TERM@300", "--ntasks-per-node=1", "--open-mode=append"} <= set(options)
+
+
+def test_the_job_script_passes_shellcheck() -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", SBATCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_job_scripts_command_is_one_that_trains() -> None:
+    """As the comment has it, and as the other tests give it, but for where data and run are."""
+    words = next(line for line in SBATCH.read_text().splitlines() if "sbatch --nodes" in line).split()
+    for command in (words[words.index("train") :], COMMAND):
+        places = [] if "--run_dir" in command else ["--data.shards", "LATENTS", "--run_dir", "RUN"]
+        config = parse_config(DiTRunConfig, [*command[2:], *places], "videodit train dit")
+        assert command[:2] == ["train", "dit"] and config.run_dir == "RUN" and config.model.depth > 12
+        assert config.data.shards == "LATENTS" and list(config.prompts) == ([] if not places else COMMAND_PROMPTS)
 
 
 def test_each_node_gets_one_launcher_and_the_command_as_it_was_typed(stubs: Path) -> None:
@@ -198,6 +222,30 @@ def test_what_is_mounted_is_there(manifests: dict[str, Any]) -> None:
     pod = manifests["Job"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.slow
+def test_the_pods_command_trains(manifests: dict[str, Any], tmp_path: Path) -> None:
+    """On one node without GPUs, with a model and data that are small; all other arguments are the manifest's."""
+    command, options = trainer(manifests["Job"])
+    latents = tiny.make_latents(
+        tmp_path / "latents", tiny.make_shards(tmp_path / "clips"), tiny.make_vae(tmp_path / "vae")
+    )
+    here = {"nnodes": "1", "node-rank": "0", "nproc-per-node": "2", "rdzv-endpoint": f"127.0.0.1:{free_port()}"}
+    assert here.keys() <= options.keys()
+    here |= {"data.shards": str(latents), "run_dir": str(tmp_path / "run")}
+    given = dict(argument[2:].split("=", 1) for argument in command if "=" in argument)
+    assert here.keys() <= given.keys()
+    smaller = [f"--{name}={here.get(name, value)}" for name, value in given.items()]
+    at = command.index("-m")
+    launcher = [argument for argument in smaller if argument[2:].split("=")[0] in options]
+    training = [argument for argument in smaller if argument not in launcher]
+    tiny_run = ["--max_steps=2", "--global_batch_size=4", "--micro_batch_size=2", "--prompts=[]", *tiny.RUN_OPTIONS]
+    run = [sys.executable, *command[1:2], *launcher, *command[at : at + 4], *training, *tiny.DIT_OPTIONS, *tiny_run]
+    environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
+    done = subprocess.run(run, cwd=TOOLS.parent, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run/metrics.jsonl").read_text().count("train/loss") == 2
 
 
 @pytest.mark.parametrize("file", ["slurm/train.sbatch", "kubernetes/train.yaml", "hostfile.example", "launch.py"])

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -226,3 +227,30 @@ def test_damage_is_named_where_a_checkpoint_is_asked_for(run: Path) -> None:
     (newest(run) / "state.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="state.json is damaged"):
         Checkpoint.open(newest(run))
+
+
+def test_what_a_checkpoint_says_is_on_the_disk(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and their folder are synced before the rename that shows them, and the folder above after it."""
+    done: list[tuple[str, Path]] = []
+    synced: dict[Path, int] = {}  # when its contents had last changed
+    fsync, rename = os.fsync, os.rename
+
+    def see_fsync(handle: int) -> None:
+        fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append(("fsync", path))
+        synced[path] = os.fstat(handle).st_mtime_ns
+
+    def see_rename(source: Path, target: Path) -> None:
+        assert {path: path.stat().st_mtime_ns for path in (source, *source.iterdir())} == synced
+        rename(source, target)
+        done.append(("rename", target))
+
+    monkeypatch.setattr(os, "fsync", see_fsync)
+    monkeypatch.setattr(os, "rename", see_rename)
+    assert not save(tmp_path, 1, engine)
+    target = tmp_path / "checkpoints/step-00000001"
+    renamed = done.index(("rename", target))
+    assert done[renamed + 1 :] == [("fsync", target.parent)]
+    assert {path.name for path in target.iterdir()} == {"rank-00000.safetensors", "state.json", "manifest.json"}
+    assert renamed == 4  # three files and their folder

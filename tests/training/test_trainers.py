@@ -1,17 +1,20 @@
 """The two trainers: a run that was stopped goes on bit for bit, whatever stopped it; samples and exports come out."""
 
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from einops import rearrange
 
 from tests import tiny
 from tests.training import wandb_files
@@ -22,7 +25,10 @@ from videodit.data.buckets import parse_bucket
 from videodit.data.clip_reader import DataConfig
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
-from videodit.data.loader import ClipLoader
+from videodit.data.loader import ClipLoader, clips_in_order
+from videodit.data.mixture import open_shards
+from videodit.data.mp4 import encode_mp4
+from videodit.data.transforms import to_pixels
 from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 from videodit.flow.noise_level import GIVEN_BELOW, NoiseLevelConfig
@@ -37,6 +43,7 @@ from videodit.training.dit_config import DiTRunConfig, follow_latents
 from videodit.training.dit_model import build_model
 from videodit.training.dit_trainer import make_noisy, train_dit
 from videodit.training.export import export_run
+from videodit.training.meters import PEAK_FLOPS
 from videodit.training.optim import OptimConfig
 from videodit.training.run import TrainingRun
 from videodit.training.run_folder import read_metrics
@@ -45,6 +52,7 @@ from videodit.training.vae_config import VAERunConfig
 from videodit.training.vae_objective import VAEObjective
 from videodit.training.vae_trainer import train_vae
 
+ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
 STEPS = 6
 RUN: dict[str, Any] = {
@@ -55,6 +63,7 @@ RUN: dict[str, Any] = {
     "dtype": "fp32",
     "tracker": TrackerConfig(mode="disabled"),
 }
+PEAK = 1e12  # FLOP/s
 # What may differ between two runs of the same thing: times.
 TIMES = ("perf/", "data/wait_s")
 
@@ -120,23 +129,36 @@ def check_resume(
     assert_same(whole(straight), whole(resumed))
 
 
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
-def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(shards: Path, tmp_path: Path, zero_stage: int) -> None:
-    check_resume(
-        lambda folder: train_vae(vae_config(folder, shards, zero_stage=zero_stage)), tmp_path, signal.SIGTERM, code=143
-    )
+def stages(*quick: tuple[int, str]) -> pytest.MarkDecorator:
+    """Every ZeRO stage and number format that go together; those that are not named are slow."""
+    cases = [(0, "fp32"), *itertools.product((1, 2, 3), ("fp32", "bf16"))]
+    marked = [pytest.param(*case, marks=() if case in quick else SLOW) for case in cases]
+    return pytest.mark.parametrize(("zero_stage", "dtype"), marked)
+
+
+@stages((1, "fp32"), (3, "bf16"))
+def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(
+    shards: Path, tmp_path: Path, zero_stage: int, dtype: str
+) -> None:
+    def run(folder: Path) -> Path:
+        return train_vae(vae_config(folder, shards, zero_stage=zero_stage, dtype=dtype))
+
+    check_resume(run, tmp_path, signal.SIGTERM, code=143)
     straight, resumed = (VideoVAE.from_pretrained(tmp_path / name / "model") for name in ("straight", "resumed"))
     assert_same(straight.state_dict(), resumed.state_dict())  # the latents' statistics too
 
 
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=SLOW), 3])
-def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(latents: Path, tmp_path: Path, zero_stage: int) -> None:
+@stages((1, "fp32"), (3, "fp32"), (2, "bf16"))
+def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(
+    latents: Path, tmp_path: Path, zero_stage: int, dtype: str
+) -> None:
     def run(folder: Path) -> Path:
         noise = NoiseLevelConfig(frame_slope=2.0)
         levels = {"noise": noise, "late_noise": NoiseLevelConfig(mean=1.0), "late_share": 0.5}
         windows = LatentCropConfig(size=(2, 4), share=0.8)
-        config = dit_config(folder, latents, zero_stage=zero_stage, condition_rate=0.5, crop=windows, **levels)
-        return train_dit(config)
+        optim = OptimConfig(name="muon" if zero_stage else "adamw", lr=1e-3, schedule="linear")
+        stage = {"zero_stage": zero_stage, "dtype": dtype, "optim": optim}
+        return train_dit(dit_config(folder, latents, condition_rate=0.5, crop=windows, **levels, **stage))
 
     check_resume(run, tmp_path, signal.SIGTERM, code=143)
 
@@ -337,10 +359,12 @@ def test_deterministic_runs_are_identical(
     shards: Path, latents: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enabled: list[bool] = []
+    random: list[torch.Tensor] = []
     log = TrainingRun.log
 
     def see(run: TrainingRun, figures: dict[str, Any]) -> None:
         enabled.append(torch.are_deterministic_algorithms_enabled())
+        random.append(torch.get_rng_state())
         log(run, figures)
 
     monkeypatch.setattr(TrainingRun, "log", see)
@@ -351,11 +375,22 @@ def test_deterministic_runs_are_identical(
         else:
             train_dit(dit_config(tmp_path / name, latents, **changes))
     assert all(enabled) and len(enabled) >= 4 and not torch.are_deterministic_algorithms_enabled()
+    assert all(torch.equal(state, random[0]) for state in random)  # a step draws nothing from the global generator
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
     one, two = (load_latest(tmp_path / name) for name in ("one", "two"))
     assert one is not None and two is not None
     for name, weight in read_full(one, "weight").items():
         assert torch.equal(weight, read_full(two, "weight")[name]), name
+
+
+def test_checkpointing_changes_nothing(latents: Path, tmp_path: Path) -> None:
+    for policy in ("none", "attention", "full"):
+        train_dit(dit_config(tmp_path / policy, latents, max_steps=2, checkpointing=policy))
+    assert metrics(tmp_path / "none") == metrics(tmp_path / "attention") == metrics(tmp_path / "full")
+    ends = [load_latest(tmp_path / policy) for policy in ("none", "attention", "full")]
+    states = [whole(end) for end in ends if end is not None]
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
 
 
 def test_a_sharded_run_leaves_torch_as_it_was(latents: Path, tmp_path: Path) -> None:
@@ -387,6 +422,10 @@ def test_a_longer_run_goes_on_in_wandb_and_log_too(latents: Path, tmp_path: Path
     shown = wandb_files.config(run)
     assert shown["model"]["hidden_size"] == tiny.DIT.hidden_size and shown["vae"]  # the resolved config
     assert set(shown["code"]) == {"videodit", "videodit_commit", "git_commit"}
+    if (ROOT / ".git").exists():  # not in an archive of the sources
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        commit = shown["code"]["videodit_commit"].removesuffix("+changes")
+        assert len(commit) >= 12 and head.startswith(commit)
     text = (run / "train.log").read_text()
     assert re.findall(r"from step (\d) of (\d)", text) == [("0", "2"), ("2", "3")]
     assert text.count("INFO checkpoint of step") == text.count("INFO done") == 2
@@ -452,6 +491,7 @@ def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
 def test_flops_are_those_of_the_steps_shape(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: steps on windows of a quarter have fewer than those on whole latents."""
     monkeypatch.setattr(TrainingRun, "counts_flops", True)
+    monkeypatch.setitem(PEAK_FLOPS, "", PEAK)  # a CPU has no name
     config = dit_config(tmp_path / "run", latents, max_steps=2, crop=LatentCropConfig(size=(2, 2), share=0.5))
     workload = DiTWorkload(follow_latents(config))
     window, whole_clip = (workload.shape_flops((4, 3, size, size), "none") for size in (2, 4))
@@ -459,6 +499,27 @@ def test_flops_are_those_of_the_steps_shape(latents: Path, tmp_path: Path, monke
     train_dit(config)
     done = [1e12 * line["perf/tflops_per_rank"] * line["perf/step_s"] for line in read_metrics(tmp_path / "run")]
     assert done == pytest.approx([config.global_batch_size * flops for flops in (window, whole_clip)])
+    for line, flops in zip(read_metrics(tmp_path / "run"), done):
+        assert line["perf/mfu"] == pytest.approx(flops / line["perf/step_s"] / PEAK)
+
+
+def test_each_bucket_has_an_mfu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingRun, "counts_flops", True)
+    monkeypatch.setitem(PEAK_FLOPS, "", PEAK)
+    shards, buckets = tiny.make_shards(tmp_path / "clips", 8, frames=(9, 5)), ("9x32x32", "5x32x32")
+    latents = tiny.make_latents(tmp_path / "latents", shards, tiny.make_vae(tmp_path / "vae"), buckets)
+    config = dit_config(tmp_path / "run", latents, max_steps=4)
+    workload = DiTWorkload(follow_latents(config))
+    train_dit(config)
+    lines = read_metrics(tmp_path / "run")
+    assert {line["data/bucket"] for line in lines} == set(buckets)
+    for line in lines:
+        bucket = line["data/bucket"]
+        flops = config.global_batch_size * workload.shape_flops((4, {"9": 3, "5": 2}[bucket[0]], 4, 4), "none")
+        assert line["perf/mfu"] == pytest.approx(flops / line["perf/step_s"] / PEAK)
+        own = {name for name in line if name.startswith(("perf/mfu/", "perf/step_s/"))}
+        assert own == {f"perf/mfu/{bucket}", f"perf/step_s/{bucket}"}
+        assert all(line[name] == line[name.rsplit("/", 1)[0]] for name in own)
 
 
 def latent_batch(mean: torch.Tensor) -> LatentBatch:
@@ -567,13 +628,33 @@ def test_held_out_clips_are_measured_and_shown(shards: Path, tmp_path: Path) -> 
     assert [line["step"] for line in lines if "eval/psnr_db" in line] == [2]
     frames = read_frames(tmp_path / "run/samples/step-00000002.mp4")
     assert frames.shape == (tiny.FRAMES, 2 * tiny.SIZE, 4 * tiny.SIZE, 3)
+    # Above the clips, below what the exported weights make of them.
+    data = DataConfig(shards=str(shards), buckets=[tiny.BUCKET])
+    clips = next(iter(clips_in_order(data, open_shards(data), 4, multiple=4))).clip()
+    vae = VideoVAE.from_pretrained(tmp_path / "run/model")
+    with torch.no_grad():
+        made = vae.decode(vae.encode(clips)).clamp(-1, 1)
+    wanted = to_pixels(rearrange([clips, made], "v b c t h w -> 1 c t (v h) (b w)"))[0]
+    shown = [half.astype(float) for half in np.split(frames, 2, axis=1)]
+    halves = [half.astype(float) for half in np.split(wanted.numpy(), 2, axis=1)]
+    # H.264 is off by less than the reconstruction is.
+    off = [[np.abs(one - other).mean() for other in halves] for one in shown]
+    assert off[0][0] < off[0][1] / 1.5 and off[1][1] < off[1][0] / 1.5, off
 
 
-def test_prompts_are_sampled_without_touching_the_training(latents: Path, tmp_path: Path) -> None:
+def test_prompts_are_sampled_without_touching_the_training(shards: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = VideoVAE(tiny.VAE)
+    for weight in vae.parameters():
+        if not bool(weight.any()):  # a fresh one decodes everything to grey
+            torch.nn.init.normal_(weight, std=0.1)
+    vae.save_pretrained(tmp_path / "vae")
+    latents = tiny.make_latents(tmp_path / "latents", shards, tmp_path / "vae")
     prompts = ("a small red circle moves left", "a star")
     sampled = {"prompts": prompts, "sample_every": 2, "sample_raw": True}
+    optim = OptimConfig(lr=0.03, warmup_steps=0)  # enough for the average to look different
     for name, changes in (("with", sampled), ("without", {})):
-        train_dit(dit_config(tmp_path / name, latents, max_steps=4, **changes))  # type: ignore[arg-type]
+        train_dit(dit_config(tmp_path / name, latents, max_steps=4, optim=optim, **changes))  # type: ignore[arg-type]
     assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
     clips = [read_frames(tmp_path / f"with/samples/step-0000000{step}/01.mp4") for step in (2, 4)]
     assert clips[0].shape == clips[1].shape == (tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
@@ -584,6 +665,25 @@ def test_prompts_are_sampled_without_touching_the_training(latents: Path, tmp_pa
         {"step": 2, "samples/ema": dict(zip(prompts, (files["00"], files["01"])))},
         {"step": 2, "samples/raw": dict(zip(prompts, (files["raw-00"], files["raw-01"])))},
     ]
+    check_samples(tmp_path / "with", prompts)
+
+
+def check_samples(run: Path, prompts: Sequence[str]) -> None:
+    """Those of the last step are what the pipeline draws with the run's seed, with averaged and with raw weights."""
+    export_run(run, run / "exported")
+    pipe, checkpoint = TextToVideo.from_pretrained(run / "exported"), load_latest(run)
+    assert checkpoint is not None
+    raw = read_full(checkpoint, "weight")
+    del raw["level_error.knots"]
+    for start, weights in (("", None), ("raw-", raw)):
+        if weights is not None:
+            pipe.model.load_state_dict(weights, strict=False)
+        clips = pipe(prompts, seed=0)
+        for row, clip in enumerate(clips):
+            file = run / f"samples/step-{checkpoint.step:08d}/{start}{row:02d}.mp4"
+            assert file.read_bytes() == encode_mp4(clip, pipe.defaults.fps), file.name
+    averaged, plain = (run / f"samples/step-{checkpoint.step:08d}/{name}" for name in ("00.mp4", "raw-00.mp4"))
+    assert averaged.read_bytes() != plain.read_bytes()
 
 
 def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tests import tiny
-from tests.forked_ranks import Rank, Ranks, alive, children, free_port, steps_of, wait_until
+from tests.forked_ranks import Rank, Ranks, alive, children, exists, free_port, steps_of, wait_until
 from tests.training.toy import assert_same, whole
 from videodit.parallel.verdict import PERIOD_S
 from videodit.training.checkpoint import load_latest
@@ -58,7 +58,8 @@ class Lost:
         for rank in self.ranks:
             if rank not in left and alive(rank.pid):
                 rank.signal(signal.SIGKILL)
-        wait_until(lambda: not any(map(alive, self.seen)))
+        wait_until(lambda: not any(map(exists, self.seen)))
+        assert not [path.name for pid in self.seen for path in Path("/dev/shm").glob(f"*_{pid}_*")]
         return left
 
 

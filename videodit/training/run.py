@@ -21,6 +21,7 @@ from videodit.parallel.watch import enter, phase, tick, watching
 from videodit.progress import Progress
 from videodit.training.checkpoint import load_latest
 from videodit.training.checkpoint_writer import CheckpointWriter
+from videodit.training.communication import Communication
 from videodit.training.ema import PowerEMA
 from videodit.training.engine import Engine, StepResult
 from videodit.training.guard import Guard
@@ -52,6 +53,7 @@ class TrainingRun:
         self._several = self._mixed = False  # whether there are several buckets, and images as well as videos
         self._tracker = tracker
         self._stop = stop
+        self._communication = Communication(config.communication_every, world)
         self._progress = Progress(f"train {folder.path.name}", config.max_steps, world.is_main, note=log.info)
         self._log = log
 
@@ -84,6 +86,7 @@ class TrainingRun:
                         run._saves.end(at_once=isinstance(error, KeyboardInterrupt))
                     raise
                 finally:
+                    run._communication.end()
                     tracker.finish()
             if stop:  # asked for after the last step
                 raise SystemExit(stop.exit_code)
@@ -180,6 +183,7 @@ class TrainingRun:
             total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
         if stop:
             self._leave()
+        self._communication.begin(self.step + 1)
         return max(total, 1.0)
 
     def finish_step(
@@ -207,6 +211,9 @@ class TrainingRun:
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in zip(losses, reduced)}
         metrics |= result.metrics() | {"train/skipped": self.guard.state.skipped}
         metrics |= self.meter.step(tokens=tokens, flops=flops) | {"perf/wall_s": self.wall_s}
+        if measured := self._communication.end():
+            metrics |= measured
+            self.meter.restart()  # reading what the profiler has seen
         metrics |= self._saves.take_metrics()
         if self._mixed:
             metrics[f"train/grad_norm_{'image' if images else 'video'}"] = metrics["train/grad_norm"]

@@ -56,6 +56,8 @@ class RunConfig:
     """checkpoints of steps that this divides are kept too; 0 for none"""
     sample_every: int = 500
     """steps between samples or reconstructions; 0 for none"""
+    communication_every: int = 100
+    """steps between two whose communication is measured (perf/communication_s), with several ranks; 0 for never"""
     hang_timeout_s: float = 600.0
     """seconds that a rank may be silent or stay where it is while others wait for it, until the run ends; 0 for ever"""
     ema_profiles: tuple[float, ...] = (0.05, 0.10)
@@ -85,7 +87,11 @@ class RunConfig:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1: use a positive number")
-        for name, things in (("sample_every", "samples"), ("keep_every", "checkpoints beside the newest")):
+        for name, things in (
+            ("sample_every", "samples"),
+            ("keep_every", "checkpoints beside the newest"),
+            ("communication_every", "measurement"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} is negative: use 0 for no {things}")
         if self.keep_every % self.save_every:
