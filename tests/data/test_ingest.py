@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,32 +104,88 @@ def test_again_does_nothing_other_settings_are_refused(ingested: Path, videos: P
     assert contents(ingested) == before
 
 
-def test_killed_and_started_again(ingested: Path, videos: Path, tmp_path: Path) -> None:
-    code = """
+def killed_after(done: int, videos: Path, out: Path) -> None:
+    """An ingest of its own process that ends by SIGKILL when so many sources are in the shards."""
+    code = f"""
 import os, signal, sys
 from videodit.data.ingest import IngestConfig, ingest
 if __name__ == "__main__":
-    kill = lambda done, total: done == 5 and os.kill(os.getpid(), signal.SIGKILL)
+    kill = lambda done, total: done == {done} and os.kill(os.getpid(), signal.SIGKILL)
     ingest(sys.argv[1], sys.argv[2], IngestConfig(workers=1, clips_per_shard=3), progress=kill)
 """
-    (tmp_path / "run.py").write_text(code)
+    out.with_suffix(".py").write_text(code)
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(tmp_path / "run.py"), str(videos), str(tmp_path / "out")]
-    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120)
+    command = [sys.executable, str(out.with_suffix(".py")), str(videos), str(out)]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300)
     assert killed.returncode == -signal.SIGKILL
+
+
+def spoil(*paths: Path) -> None:
+    """Makes files unreadable, as only a look into them tells: size and time stay."""
+    for path in paths:
+        facts = path.stat()
+        path.write_bytes(bytes(facts.st_size))
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def test_killed_and_started_again(ingested: Path, videos: Path, tmp_path: Path) -> None:
+    """What was cut before a kill, or is in a finished set, is not decoded again, and the bytes are those of one run."""
+    copy, out = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(videos, copy)
+    names = sorted(path.name for path in videos.glob("*.mp4"))
+    killed_after(4, copy, out)
     with pytest.raises(UserError, match="interrupted"):
-        ShardSet.open(tmp_path / "out")
-    ingest(videos, tmp_path / "out", ONE)
-    assert contents(tmp_path / "out") == contents(ingested)
+        ShardSet.open(out)
+    spoil(*(copy / name for name in names[:4]))
+    killed_after(2, copy, out)  # in the middle of taking over what was cut, and with a tar half taken
+    ingest(copy, out, ONE)
+    assert contents(out) == contents(ingested)
+
+    spoil(*copy.glob("*.mp4"))
+    write_mp4(copy / "clip_1a.mp4", scene(9, 17), 8)
+    killed_after(6, copy, out)
+    shards = ShardSet.open(out)  # still there
+    assert [shards.read(i, "mp4") for i in range(7)] == [ShardSet.open(ingested).read(i, "mp4") for i in range(7)]
+    assert not (out / "shard-000000.tar.part").exists()  # it is as before
+    before = stats(out)["shard-000000.tar"]
+    ingest(copy, out, ONE)
+    assert stats(out)["shard-000000.tar"] == before
+
+    for name in names:
+        shutil.copy2(videos / name, copy)
+    ingest(copy, tmp_path / "fresh", ONE)
+    assert contents(out) == contents(tmp_path / "fresh") and len(ShardSet.open(out)) == 8
 
 
-def test_a_new_video_is_taken_in(tmp_path: Path) -> None:
+def test_a_clip_that_was_kept_and_got_damaged_is_cut_anew(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
-    out = tmp_path / "videos" / "shards"  # below the source, and not searched
-    for i in range(2):
-        write_mp4(tmp_path / "videos" / f"{i}.mp4", scene(i, 17), 8)
-        assert ingest(tmp_path / "videos", out, ONE).clips == i + 1
-    assert len(ShardSet.open(out)) == 2
+    shutil.copy2(videos / "clip_1.mp4", tmp_path / "videos")
+    out = tmp_path / "out"
+    ingest(tmp_path / "videos", out, ONE)
+    good = contents(out)
+    offset, size = ShardSet.open(out).entries[0].members["mp4"]
+    tar = out / "shard-000000.tar"
+    tar.write_bytes(good[tar.name][:offset] + bytes(size) + good[tar.name][offset + size :])
+    shutil.copy2(videos / "clip_2.mp4", tmp_path / "videos")
+    ingest(tmp_path / "videos", out, ONE)
+    ingest(tmp_path / "videos", tmp_path / "fresh", ONE)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_set_that_would_be_empty_leaves_the_one_that_is_there(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    shutil.copy2(videos / "clip_1.mp4", tmp_path / "videos")
+    ingest(tmp_path / "videos", tmp_path / "out", ONE)
+    (tmp_path / "videos" / "clip_1.mp4").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="stay as they are: see .*rejects.jsonl.part"):
+        ingest(tmp_path / "videos", tmp_path / "out", ONE)
+    assert len(ShardSet.open(tmp_path / "out")) == 1
+
+
+def test_shards_below_the_source_are_not_searched(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "0.mp4", scene(0, 17), 8)
+    for _ in range(2):
+        assert ingest(tmp_path, tmp_path / "shards", ONE).clips == 1
 
 
 def filtered(out: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ def fingerprint(sources: list[Source]) -> str:
     digest = hashlib.sha256()
     for s in sources:
         said = [s.captions.texts, s.captions.weights, s.extra]
-        digest.update(json_bytes([s.name, said, s.problem, source_bytes(s), _version(s), s.span]) + b"\n")
+        digest.update(json_bytes([s.name, said, s.problem, source_bytes(s), source_version(s), s.span]) + b"\n")
     return digest.hexdigest()
 
 
@@ -33,7 +33,8 @@ def source_bytes(source: Source) -> int:
     return os.stat(source.path).st_size if os.path.exists(source.path) else 0
 
 
-def _version(source: Source) -> int | str:
+def source_version(source: Source) -> int | str:
+    """What changes when its bytes do."""
     if source.state:
         return source.state.version
     return os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0
