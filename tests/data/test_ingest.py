@@ -16,6 +16,7 @@ import pytest
 from videodit.data.filters import FilterConfig
 from videodit.data.folder_lock import FolderLock
 from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.ingest_record import read_rejects
 from videodit.data.mp4 import encode_mp4, write_mp4
 from videodit.data.shards import ShardSet, sha256_hex
 from videodit.data.video_io import read_frames
@@ -109,6 +110,7 @@ def killed_after(done: int, videos: Path, out: Path) -> None:
     code = f"""
 import os, signal, sys
 from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.ingest_record import read_rejects
 if __name__ == "__main__":
     kill = lambda done, total: done == {done} and os.kill(os.getpid(), signal.SIGKILL)
     ingest(sys.argv[1], sys.argv[2], IngestConfig(workers=1, clips_per_shard=3), progress=kill)
@@ -275,6 +277,33 @@ def test_no_usable_video(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the 1 videos .* see .*rejects.jsonl"):
         ingest(tmp_path / "v", tmp_path / "out", ONE)
     assert "cannot be opened" in (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
+def test_what_is_no_file_and_what_is_no_text(videos: Path, tmp_path: Path) -> None:
+    """Pipes and devices in the place of a video or a caption neither hang nor fill the memory; a name in another
+    encoding is written as the system has it."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    names = [b"caf\xe9.mp4", b"device.mp4", b"pipe.mp4", b"surrogate.mp4", b"vast.mp4"]
+    for name in names:
+        shutil.copy2(videos / "clip_1.mp4", os.fsencode(folder) + b"/" + name)
+    os.mkfifo(folder / "video.mp4")
+    os.mkfifo(folder / "pipe.json")
+    (folder / "device.txt").symlink_to("/dev/zero")
+    (folder / "surrogate.json").write_text('{"caption": "x", "by": ["\\ud800"]}')
+    with open(folder / "vast.txt", "wb") as file:
+        file.truncate(1 << 34)
+    result = ingest(folder, tmp_path / "out", ONE)
+    assert (result.accepted, result.rejected) == (1, 5)
+    assert ShardSet.open(tmp_path / "out").entries[0].meta["source"] == r"caf\udce9.mp4"
+    reasons = {reject["source"]: reject["reason"] for reject in read_rejects(tmp_path / "out")}
+    assert reasons == {
+        "device.mp4": "caption file device.txt cannot be read: no regular file",
+        "pipe.mp4": "caption file pipe.json cannot be read: no regular file",
+        "surrogate.mp4": r"caption file surrogate.json: text that UTF-8 cannot hold: '\\ud800'",
+        "vast.mp4": "caption file vast.txt cannot be read: 17179869184 bytes, more than 16777216",
+        "video.mp4": "no regular file",
+    }
 
 
 def test_wrong_output_folders(videos: Path, tmp_path: Path) -> None:

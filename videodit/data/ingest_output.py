@@ -13,6 +13,7 @@ from videodit.data.ingest_cuts import Cut
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import Entry, json_bytes, sha256_hex
 from videodit.data.sources import Source
+from videodit.data.storable import printable
 
 _PLACE = ("source", "start_s", "end_s")
 
@@ -70,7 +71,9 @@ class ChannelTally:
 
 def write_rejects(file: TextIO, source: Source, result: CutResult) -> None:
     """What of a source gave no clip: all of it, or scenes."""
-    lines: list[dict[str, Any]] = [{"source": source.name, "reason": result.problem}] if result.problem else []
+    lines: list[dict[str, Any]] = (
+        [{"source": source.name, "reason": printable(result.problem)}] if result.problem else []
+    )
     for scene in result.dropped:
         start_s, end_s = scene.start_frame / scene.fps, (scene.start_frame + scene.num_frames) / scene.fps
         lines.append(

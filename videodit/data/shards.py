@@ -210,6 +210,10 @@ def tar_samples(path: str | Path, file: BinaryIO | None = None) -> dict[str, dic
                 plain = info.isfile() and not info.issparse() and ".." not in Path(info.name).parts
                 if plain and match and not info.name.startswith("/"):
                     samples.setdefault(match[1], {})[match[2].lower()] = (info.offset_data, info.size)
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes any damage but the first for the end
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path} is no readable tar ({error}): remove it or get it again") from error
     return samples
