@@ -16,7 +16,7 @@ import pytest
 from videodit.data.filters import FilterConfig
 from videodit.data.folder_lock import FolderLock
 from videodit.data.ingest import IngestConfig, ingest
-from videodit.data.ingest_record import read_rejects
+from videodit.data.ingest_record import read_record, read_rejects
 from videodit.data.mp4 import encode_mp4, write_mp4
 from videodit.data.shards import ShardSet, sha256_hex
 from videodit.data.video_io import read_frames
@@ -110,7 +110,7 @@ def killed_after(done: int, videos: Path, out: Path) -> None:
     code = f"""
 import os, signal, sys
 from videodit.data.ingest import IngestConfig, ingest
-from videodit.data.ingest_record import read_rejects
+from videodit.data.ingest_record import read_record, read_rejects
 if __name__ == "__main__":
     kill = lambda done, total: done == {done} and os.kill(os.getpid(), signal.SIGKILL)
     ingest(sys.argv[1], sys.argv[2], IngestConfig(workers=1, clips_per_shard=3), progress=kill)
@@ -290,19 +290,54 @@ def test_what_is_no_file_and_what_is_no_text(videos: Path, tmp_path: Path) -> No
     os.mkfifo(folder / "video.mp4")
     os.mkfifo(folder / "pipe.json")
     (folder / "device.txt").symlink_to("/dev/zero")
+    (folder / "disk.mp4").symlink_to("/proc/self/mem")  # a regular file that the system cannot read
     (folder / "surrogate.json").write_text('{"caption": "x", "by": ["\\ud800"]}')
     with open(folder / "vast.txt", "wb") as file:
         file.truncate(1 << 34)
     result = ingest(folder, tmp_path / "out", ONE)
-    assert (result.accepted, result.rejected) == (1, 5)
+    assert (result.accepted, result.rejected) == (1, 6)
     assert ShardSet.open(tmp_path / "out").entries[0].meta["source"] == r"caf\udce9.mp4"
+    assert read_record(tmp_path / "out")["not_fetched"] == 1  # the disk may work again the next time
     reasons = {reject["source"]: reject["reason"] for reject in read_rejects(tmp_path / "out")}
     assert reasons == {
         "device.mp4": "caption file device.txt cannot be read: no regular file",
+        "disk.mp4": "cannot be read: Input/output error",
         "pipe.mp4": "caption file pipe.json cannot be read: no regular file",
         "surrogate.mp4": r"caption file surrogate.json: text that UTF-8 cannot hold: '\\ud800'",
         "vast.mp4": "caption file vast.txt cannot be read: 17179869184 bytes, more than 16777216",
         "video.mp4": "no regular file",
+    }
+
+
+def write_y4m(path: Path, num_frames: int, height: int, width: int) -> None:
+    """A video of any size in no time: a file with holes, which is grey."""
+    with open(path, "wb") as file:
+        file.write(b"YUV4MPEG2 W%d H%d F8:1 C420\n" % (width, height))
+        for _ in range(num_frames):
+            file.write(b"FRAME\n")
+            file.seek(height * width * 3 // 2, 1)
+        file.truncate()
+
+
+def test_limits_on_pixels_memory_time_and_frames(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_y4m(folder / "pixels.y4m", 1, 10000, 10000)
+    write_y4m(folder / "memory.y4m", 20, 8000, 8000)
+    write_y4m(folder / "time.y4m", 300, 2000, 2000)
+    write_y4m(folder / "frames.y4m", 301, 16, 16)
+    (folder / "header.gif").write_bytes(b"GIF89a" + b"\x20\x4e" * 2 + bytes(200))
+    write_mp4(folder / "good.mp4", scene(0, 40), 8)
+    config = replace(ONE, max_memory_gb=0.8, time_limit_s=3, max_source_frames=300, max_short_side=0, max_duration_s=60)
+    ingest(folder, tmp_path / "out", config)
+    assert {entry.meta["source"] for entry in ShardSet.open(tmp_path / "out").entries} == {"good.mp4"}
+    reasons = {reject["source"]: reject["reason"] for reject in read_rejects(tmp_path / "out")}
+    assert reasons == {
+        "frames.y4m": "more than 300 frames",
+        "header.gif": "does not decode: Invalid argument",
+        "memory.y4m": "needs more than 0.8 GB of memory",
+        "pixels.y4m": "frames of 10000x10000 are too large",
+        "time.y4m": "took longer than 3 s",
     }
 
 

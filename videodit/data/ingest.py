@@ -61,7 +61,11 @@ class IngestConfig:
     workers: int = 0
     """Processes that decode; 0 takes one per core. The result does not depend on it."""
     stall_limit_s: float = 60.0
-    """A file that yields no frame for so many seconds is given up."""
+    """A file that yields no frame for so many seconds is given up, after a second try with nothing beside it."""
+    time_limit_s: float = 86400.0
+    """A file that takes longer is given up; 0 for no limit."""
+    max_source_frames: int = 5_000_000
+    """A file with more frames is rejected (two days at 30 a second); 0 for no limit."""
     max_memory_gb: float = 8.0
     """Address space of a decoding process; a file that needs more is rejected; 0 for no limit."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
@@ -78,6 +82,8 @@ class IngestConfig:
             ("clips_per_shard", 1),
             ("workers", 0),
             ("max_memory_gb", 0),
+            ("time_limit_s", 0),
+            ("max_source_frames", 0),
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {low} is needed")
@@ -94,7 +100,8 @@ class IngestConfig:
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that the shards depend on."""
-        others = ("workers", "stall_limit_s", "max_memory_gb", "models", "filters", "dry_run")
+        limits = ("stall_limit_s", "time_limit_s", "max_source_frames", "max_memory_gb")
+        others = (*limits, "workers", "models", "filters", "dry_run")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
@@ -264,9 +271,10 @@ def _run(
     earlier = EarlierCuts(out, work, keys, finished)
     isolated = partial(
         run_isolated,
-        partial(cut_job, rules=rules),
+        partial(cut_job, rules=rules, max_frames=config.max_source_frames),
         workers=config.workers or _cores(),
         stall_limit_s=config.stall_limit_s,
+        time_limit_s=config.time_limit_s,
         max_memory_gb=config.max_memory_gb,
     )
     cuts = cut_sources(sources, keys, earlier, work, isolated)

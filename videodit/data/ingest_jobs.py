@@ -1,5 +1,8 @@
 """The work of ingest's processes: one source at a time, fetched if it lies elsewhere, cut into a spool file."""
 
+import errno
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,8 @@ from videodit.errors import user_error
 
 _CHUNK_BYTES = 4 << 20  # small files go to a worker by the chunk
 _CHUNK_FILES = 32
+_READ_BYTES = 4 << 20
+_PAUSE_S = 1.0  # before a file that could not be read is tried again
 
 
 @dataclass(frozen=True)
@@ -28,25 +33,93 @@ class Job:
     """The file for its clips' bytes."""
 
 
-def cut_job(job: Job, beat: Beat, rules: CutRules) -> CutResult:
+class _TooManyFramesError(Exception):
+    """A source has more frames than any is to have."""
+
+
+def cut_job(job: Job, beat: Beat, rules: CutRules, max_frames: int = 0) -> CutResult | Failure:
     """Cuts a source, in a worker process; see `cut_source`.
 
+    Args:
+        job: the source.
+        beat: of `run_isolated`.
+        rules: how to cut.
+        max_frames: more of them are a Failure; 0 for no limit.
     Raises:
         UserError: if the spool, or the copy of a file from elsewhere beside it, cannot be written.
+        MemoryError: if there is too little.
     """
     source, spool = job.source, Path(job.spool)
-    if not is_remote(source.path):
-        data = source.path if source.span is None else read_span(source.path, source.span[0], source.span[1])
-        return _cut_and_keep(source, data, spool, beat, rules)
+    frames = 0
+
+    def counted() -> None:
+        nonlocal frames
+        frames += 1
+        if 0 < max_frames < frames:
+            raise _TooManyFramesError
+        beat()
+
+    def cut(data: str | bytes) -> CutResult:
+        nonlocal frames
+        frames = 0 if source.is_field else -1  # a video's first beat comes before its first frame
+        return _cut_data(source, data, spool, counted, rules)
+
+    try:
+        if is_remote(source.path):
+            result = _cut_copy(source, spool, beat, cut)
+        else:
+            result = _cut_local(source, beat, cut)
+    except FetchError as error:
+        result = CutResult(problem=str(error), fetched=False)
+    except _TooManyFramesError:
+        return Failure(f"more than {max_frames} frames")
+    if os.strerror(errno.ENOMEM) in result.problem:
+        raise MemoryError
+    try:
+        keep_result(spool, result)
+    except OSError as error:
+        raise user_error(error, spool) from error
+    return result
+
+
+def _cut_copy(source: Source, spool: Path, beat: Beat, cut: Callable[[str | bytes], CutResult]) -> CutResult:
     copy = copy_file(source, spool)
     try:
         if not copy.exists():
             _fetch(source, copy, beat)
-        return _cut_and_keep(source, str(copy), spool, beat, rules)
-    except FetchError as error:
-        return CutResult(problem=str(error), fetched=False)
+        return cut(str(copy))
     finally:
         remove_copy(source, spool)
+
+
+def _cut_local(source: Source, beat: Beat, cut: Callable[[str | bytes], CutResult]) -> CutResult:
+    """A source of this machine; one that is refused once more if it could be the disk, or the network to it."""
+    result = CutResult()
+    for pause_s in (_PAUSE_S, None):
+        try:
+            data = source.path if source.span is None else read_span(source.path, *source.span)
+            result = cut(data)
+            of_a_file = source.span is None and not source.is_zarr
+            trouble = _trouble_of_disk(source.path, beat) if result.problem and of_a_file else ""
+        except OSError as error:
+            trouble = os.strerror(error.errno or errno.EIO)
+        if not trouble and os.strerror(errno.EIO) not in result.problem:
+            return result
+        if pause_s:
+            time.sleep(pause_s)
+            beat()
+    return CutResult(problem=f"cannot be read: {trouble}", fetched=False) if trouble else result
+
+
+def _trouble_of_disk(path: str, beat: Beat) -> str:
+    """What the system says where a file cannot be read to its end; empty if it can."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(_READ_BYTES):
+                beat()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _fetch(source: Source, copy: Path, beat: Beat) -> None:
@@ -56,15 +129,6 @@ def _fetch(source: Source, copy: Path, beat: Beat) -> None:
         part.replace(copy)
     except OSError as error:
         raise user_error(error, copy) from error
-
-
-def _cut_and_keep(source: Source, data: str | bytes, spool: Path, beat: Beat, rules: CutRules) -> CutResult:
-    result = _cut_data(source, data, spool, beat, rules)
-    try:
-        keep_result(spool, result)
-    except OSError as error:
-        raise user_error(error, spool) from error
-    return result
 
 
 def _cut_data(source: Source, data: str | bytes, spool: Path, beat: Beat, rules: CutRules) -> CutResult:
