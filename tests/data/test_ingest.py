@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 import pytest
 
+from videodit.cli import main
+from videodit.data.clip_cutter import CutRules, cut_source
 from videodit.data.filters import FilterConfig
 from videodit.data.folder_lock import FolderLock
 from videodit.data.ingest import IngestConfig, ingest
@@ -250,6 +252,36 @@ def test_dry_run_says_the_same_and_writes_nothing(videos: Path, tmp_path: Path) 
         assert result.filtered["min_duration_s"].clips == 4
         assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
         assert (contents(out) if out.exists() else {}) == kept
+
+
+def test_dry_run_counts_reasons_and_encodes_nothing(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, rules = str(videos / "three-scenes.mp4"), CutRules(17, 10.0, 480, True, 3.0, 18)
+    written = cut_source(source, tmp_path / "a", rules)
+    scored = cut_source(source, tmp_path / "b", replace(rules, encode=False))
+    assert (tmp_path / "b").read_bytes() == b"" != (tmp_path / "a").read_bytes()
+    for one, other in zip(written.clips, scored.clips, strict=True):
+        assert other == replace(one, offset=0, size=0, sha256=sha256_hex(b""))
+    options = ["--dry_run=true", "--workers=1", "--filters.min_duration_s=5"]
+    assert main(["ingest", str(videos), "--out", str(tmp_path / "out"), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "1 left out: caption file",
+        "1 left out: cannot be opened",
+        "1 left out: N frames, shorter than min_frames N",
+        f"dry run, nothing is written: 5 videos to 3 clips in {tmp_path / 'out'}; 2 rejected",
+    ]
+
+
+def test_dry_run_takes_what_a_finished_set_knows(videos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("clip_1.mp4", "clip_2.mp4"):
+        shutil.copy2(videos / name, folder)
+        if name == "clip_1.mp4":
+            ingest(folder, tmp_path / "out", ONE)
+            spoil(folder / name)
+    assert ingest(folder, tmp_path / "out", replace(ONE, dry_run=True)).accepted == 2
 
 
 def test_filters_that_leave_nothing_are_an_error_that_can_be_mended(videos: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from videodit.data.ingest_record import (
     earlier_run,
     fingerprint,
     read_rejects,
+    reject_reasons,
     write_json,
 )
 from videodit.data.isolation import run_isolated
@@ -119,6 +120,8 @@ class IngestResult:
     """What each setting of the filters left out, by its name."""
     seconds: float
     """Wall time."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """How often each reason is given for a source or scene that no filter left out, the most frequent first."""
     up_to_date: bool = False
     """The shards were there already, made of the same sources with the same config."""
 
@@ -171,8 +174,8 @@ def ingest(
     marked = partial(_marked, config=config, models=models, progress=progress)
     try:
         if config.dry_run:
-            counts, filtered = _rehearse(out, record, work, marked)
-            return _result(counts, filtered, started)
+            counts, filtered, reasons = _rehearse(out, record, work, marked)
+            return _result(counts, filtered, started, reasons)
         with FolderLock(out, "--out") as lock:
             lock.hold_alone()
             earlier = earlier_run(out, record)
@@ -201,7 +204,7 @@ def ingest(
                 )
     except OSError as error:
         raise user_error(error, error.filename or out) from error
-    return _result(counts, filtered, started, up_to_date)
+    return _result(counts, filtered, started, reject_reasons(out), up_to_date)
 
 
 Progress = Callable[[int, int], None]
@@ -211,25 +214,31 @@ Outcome = tuple[dict[str, Any], dict[str, Stage]]
 
 
 def _result(
-    counts: dict[str, Any], filtered: dict[str, Stage], started: float, up_to_date: bool = False
+    counts: dict[str, Any],
+    filtered: dict[str, Stage],
+    started: float,
+    reasons: dict[str, int],
+    up_to_date: bool = False,
 ) -> IngestResult:
-    seconds = time.monotonic() - started
-    return IngestResult(counts["accepted"], counts["rejected"], counts["clips"], filtered, seconds, up_to_date)
+    done = counts["accepted"], counts["rejected"], counts["clips"]
+    return IngestResult(*done, filtered, time.monotonic() - started, reasons, up_to_date)
 
 
-def _rehearse(out: Path, record: dict[str, Any], work: Callable[[Path], Outcome], marked: Marked) -> Outcome:
+def _rehearse(
+    out: Path, record: dict[str, Any], work: Callable[[Path], Outcome], marked: Marked
+) -> tuple[dict[str, Any], dict[str, Stage], dict[str, int]]:
     """What ingest would do: told from the scores where they are there already, else done and thrown away."""
     earlier = earlier_run(out, record) if out.is_dir() else None
     if earlier:
         entries, filtered = marked(out)
-        return earlier | {"clips": _used(entries)}, filtered
+        return earlier | {"clips": _used(entries)}, filtered, reject_reasons(out)
     beside = next(folder for folder in out.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".videodit-dry-run-", dir=beside) as folder:
         counts, filtered = work(Path(folder))
         if counts["clips"] or filtered:
             entries, filtered = marked(Path(folder))
             counts["clips"] = _used(entries)
-        return counts, filtered
+        return counts, filtered, reject_reasons(Path(folder))
 
 
 def _marked(
@@ -266,7 +275,9 @@ def _run(
     progress: Progress,
 ) -> Outcome:
     work = out / WORK
-    rules = CutRules(**{field.name: getattr(config, field.name) for field in dataclasses.fields(CutRules)})
+    encode = not config.dry_run or bool(config.models.record())  # models look at clips
+    settings = dataclasses.asdict(config) | {"encode": encode}
+    rules = CutRules(**{field.name: settings[field.name] for field in dataclasses.fields(CutRules)})
     keys = [cut_key(source, rules) for source in sources]
     earlier = EarlierCuts(out, work, keys, finished)
     isolated = partial(
@@ -284,7 +295,7 @@ def _run(
     writer, log = ShardWriter(out, config.clips_per_shard), CutLog(out)
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
         for done, (source, key, base, cut) in enumerate(zip(sources, keys, key_bases(sources), cuts, strict=True), 1):
-            cut = channels.take(source, cut)
+            cut = channels.take(source, cut if encode else cut.without_bytes())
             entries = write_clips(writer, source, base, cut)
             write_rejects(rejects, source, cut.result)
             if cut.lasts:

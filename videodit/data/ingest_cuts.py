@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,10 @@ class Cut:
                 file.seek(offset)
                 yield clip, file.read(clip.size)
 
+    def without_bytes(self) -> "Cut":
+        """The same with clips of no bytes."""
+        return replace(self, result=replace(self.result, clips=[replace(clip, size=0) for clip in self.result.clips]))
+
     def is_sound(self) -> bool:
         """Whether all bytes are there."""
         try:
@@ -73,7 +77,8 @@ def cut_key(source: Source, rules: CutRules) -> str:
     """A hash of all that a source's clips depend on, but for what is said of them."""
     said = {name: source.extra.get(name) for name in ("fps", "array")} if source.is_field else {}
     state = [source.name, source_bytes(source), source_version(source), source.span]
-    return sha256_hex(json_bytes([state, said, asdict(rules), av.__version__, SCORES_VERSION]))[:32]
+    how = asdict(replace(rules, encode=True))  # clips that were written will do where none are asked for
+    return sha256_hex(json_bytes([state, said, how, av.__version__, SCORES_VERSION]))[:32]
 
 
 def spool_file(work: Path, key: str) -> Path:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,15 @@ def read_rejects(out: Path) -> list[dict[str, Any]]:
     """What did not make it: a source, a scene of one (with start_s) or a clip that filters left out (with key)."""
     path = out / REJECTS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def reject_reasons(out: Path) -> dict[str, int]:
+    """How often each reason is given for what no filter left out, the most frequent first, without what differs from
+    file to file: numbers, names of captions, what comes after a colon.
+    """
+    given = (reject["reason"].partition(":")[0] for reject in read_rejects(out) if "key" not in reject)
+    alike = (re.sub(r"\d+(\.\d+)?", "N", re.sub(r"^caption file .*", "caption file", reason)) for reason in given)
+    return dict(Counter(alike).most_common())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
