@@ -94,8 +94,8 @@ def _cut_copy(source: Source, spool: Path, beat: Beat, cut: Callable[[str | byte
 
 def _cut_local(source: Source, beat: Beat, cut: Callable[[str | bytes], CutResult]) -> CutResult:
     """A source of this machine; one that is refused once more if it could be the disk, or the network to it."""
-    result = CutResult()
-    for pause_s in (_PAUSE_S, None):
+    result, trouble = CutResult(), ""
+    for is_last in (False, True):
         try:
             data = source.path if source.span is None else read_span(source.path, *source.span)
             result = cut(data)
@@ -104,9 +104,9 @@ def _cut_local(source: Source, beat: Beat, cut: Callable[[str | bytes], CutResul
         except OSError as error:
             trouble = os.strerror(error.errno or errno.EIO)
         if not trouble and os.strerror(errno.EIO) not in result.problem:
-            return result
-        if pause_s:
-            time.sleep(pause_s)
+            break
+        if trouble and not is_last:
+            time.sleep(_PAUSE_S)
             beat()
     return CutResult(problem=f"cannot be read: {trouble}", fetched=False) if trouble else result
 

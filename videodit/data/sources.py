@@ -272,7 +272,7 @@ def _from_table(table: str) -> Iterator[Source]:
             path = beside(table, path)
         there = is_remote(path) or os.path.isfile(path) or (path.endswith(ZARR) and os.path.isdir(path))
         problem = "" if there else "no such file"
-        captions, extra = Captions([]), {}
+        captions, extra = Captions([]), dict[str, Any]()
         try:
             captions, extra = _split(storable({name: value for name, value in row.items() if name != column}))
         except ValueError as error:
