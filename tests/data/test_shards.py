@@ -86,11 +86,14 @@ def test_without_index_the_tars_are_scanned(tmp_path: Path) -> None:
 
 
 def test_foreign_webdataset_is_read(tmp_path: Path) -> None:
-    """Keys with folders, repeated in the next tar; caption in .txt; the clip's size only in the mp4."""
+    """Keys with folders, repeated in the next tar; caption in .txt; the clip's size only in the mp4; what cannot be
+    read is left out."""
     video = encode_mp4(np.zeros((5, 16, 32, 3), np.uint8), 10)
     for name in ("00000", "00001"):
         with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as writer:
             writer.write({"__key__": "part/0001", "mp4": video, "txt": b"a dog\n", "json": b'{"status": "success"}'})
+            writer.write({"__key__": "damaged", "mp4": video[:-300], "txt": b"a cat"})
+            writer.write({"__key__": "nested", "mp4": video, "json": b"[" * 100_000})
     shards = ShardSet.open(tmp_path)
     assert [entry.key for entry in shards.entries] == ["part/0001", "00001/part/0001"]
     assert shards.captions(1) == ["a dog"] and shards.read(1, "mp4") == video

@@ -12,13 +12,12 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from videodit.data import video_io
 from videodit.data.captions import Captions, stored_captions
 from videodit.errors import UserError
 
@@ -110,13 +109,15 @@ class ShardSet:
         elif next(root.glob(f"*{PART}"), None):
             raise UserError(f"{root} is incomplete, its writing was interrupted: run the command that writes it again")
         else:
-            entries = list(_scan(root))
+            from videodit.data.shard_scan import scan_tars  # it needs this module
+
+            entries = scan_tars(root)
         used = [entry for entry in entries if dropped or not entry.dropped]
         if not used:
             raise UserError(
                 f"{root} has no samples: nothing passed ingest (see rejects.jsonl), or it is no folder of shards"
             )
-        _check_local_sizes(root, entries)
+        check_local_sizes(root, entries)
         return cls(root, used)
 
     def __len__(self) -> int:
@@ -255,26 +256,6 @@ def read_index(path: Path) -> list[Entry]:
     return entries
 
 
-def _scan(root: Path) -> Iterator[Entry]:
-    """Entries of plain webdataset tars; what the json does not say of a clip (often so) is read from the mp4."""
-    seen: set[str] = set()
-    for path in sorted(root.glob("*.tar")):
-        entries = [Entry(key, path.name, members, {}) for key, members in tar_samples(path).items()]
-        _check_local_sizes(root, entries)
-        one = ShardSet(root, entries)
-        for i, entry in enumerate(entries):
-            meta = plain_values(one.read_json(i))
-            if "mp4" in entry.members and not {"num_frames", "height", "width", "fps"} <= meta.keys():
-                try:
-                    info_ = video_io.probe(one.read(i, "mp4"))
-                except video_io.VideoError:
-                    continue  # it could not be read in training either
-                meta |= {"num_frames": info_.num_frames, "height": info_.height, "width": info_.width, "fps": info_.fps}
-            key = entry.key if entry.key not in seen else f"{path.stem}/{entry.key}"
-            seen.add(key)
-            yield Entry(key, entry.shard, entry.members, meta)
-
-
 def check_sizes(where: str | Path, entries: Sequence[Entry], sizes: Mapping[str, int]) -> None:
     """Checks that every shard of an index is there in full.
 
@@ -298,7 +279,8 @@ def check_sizes(where: str | Path, entries: Sequence[Entry], sizes: Mapping[str,
             )
 
 
-def _check_local_sizes(root: Path, entries: Sequence[Entry]) -> None:
+def check_local_sizes(root: Path, entries: Sequence[Entry]) -> None:
+    """`check_sizes` of a folder of this machine."""
     sizes = {}
     for name in {entry.shard for entry in entries}:
         with suppress(OSError):
