@@ -30,6 +30,20 @@ def test_a_resumed_run_is_not_taken_for_a_fast_one(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == f"train dit: 910/1000, {9 * PLAIN_INTERVAL_S:.0f} s left,\n"
 
 
+def test_each_stage_has_a_rate_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """How long cutting a video took says nothing of how long captioning a clip will."""
+    now = 0.0
+    with Progress("ingest videos", clock=lambda: now) as progress:
+        for done in range(1, 4):
+            now += 100
+            progress.update(done, total=3)
+        for done in (4, 5, 6):
+            now += 40
+            progress.update(done, total=6)
+    left = [line.split(", ")[1] for line in capsys.readouterr().err.splitlines() if " left" in line]
+    assert left == ["100 s left,", "20 s left,", "16 s left,"]
+
+
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("train dit", 1, enabled=False) as progress:
         progress.update(1)

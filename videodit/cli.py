@@ -57,6 +57,9 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
         result = run(given["src"], given["out"], config, progress)
     for setting, (clips, example) in result.filtered.items():
         print(f"{setting} leaves out {clips}, such as {example}")
+    if config.dry_run:
+        for reason, count in result.reasons.items():
+            print(f"{count} left out: {reason}")
     start = "dry run, nothing is written: " if config.dry_run else ""
     print(f"{start}{result.accepted} videos to {result.clips} clips in {given['out']}; {result.rejected} rejected")
 

@@ -36,8 +36,9 @@ class Progress:
         self._console = Console(stderr=True)
         self._live: RichProgress | None = None
         self._clock, self._note = clock, note
-        self._started = self._last_line = clock()
+        self._started = self._last_line = self._last_update = clock()
         self._first_done: int | None = None
+        self._done = 0
 
     def __enter__(self) -> "Progress":
         if self.enabled and self._console.is_terminal:
@@ -48,10 +49,16 @@ class Progress:
         return self
 
     def update(self, done: int, text: str = "", total: int | None = None) -> None:
-        """Shows that `done` units are done, with figures beside it."""
-        self.total = total or self.total
+        """Shows that `done` units are done, with figures beside it.
+
+        Fewer than before, or another total, are a new stage, whose rate is its own.
+        """
         if self._first_done is None:
-            self._first_done = done
+            self._first_done, self._started = done, self._clock()
+        elif done < self._done or total not in (None, self.total):
+            self._first_done, self._started = 0, self._last_update
+        self.total = total or self.total
+        self._done, self._last_update = done, self._clock()
         if self._live is not None:
             self._live.update(self._task, completed=done, total=self.total or None, text=text)
         if self.enabled and (done == self.total or self._clock() - self._last_line >= PLAIN_INTERVAL_S):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import cv2
 import numpy as np
 import pytest
 
+from videodit.cli import main
+from videodit.data.clip_cutter import CutRules, cut_source
 from videodit.data.filters import FilterConfig
 from videodit.data.folder_lock import FolderLock
 from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.ingest_record import read_record, read_rejects
 from videodit.data.mp4 import encode_mp4, write_mp4
 from videodit.data.shards import ShardSet, sha256_hex
 from videodit.data.video_io import read_frames
@@ -103,32 +107,89 @@ def test_again_does_nothing_other_settings_are_refused(ingested: Path, videos: P
     assert contents(ingested) == before
 
 
-def test_killed_and_started_again(ingested: Path, videos: Path, tmp_path: Path) -> None:
-    code = """
+def killed_after(done: int, videos: Path, out: Path) -> None:
+    """An ingest of its own process that ends by SIGKILL when so many sources are in the shards."""
+    code = f"""
 import os, signal, sys
 from videodit.data.ingest import IngestConfig, ingest
+from videodit.data.ingest_record import read_record, read_rejects
 if __name__ == "__main__":
-    kill = lambda done, total: done == 5 and os.kill(os.getpid(), signal.SIGKILL)
+    kill = lambda done, total: done == {done} and os.kill(os.getpid(), signal.SIGKILL)
     ingest(sys.argv[1], sys.argv[2], IngestConfig(workers=1, clips_per_shard=3), progress=kill)
 """
-    (tmp_path / "run.py").write_text(code)
+    out.with_suffix(".py").write_text(code)
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(tmp_path / "run.py"), str(videos), str(tmp_path / "out")]
-    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120)
+    command = [sys.executable, str(out.with_suffix(".py")), str(videos), str(out)]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300)
     assert killed.returncode == -signal.SIGKILL
+
+
+def spoil(*paths: Path) -> None:
+    """Makes files unreadable, as only a look into them tells: size and time stay."""
+    for path in paths:
+        facts = path.stat()
+        path.write_bytes(bytes(facts.st_size))
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def test_killed_and_started_again(ingested: Path, videos: Path, tmp_path: Path) -> None:
+    """What was cut before a kill, or is in a finished set, is not decoded again, and the bytes are those of one run."""
+    copy, out = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(videos, copy)
+    names = sorted(path.name for path in videos.glob("*.mp4"))
+    killed_after(4, copy, out)
     with pytest.raises(UserError, match="interrupted"):
-        ShardSet.open(tmp_path / "out")
-    ingest(videos, tmp_path / "out", ONE)
-    assert contents(tmp_path / "out") == contents(ingested)
+        ShardSet.open(out)
+    spoil(*(copy / name for name in names[:4]))
+    killed_after(2, copy, out)  # in the middle of taking over what was cut, and with a tar half taken
+    ingest(copy, out, ONE)
+    assert contents(out) == contents(ingested)
+
+    spoil(*copy.glob("*.mp4"))
+    write_mp4(copy / "clip_1a.mp4", scene(9, 17), 8)
+    killed_after(6, copy, out)
+    shards = ShardSet.open(out)  # still there
+    assert [shards.read(i, "mp4") for i in range(7)] == [ShardSet.open(ingested).read(i, "mp4") for i in range(7)]
+    assert not (out / "shard-000000.tar.part").exists()  # it is as before
+    before = stats(out)["shard-000000.tar"]
+    ingest(copy, out, ONE)
+    assert stats(out)["shard-000000.tar"] == before
+
+    for name in names:
+        shutil.copy2(videos / name, copy)
+    ingest(copy, tmp_path / "fresh", ONE)
+    assert contents(out) == contents(tmp_path / "fresh") and len(ShardSet.open(out)) == 8
 
 
-def test_a_new_video_is_taken_in(tmp_path: Path) -> None:
+def test_a_clip_that_was_kept_and_got_damaged_is_cut_anew(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
-    out = tmp_path / "videos" / "shards"  # below the source, and not searched
-    for i in range(2):
-        write_mp4(tmp_path / "videos" / f"{i}.mp4", scene(i, 17), 8)
-        assert ingest(tmp_path / "videos", out, ONE).clips == i + 1
-    assert len(ShardSet.open(out)) == 2
+    shutil.copy2(videos / "clip_1.mp4", tmp_path / "videos")
+    out = tmp_path / "out"
+    ingest(tmp_path / "videos", out, ONE)
+    good = contents(out)
+    offset, size = ShardSet.open(out).entries[0].members["mp4"]
+    tar = out / "shard-000000.tar"
+    tar.write_bytes(good[tar.name][:offset] + bytes(size) + good[tar.name][offset + size :])
+    shutil.copy2(videos / "clip_2.mp4", tmp_path / "videos")
+    ingest(tmp_path / "videos", out, ONE)
+    ingest(tmp_path / "videos", tmp_path / "fresh", ONE)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_set_that_would_be_empty_leaves_the_one_that_is_there(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    shutil.copy2(videos / "clip_1.mp4", tmp_path / "videos")
+    ingest(tmp_path / "videos", tmp_path / "out", ONE)
+    (tmp_path / "videos" / "clip_1.mp4").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="stay as they are: see .*rejects.jsonl.part"):
+        ingest(tmp_path / "videos", tmp_path / "out", ONE)
+    assert len(ShardSet.open(tmp_path / "out")) == 1
+
+
+def test_shards_below_the_source_are_not_searched(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "0.mp4", scene(0, 17), 8)
+    for _ in range(2):
+        assert ingest(tmp_path, tmp_path / "shards", ONE).clips == 1
 
 
 def filtered(out: Path) -> dict[str, str]:
@@ -193,6 +254,36 @@ def test_dry_run_says_the_same_and_writes_nothing(videos: Path, tmp_path: Path) 
         assert (contents(out) if out.exists() else {}) == kept
 
 
+def test_dry_run_counts_reasons_and_encodes_nothing(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, rules = str(videos / "three-scenes.mp4"), CutRules(17, 10.0, 480, True, 3.0, 18)
+    written = cut_source(source, tmp_path / "a", rules)
+    scored = cut_source(source, tmp_path / "b", replace(rules, encode=False))
+    assert (tmp_path / "b").read_bytes() == b"" != (tmp_path / "a").read_bytes()
+    for one, other in zip(written.clips, scored.clips, strict=True):
+        assert other == replace(one, offset=0, size=0, sha256=sha256_hex(b""))
+    options = ["--dry_run=true", "--workers=1", "--filters.min_duration_s=5"]
+    assert main(["ingest", str(videos), "--out", str(tmp_path / "out"), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "1 left out: caption file",
+        "1 left out: cannot be opened",
+        "1 left out: N frames, shorter than min_frames N",
+        f"dry run, nothing is written: 5 videos to 3 clips in {tmp_path / 'out'}; 2 rejected",
+    ]
+
+
+def test_dry_run_takes_what_a_finished_set_knows(videos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("clip_1.mp4", "clip_2.mp4"):
+        shutil.copy2(videos / name, folder)
+        if name == "clip_1.mp4":
+            ingest(folder, tmp_path / "out", ONE)
+            spoil(folder / name)
+    assert ingest(folder, tmp_path / "out", replace(ONE, dry_run=True)).accepted == 2
+
+
 def test_filters_that_leave_nothing_are_an_error_that_can_be_mended(videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for _ in range(2):
@@ -218,6 +309,68 @@ def test_no_usable_video(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the 1 videos .* see .*rejects.jsonl"):
         ingest(tmp_path / "v", tmp_path / "out", ONE)
     assert "cannot be opened" in (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
+def test_what_is_no_file_and_what_is_no_text(videos: Path, tmp_path: Path) -> None:
+    """Pipes and devices in the place of a video or a caption neither hang nor fill the memory; a name in another
+    encoding is written as the system has it."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    names = [b"caf\xe9.mp4", b"device.mp4", b"pipe.mp4", b"surrogate.mp4", b"vast.mp4"]
+    for name in names:
+        shutil.copy2(videos / "clip_1.mp4", os.fsencode(folder) + b"/" + name)
+    os.mkfifo(folder / "video.mp4")
+    os.mkfifo(folder / "pipe.json")
+    (folder / "device.txt").symlink_to("/dev/zero")
+    (folder / "disk.mp4").symlink_to("/proc/self/mem")  # a regular file that the system cannot read
+    (folder / "surrogate.json").write_text('{"caption": "x", "by": ["\\ud800"]}')
+    with open(folder / "vast.txt", "wb") as file:
+        file.truncate(1 << 34)
+    result = ingest(folder, tmp_path / "out", ONE)
+    assert (result.accepted, result.rejected) == (1, 6)
+    assert ShardSet.open(tmp_path / "out").entries[0].meta["source"] == r"caf\udce9.mp4"
+    assert read_record(tmp_path / "out")["not_fetched"] == 1  # the disk may work again the next time
+    reasons = {reject["source"]: reject["reason"] for reject in read_rejects(tmp_path / "out")}
+    assert reasons == {
+        "device.mp4": "caption file device.txt cannot be read: no regular file",
+        "disk.mp4": "cannot be read: Input/output error",
+        "pipe.mp4": "caption file pipe.json cannot be read: no regular file",
+        "surrogate.mp4": r"caption file surrogate.json: text that UTF-8 cannot hold: '\\ud800'",
+        "vast.mp4": "caption file vast.txt cannot be read: 17179869184 bytes, more than 16777216",
+        "video.mp4": "no regular file",
+    }
+
+
+def write_y4m(path: Path, num_frames: int, height: int, width: int) -> None:
+    """A video of any size in no time: a file with holes, which is grey."""
+    with open(path, "wb") as file:
+        file.write(b"YUV4MPEG2 W%d H%d F8:1 C420\n" % (width, height))
+        for _ in range(num_frames):
+            file.write(b"FRAME\n")
+            file.seek(height * width * 3 // 2, 1)
+        file.truncate()
+
+
+def test_limits_on_pixels_memory_time_and_frames(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_y4m(folder / "pixels.y4m", 1, 10000, 10000)
+    write_y4m(folder / "memory.y4m", 20, 8000, 8000)
+    write_y4m(folder / "time.y4m", 300, 2000, 2000)
+    write_y4m(folder / "frames.y4m", 301, 16, 16)
+    (folder / "header.gif").write_bytes(b"GIF89a" + b"\x20\x4e" * 2 + bytes(200))
+    write_mp4(folder / "good.mp4", scene(0, 40), 8)
+    config = replace(ONE, max_memory_gb=0.8, time_limit_s=3, max_source_frames=300, max_short_side=0, max_duration_s=60)
+    ingest(folder, tmp_path / "out", config)
+    assert {entry.meta["source"] for entry in ShardSet.open(tmp_path / "out").entries} == {"good.mp4"}
+    reasons = {reject["source"]: reject["reason"] for reject in read_rejects(tmp_path / "out")}
+    assert reasons == {
+        "frames.y4m": "more than 300 frames",
+        "header.gif": "does not decode: Invalid argument",
+        "memory.y4m": "needs more than 0.8 GB of memory",
+        "pixels.y4m": "frames of 10000x10000 are too large",
+        "time.y4m": "took longer than 3 s",
+    }
 
 
 def test_wrong_output_folders(videos: Path, tmp_path: Path) -> None:

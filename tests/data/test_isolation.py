@@ -9,7 +9,7 @@ from videodit.data.isolation import Failure, run_isolated
 from videodit.errors import UserError
 
 WORK = """
-import os, signal, threading
+import os, pathlib, signal, threading, time
 from videodit.errors import UserError
 
 def work(item, beat):
@@ -25,6 +25,27 @@ def work(item, beat):
         bytearray(1 << 36)
     if item == "user":
         raise UserError("disk full")
+    if item[0] == "!":
+        with open(item[1:], "a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == "long":
+        for _ in range(600):
+            time.sleep(0.1)
+            beat()
+    if item[0] == "/":  # marks that it is at work; of three kinds one is killed and one hangs, the first time
+        mark = pathlib.Path(item)
+        others = len(list(mark.parent.glob("*.now")))
+        first = not mark.exists()
+        mark.touch()
+        if first and mark.name.startswith("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if first and mark.name.startswith("hangs"):
+            threading.Event().wait()
+        mark.with_suffix(".now").touch()
+        time.sleep(0.2)
+        mark.with_suffix(".now").unlink()
+        return mark.name if first else f"{mark.name}, {others} beside it"
     beat()
     return item * 2
 """
@@ -43,7 +64,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_faults_cost_their_item(work) -> None:
     chunks = [["a", "crash", "b", "raise"], [], ["exit", "c"], ["memory", "d"], ["hang"], ["e"]]
-    results = list(run_isolated(work, chunks, workers=2, stall_limit_s=5, max_memory_gb=16))
+    chunks.append(["long", "f"])
+    limits = {"stall_limit_s": 3, "time_limit_s": 4, "max_memory_gb": 16}
+    results = list(run_isolated(work, chunks, workers=2, **limits))
     assert results == [
         "aa",
         Failure("decoding crashed: SIGSEGV"),
@@ -53,9 +76,34 @@ def test_faults_cost_their_item(work) -> None:
         "cc",
         Failure("needs more than 16 GB of memory"),
         "dd",
-        Failure("no progress for 5 s"),
+        Failure("no progress for 3 s"),
         "ee",
+        Failure("took longer than 4 s"),
+        "ff",
     ]
+
+
+def test_an_item_killed_or_hung_by_the_machine_is_tried_again_alone(work, tmp_path: Path) -> None:
+    kinds = ["plain1", "killed1", "plain2", "killed2", "hangs1", "plain3"]
+    chunks = [[f"{tmp_path}/{name}" for name in kinds[i : i + 2]] for i in (0, 2, 4)]
+    results = list(run_isolated(work, chunks, workers=3, stall_limit_s=3))
+    assert results == [
+        "plain1",
+        "killed1, 0 beside it",
+        "plain2",
+        "killed2, 0 beside it",
+        "hangs1, 0 beside it",
+        "plain3",
+    ]
+
+
+def test_second_tries_end_where_they_are_in_vain(work, tmp_path: Path) -> None:
+    """Three of them, then items are believed to be at fault at once."""
+    marks = [tmp_path / f"{number}" for number in range(4)]
+    items = [f"!{mark}" for mark in marks]
+    results = list(run_isolated(work, [items], workers=1, stall_limit_s=60))
+    assert results == [Failure("decoding crashed: SIGKILL")] * 4
+    assert [len(mark.read_text()) for mark in marks] == [2, 2, 2, 1]
 
 
 def test_a_users_mistake_ends_the_run(work) -> None:

@@ -53,7 +53,9 @@ def test_transparent_grey_and_palette_pictures() -> None:
     assert read_picture(out.getvalue()).shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("data", [b"", b"nothing", encoded(texture(2, 32, 32), "JPEG")[:300]])
+@pytest.mark.parametrize(
+    "data", [b"", b"nothing", encoded(texture(2, 32, 32), "JPEG")[:300], encoded(texture(2, 32, 32), "PPM")]
+)
 def test_damaged_pictures_are_one_reason(data: bytes) -> None:
     with pytest.raises(VideoError, match="does not decode"):
         read_picture(data)

@@ -86,11 +86,14 @@ def test_without_index_the_tars_are_scanned(tmp_path: Path) -> None:
 
 
 def test_foreign_webdataset_is_read(tmp_path: Path) -> None:
-    """Keys with folders, repeated in the next tar; caption in .txt; the clip's size only in the mp4."""
+    """Keys with folders, repeated in the next tar; caption in .txt; the clip's size only in the mp4; what cannot be
+    read is left out."""
     video = encode_mp4(np.zeros((5, 16, 32, 3), np.uint8), 10)
     for name in ("00000", "00001"):
         with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as writer:
             writer.write({"__key__": "part/0001", "mp4": video, "txt": b"a dog\n", "json": b'{"status": "success"}'})
+            writer.write({"__key__": "damaged", "mp4": video[:-300], "txt": b"a cat"})
+            writer.write({"__key__": "nested", "mp4": video, "json": b"[" * 100_000})
     shards = ShardSet.open(tmp_path)
     assert [entry.key for entry in shards.entries] == ["part/0001", "00001/part/0001"]
     assert shards.captions(1) == ["a dog"] and shards.read(1, "mp4") == video
@@ -155,14 +158,20 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [0, 7])
 def test_an_interrupted_set_is_not_taken_for_a_complete_one(tmp_path: Path, before: int) -> None:
+    """And an earlier one is whole until the new one is; of a tar that both have there is one on the disk."""
     if before:
         write(tmp_path, before)
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, 3) as writer:
         for i in range(4):
             writer.write(f"k{i}", sample(i))
         raise KeyboardInterrupt
-    with pytest.raises(UserError, match="interrupted"):
-        ShardSet.open(tmp_path)
+    if before:
+        shards = ShardSet.open(tmp_path)
+        assert [shards.read(i, "npy") for i in range(before)] == [sample(i)["npy"] for i in range(before)]
+        assert [path.name for path in tmp_path.glob("*.tar.part")] == ["shard-000001.tar.part"]
+    else:
+        with pytest.raises(UserError, match="interrupted"):
+            ShardSet.open(tmp_path)
     write(tmp_path)
     assert len(ShardSet.open(tmp_path)) == 7 and not list(tmp_path.glob("*.part"))
 

@@ -1,7 +1,11 @@
 """Sources: folders, tables and single files give the same list; what is wrong is said."""
 
+import datetime
+import decimal
 import io
 import json
+import math
+import os
 import tarfile
 from pathlib import Path
 
@@ -59,9 +63,40 @@ def test_tars_of_webdataset(tmp_path: Path) -> None:
         assert source.span and data[source.span[0] :][: source.span[1]] == content
     alone = list_sources(tmp_path / "set" / "00000.tar", images=True)
     assert [source.name for source in alone if source.is_image] == ["00000.tar/d.jpg"]
+
+
+def test_a_bad_tar_costs_a_line_where_it_is_one_of_many(tmp_path: Path) -> None:
+    """No tar at all, damage between two members, a caption and a video that claim to be larger than is believed."""
+    touch(tmp_path / "set" / "a.mp4")
     (tmp_path / "set" / "bad.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(UserError, match="bad.tar is no readable tar"):
-        list_sources(tmp_path / "set")
+    with tarfile.open(tmp_path / "set" / "torn.tar", "w") as tar:
+        for name in ("1.mp4", "2.mp4", "3.mp4"):
+            tar.addfile(tarfile.TarInfo(name))
+    data = bytearray((tmp_path / "set" / "torn.tar").read_bytes())
+    data[512:520] = b"accident"
+    (tmp_path / "set" / "torn.tar").write_bytes(data)
+    with open(tmp_path / "set" / "vast.tar", "wb") as file:
+        for name, size in (("1.mp4", 512), ("1.txt", (16 << 20) + 1), ("2.mp4", (1 << 30) + 1)):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            file.write(info.tobuf())
+            file.seek(-(-size // 512) * 512, 1)
+        file.write(bytes(1024))
+    os.mkfifo(tmp_path / "set" / "pipe.tar")
+    problems = {source.name: source.problem for source in list_sources(tmp_path / "set")}
+    expected = {
+        "a.mp4": "",
+        "bad.tar": "no readable tar",
+        "pipe.tar": "no regular file",
+        "torn.tar": "no readable tar (damaged at byte 512)",
+        "vast.tar/1.mp4": "caption beside it: 16777217 bytes are too many for a caption",
+        "vast.tar/2.mp4": "1073741825 bytes, too many in a tar: unpack it",
+    }
+    assert problems.keys() == expected.keys()
+    assert all(part in problems[name] and bool(part) == bool(problems[name]) for name, part in expected.items())
+    for name in ("bad", "torn"):
+        with pytest.raises(UserError, match=f"{name}.tar is no readable tar"):
+            list_sources(tmp_path / "set" / f"{name}.tar")
 
 
 def test_pictures_are_asked_for(tmp_path: Path) -> None:
@@ -118,7 +153,22 @@ def test_weights_of_a_table_are_joined_over_its_rows(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"caption": 3}', '{"captions": ["a", 3]}', '{"caption_weights": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        '{"caption": 3}',
+        '{"captions": ["a", 3]}',
+        '{"caption_weights": 2}',
+        '{"caption": "\\ud800"}',
+        '{"caption": "a", "more": ' + "[" * 65 + "]" * 65 + "}",
+        "[" * 200_000,
+        "1" * 5000,
+        " " * (16 << 20) + "{}",
+    ],
+    ids=lambda text: text.strip()[:24],
+)
 def test_a_bad_sidecar_costs_its_video_only(tmp_path: Path, text: str) -> None:
     touch(tmp_path / "a.mp4", tmp_path / "b.mp4")
     (tmp_path / "a.json").write_text(text)
@@ -140,7 +190,7 @@ def test_a_bad_sidecar_costs_its_video_only(tmp_path: Path, text: str) -> None:
         ("list.csv", "path,caption\n", "has no videos"),
         ("list.jsonl", '{"path": "a.mp4"}\n{oops\n', "line 2 is no JSON"),
         ("list.jsonl", "[1]\n", "line 1: an object"),
-        ("list.jsonl", '{"path": "a.mp4", "caption": 5}\n', "line 1: caption is no text"),
+        ("list.jsonl", "[" * 200_000 + "\n", "line 1 is no JSON"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path: Path, name: str, text: str | None, message: str) -> None:
@@ -158,3 +208,35 @@ def test_a_bad_parquet_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="list.parquet is no readable Parquet file: .+") as caught:
         list_sources(tmp_path / "list.parquet")
     assert "\n" not in str(caught.value)
+
+
+def test_what_json_lacks_is_kept_as_text_or_costs_its_row(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"{name}.mp4" for name in "abcd"))
+    moment = datetime.datetime(2026, 11, 29, 8, 30)
+    columns = {
+        "path": pyarrow.array(["a.mp4", "b.mp4", "c.mp4", "d.mp4", "x" * 300]),
+        "caption": pyarrow.array(["one"] * 5),
+        "at": pyarrow.array([moment] * 5, pyarrow.timestamp("us")),
+        "exactly": pyarrow.array([1, None, None, None, None], pyarrow.timestamp("ns")),
+        "cost": pyarrow.array([decimal.Decimal("1.50")] * 5),
+        "score": pyarrow.array([float("nan"), 0.5, 1.0, 2.0, 3.0]),
+        "raw": pyarrow.array([None, b"\xff", None, None, None]),
+        "words": pyarrow.array([["x", "y"]] * 5),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "list.parquet")
+    found = {source.name: source for source in list_sources(tmp_path / "list.parquet")}
+    common = {"at": "2026-11-29T08:30:00", "cost": "1.50", "words": ["x", "y"]}
+    assert found["a.mp4"].extra == common | {"exactly": "1970-01-01 00:00:00.000000001", "score": None}
+    assert found["c.mp4"].extra == common | {"score": 1.0}
+    problems = {name: source.problem for name, source in found.items() if source.problem}
+    assert problems == {"b.mp4": "line 2 of the table: a value of type bytes cannot be kept: text, numbers, lists and "
+    "objects can", "x" * 300: "no such file"}  # fmt: skip
+
+
+def test_a_row_with_a_bad_caption_costs_its_video_only(tmp_path: Path) -> None:
+    touch(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    rows = [{"path": "a.mp4", "caption": 5}, {"path": "b.mp4", "caption": "x", "score": math.nan}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    bad, good = list_sources(tmp_path / "list.jsonl")
+    assert bad.problem == "line 1 of the table: caption is no text: 5"
+    assert (good.problem, good.captions, good.extra) == ("", Captions(["x"]), {"score": None})

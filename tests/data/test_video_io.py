@@ -161,6 +161,35 @@ def test_missing_file_is_a_video_error(tmp_path: Path) -> None:
         probe(tmp_path / "none.mp4")
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "ffconcat version 1.0\nfile private/other.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nprivate/other.mp4\n#EXT-X-ENDLIST\n",
+        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration='
+        '"PT2S"><Period><AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1"><BaseURL>private/'
+        "other.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>",
+    ],
+    ids=["concat", "hls", "dash"],
+)
+def test_a_list_of_other_files_is_no_video(tmp_path: Path, listed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg goes by content: a list under a video's name would read the files that it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "other.mp4").write_bytes(CLIP)
+    for name in ("x.mp4", "x.ts"):
+        (tmp_path / name).write_text(listed)
+        for source in (name, tmp_path / name, listed.encode()):
+            with pytest.raises(VideoError, match="cannot be opened"):
+                probe(source)
+
+
+def test_a_name_with_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("Talk: part 1.mp4").write_bytes(CLIP)
+    assert probe("Talk: part 1.mp4").num_frames == 50
+
+
 def test_audio_alone_is_a_video_error() -> None:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="wav") as container:

@@ -35,6 +35,8 @@ class CutRules:
     cut_threshold: float
     crf: int
     crop_bars: bool = False
+    encode: bool = True
+    """Whether clips are written; without it they have no bytes, and all else that is known of them."""
 
     def max_frames(self, fps: float) -> int:
         """The longest clip, in frames."""
@@ -156,7 +158,7 @@ class _Cutter:
         self._held: deque[np.ndarray] = deque()
         self._cuts: set[int] = set()
         self._next = 0  # number of the first frame held
-        self._encoder: Mp4Encoder | None = None
+        self._encoder: Mp4Encoder | _FrameCounter | None = None
         self._scorer = ClipScorer(info.fps)
         self._offset = 0
         self._result = CutResult()
@@ -185,7 +187,8 @@ class _Cutter:
             self._cuts.discard(self._next)
             self._end_clip()
         if self._encoder is None:
-            self._encoder = Mp4Encoder(frame.shape[0], frame.shape[1], self._fps, crf=self._rules.crf)
+            kind = Mp4Encoder if self._rules.encode else _FrameCounter
+            self._encoder = kind(frame.shape[0], frame.shape[1], self._fps, crf=self._rules.crf)
             self._scorer = ClipScorer(self._fps)
         self._encoder.write(frame)
         self._scorer.push(frame)
@@ -209,3 +212,19 @@ class _Cutter:
         )  # fmt: skip
         self._offset += len(data)
         self._result.clips.append(clip)
+
+
+class _FrameCounter:
+    """In the place of an encoder where no clip is wanted."""
+
+    def __init__(self, height: int, width: int, fps: float, *, crf: int) -> None:
+        self.height, self.width, self.num_frames = height - height % 2, width - width % 2, 0
+
+    def write(self, image: np.ndarray) -> None:
+        self.num_frames += 1
+
+    def finish(self) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        pass

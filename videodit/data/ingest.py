@@ -13,10 +13,11 @@ from typing import Any
 
 import av
 
-from videodit.data.clip_cutter import CutResult, CutRules
+from videodit.data.clip_cutter import CutRules
 from videodit.data.filters import FilterConfig, Stage, mark
 from videodit.data.folder_lock import FolderLock
-from videodit.data.ingest_jobs import cut_job, is_fetched, make_jobs, remove_copy, spool_file
+from videodit.data.ingest_cuts import CUTS, SCORES_VERSION, WORK, CutLog, EarlierCuts, clear_scraps, cut_key, spool_file
+from videodit.data.ingest_jobs import cut_job, cut_sources, remove_scraps
 from videodit.data.ingest_output import ChannelTally, key_bases, write_clips, write_filtered, write_lines, write_rejects
 from videodit.data.ingest_record import (
     RECORD,
@@ -24,19 +25,16 @@ from videodit.data.ingest_record import (
     earlier_run,
     fingerprint,
     read_rejects,
+    reject_reasons,
     write_json,
 )
-from videodit.data.isolation import Failure, run_isolated
+from videodit.data.isolation import run_isolated
 from videodit.data.models_config import SCORES, ModelsConfig
 from videodit.data.shard_writer import ShardWriter, rewrite_index
-from videodit.data.shards import PART, Entry, ShardSet
+from videodit.data.shards import INDEX, PART, Entry, ShardSet
 from videodit.data.sources import Source, list_sources
 from videodit.data.storage import is_remote, plain
 from videodit.errors import UserError, user_error
-
-SCORES_VERSION = 2
-"""Goes up when scores are computed otherwise, so that old shards are scored anew."""
-_WORK = ".work"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,11 @@ class IngestConfig:
     workers: int = 0
     """Processes that decode; 0 takes one per core. The result does not depend on it."""
     stall_limit_s: float = 60.0
-    """A file that yields no frame for so many seconds is given up."""
+    """A file that yields no frame for so many seconds is given up, after a second try with nothing beside it."""
+    time_limit_s: float = 86400.0
+    """A file that takes longer is given up; 0 for no limit."""
+    max_source_frames: int = 5_000_000
+    """A file with more frames is rejected (two days at 30 a second); 0 for no limit."""
     max_memory_gb: float = 8.0
     """Address space of a decoding process; a file that needs more is rejected; 0 for no limit."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
@@ -81,6 +83,8 @@ class IngestConfig:
             ("clips_per_shard", 1),
             ("workers", 0),
             ("max_memory_gb", 0),
+            ("time_limit_s", 0),
+            ("max_source_frames", 0),
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {low} is needed")
@@ -97,7 +101,8 @@ class IngestConfig:
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that the shards depend on."""
-        others = ("workers", "stall_limit_s", "max_memory_gb", "models", "filters", "dry_run")
+        limits = ("stall_limit_s", "time_limit_s", "max_source_frames", "max_memory_gb")
+        others = (*limits, "workers", "models", "filters", "dry_run")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
@@ -115,6 +120,8 @@ class IngestResult:
     """What each setting of the filters left out, by its name."""
     seconds: float
     """Wall time."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """How often each reason is given for a source or scene that no filter left out, the most frequent first."""
     up_to_date: bool = False
     """The shards were there already, made of the same sources with the same config."""
 
@@ -163,18 +170,19 @@ def ingest(
     filters, models = dataclasses.asdict(config.filters), config.models.record()
     marks: dict[str, Any] = {"filters": filters} | ({"models": models} if models else {})
     progress = progress or (lambda done, total: None)
-    work = partial(_run, sources, config=config, progress=progress)
+    work = partial(_run, sources, config=config, record=record, finished=out, progress=progress)
     marked = partial(_marked, config=config, models=models, progress=progress)
     try:
         if config.dry_run:
-            counts, filtered = _rehearse(out, record, work, marked)
-            return _result(counts, filtered, started)
+            counts, filtered, reasons = _rehearse(out, record, work, marked)
+            return _result(counts, filtered, started, reasons)
         with FolderLock(out, "--out") as lock:
             lock.hold_alone()
             earlier = earlier_run(out, record)
             up_to_date = earlier is not None and all(earlier.get(k) == marks.get(k) for k in ("filters", "models"))
             if not earlier:
-                write_json(out / RECORD, record | {"complete": False})
+                if not (out / RECORD).exists():
+                    write_json(out / RECORD, record | {"complete": False})
                 counts, filtered = work(out)
                 if models and (counts["clips"] or filtered):
                     # From here on an interruption costs what models have still to do, and no decoding.
@@ -187,6 +195,7 @@ def ingest(
                     f"none of the {len(sources)} videos of {src} gave a clip: see {out / REJECTS} for the reasons"
                 )
             write_json(out / RECORD, record | counts | marks | {"complete": True})
+            clear_scraps(out)  # of an interrupted run with other sources
             if not counts["clips"]:
                 most = max(filtered, key=lambda setting: filtered[setting].clips)
                 raise UserError(
@@ -195,7 +204,7 @@ def ingest(
                 )
     except OSError as error:
         raise user_error(error, error.filename or out) from error
-    return _result(counts, filtered, started, up_to_date)
+    return _result(counts, filtered, started, reject_reasons(out), up_to_date)
 
 
 Progress = Callable[[int, int], None]
@@ -205,25 +214,31 @@ Outcome = tuple[dict[str, Any], dict[str, Stage]]
 
 
 def _result(
-    counts: dict[str, Any], filtered: dict[str, Stage], started: float, up_to_date: bool = False
+    counts: dict[str, Any],
+    filtered: dict[str, Stage],
+    started: float,
+    reasons: dict[str, int],
+    up_to_date: bool = False,
 ) -> IngestResult:
-    seconds = time.monotonic() - started
-    return IngestResult(counts["accepted"], counts["rejected"], counts["clips"], filtered, seconds, up_to_date)
+    done = counts["accepted"], counts["rejected"], counts["clips"]
+    return IngestResult(*done, filtered, time.monotonic() - started, reasons, up_to_date)
 
 
-def _rehearse(out: Path, record: dict[str, Any], work: Callable[[Path], Outcome], marked: Marked) -> Outcome:
+def _rehearse(
+    out: Path, record: dict[str, Any], work: Callable[[Path], Outcome], marked: Marked
+) -> tuple[dict[str, Any], dict[str, Stage], dict[str, int]]:
     """What ingest would do: told from the scores where they are there already, else done and thrown away."""
     earlier = earlier_run(out, record) if out.is_dir() else None
     if earlier:
         entries, filtered = marked(out)
-        return earlier | {"clips": _used(entries)}, filtered
+        return earlier | {"clips": _used(entries)}, filtered, reject_reasons(out)
     beside = next(folder for folder in out.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".videodit-dry-run-", dir=beside) as folder:
         counts, filtered = work(Path(folder))
         if counts["clips"] or filtered:
             entries, filtered = marked(Path(folder))
             counts["clips"] = _used(entries)
-        return counts, filtered
+        return counts, filtered, reject_reasons(Path(folder))
 
 
 def _marked(
@@ -250,40 +265,61 @@ def _mark_again(out: Path, earlier: dict[str, Any], marked: Marked) -> Outcome:
     return kept | {"clips": _used(entries)}, filtered
 
 
-def _run(sources: list[Source], out: Path, *, config: IngestConfig, progress: Progress) -> Outcome:
-    work = out / _WORK
-    shutil.rmtree(work, ignore_errors=True)  # of an interrupted run
-    work.mkdir()
-    rules = CutRules(**{field.name: getattr(config, field.name) for field in dataclasses.fields(CutRules)})
-    results = run_isolated(
-        partial(cut_job, rules=rules),
-        make_jobs(sources, work),
+def _run(
+    sources: list[Source],
+    out: Path,
+    *,
+    config: IngestConfig,
+    record: dict[str, Any],
+    finished: Path,
+    progress: Progress,
+) -> Outcome:
+    work = out / WORK
+    encode = not config.dry_run or bool(config.models.record())  # models look at clips
+    settings = dataclasses.asdict(config) | {"encode": encode}
+    rules = CutRules(**{field.name: settings[field.name] for field in dataclasses.fields(CutRules)})
+    keys = [cut_key(source, rules) for source in sources]
+    earlier = EarlierCuts(out, work, keys, finished)
+    isolated = partial(
+        run_isolated,
+        partial(cut_job, rules=rules, max_frames=config.max_source_frames),
         workers=config.workers or _cores(),
         stall_limit_s=config.stall_limit_s,
+        time_limit_s=config.time_limit_s,
         max_memory_gb=config.max_memory_gb,
     )
+    cuts = cut_sources(sources, keys, earlier, work, isolated)
     counts = {"accepted": 0, "rejected": 0}
     not_fetched = 0
     channels = ChannelTally()
-    writer = ShardWriter(out, config.clips_per_shard)
+    writer, log = ShardWriter(out, config.clips_per_shard), CutLog(out)
     with open(out / (REJECTS + PART), "w", encoding="utf-8") as rejects:
-        for done, (source, base) in enumerate(zip(sources, key_bases(sources), strict=True), 1):
-            result = CutResult(problem=source.problem) if source.problem else next(results)
-            spool = spool_file(work, done - 1)
-            if isinstance(result, Failure):
-                result = CutResult(problem=result.reason, fetched=is_fetched(source, spool))
-            result = channels.take(source, result)
-            write_clips(writer, source, base, result, spool)
-            write_rejects(rejects, source, result)
-            spool.unlink(missing_ok=True)
-            remove_copy(source, spool)  # of a worker that died
-            counts["accepted" if result.clips else "rejected"] += 1
-            not_fetched += not result.fetched
+        for done, (source, key, base, cut) in enumerate(zip(sources, keys, key_bases(sources), cuts, strict=True), 1):
+            cut = channels.take(source, cut if encode else cut.without_bytes())
+            entries = write_clips(writer, source, base, cut)
+            write_rejects(rejects, source, cut.result)
+            if cut.lasts:
+                writer.flush()  # the log is not to know of what a killed process had still to write
+                log.add(key, cut.result, entries)
+            earlier.release(key)
+            remove_scraps(source, spool_file(work, key))
+            counts["accepted" if cut.result.clips else "rejected"] += 1
+            not_fetched += not cut.result.fetched
             progress(done, len(sources))
         writer.entries, filtered = mark(writer.entries, config.filters)
         write_filtered(rejects, writer.entries)
-    os.replace(out / (REJECTS + PART), out / REJECTS)
+    log.close()
+    if not writer.entries and (out / INDEX).is_file():
+        raise UserError(
+            f"none of the {len(sources)} videos gave a clip, the shards in {out} stay as they are: see "
+            f"{out / (REJECTS + PART)} for the reasons"
+        )
+    # From here to the end an interruption costs the earlier set, and nothing that was cut.
+    write_json(out / RECORD, record | {"complete": False})
+    (out / CUTS).unlink(missing_ok=True)
     writer.close()
+    os.replace(out / (REJECTS + PART), out / REJECTS)
+    log.publish()
     shutil.rmtree(work)
     if not_fetched:
         counts["not_fetched"] = not_fetched

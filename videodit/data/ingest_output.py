@@ -9,40 +9,40 @@ from typing import Any, TextIO
 
 from videodit.data.channel_statistics import ChannelMoments, ChannelStatistics
 from videodit.data.clip_cutter import CutResult
+from videodit.data.ingest_cuts import Cut
 from videodit.data.shard_writer import ShardWriter
 from videodit.data.shards import Entry, json_bytes, sha256_hex
 from videodit.data.sources import Source
+from videodit.data.storable import printable
 
 _PLACE = ("source", "start_s", "end_s")
 
 
-def write_clips(writer: ShardWriter, source: Source, base: str, result: CutResult, spool: Path) -> None:
-    """A source's clips, whose bytes lie in the spool file, as samples BASE-0000 and so on."""
-    if not result.clips:
-        return
-    with open(spool, "rb") as file:
-        for scene, clip in enumerate(result.clips):
-            record = source.captions.record() | {
-                "source": source.name,
-                "num_frames": clip.num_frames,
-                "height": clip.height,
-                "width": clip.width,
-                "sha256": clip.sha256,
-            }
-            if clip.scores:
-                record |= clip.scores.record()
-            if clip.moments:
-                record["channels"] = len(clip.moments.mean)
-            if clip.fps:
-                record["fps"] = clip.fps
-                record["start_s"] = round(clip.start_frame / clip.fps, 6)
-                record["end_s"] = round((clip.start_frame + clip.num_frames) / clip.fps, 6)
-            if any(clip.bars):
-                record["bars"] = clip.bars._asdict()
-            if source.extra:
-                record["extra"] = source.extra
-            file.seek(clip.offset)
-            writer.write(f"{base}-{scene:04d}", {clip.extension: file.read(clip.size), "json": json_bytes(record)})
+def write_clips(writer: ShardWriter, source: Source, base: str, cut: Cut) -> list[Entry]:
+    """A source's clips as samples BASE-0000 and so on."""
+    written = []
+    for scene, (clip, data) in enumerate(cut.read()):
+        record = source.captions.record() | {
+            "source": source.name,
+            "num_frames": clip.num_frames,
+            "height": clip.height,
+            "width": clip.width,
+            "sha256": clip.sha256,
+        }
+        if clip.scores:
+            record |= clip.scores.record()
+        if clip.moments:
+            record["channels"] = len(clip.moments.mean)
+        if clip.fps:
+            record["fps"] = clip.fps
+            record["start_s"] = round(clip.start_frame / clip.fps, 6)
+            record["end_s"] = round((clip.start_frame + clip.num_frames) / clip.fps, 6)
+        if any(clip.bars):
+            record["bars"] = clip.bars._asdict()
+        if source.extra:
+            record["extra"] = source.extra
+        written.append(writer.write(f"{base}-{scene:04d}", {clip.extension: data, "json": json_bytes(record)}))
+    return written
 
 
 class ChannelTally:
@@ -52,16 +52,17 @@ class ChannelTally:
         self._moments: ChannelMoments | None = None
         self._first = ""
 
-    def take(self, source: Source, result: CutResult) -> CutResult:
+    def take(self, source: Source, cut: Cut) -> Cut:
         """What is to be written of a source: nothing if it has another number of channels than those before."""
-        moments = [clip.moments for clip in result.clips if clip.moments]
+        moments = [clip.moments for clip in cut.result.clips if clip.moments]
         if moments and self._moments and len(moments[0].mean) != len(self._moments.mean):
             reason = f"{len(moments[0].mean)} channels, but {self._first} has {len(self._moments.mean)}"
-            return CutResult(problem=f"{reason}: all fields of a set have as many; give it a folder of its own")
+            problem = f"{reason}: all fields of a set have as many; give it a folder of its own"
+            return Cut(CutResult(problem=problem), lasts=False)
         for of_clip in moments:
             self._first = self._first or source.name
             self._moments = self._moments + of_clip if self._moments else of_clip
-        return result
+        return cut
 
     def record(self) -> dict[str, Any]:
         """For ingest.json: statistics of all fields in the shards; nothing where there are none."""
@@ -70,7 +71,9 @@ class ChannelTally:
 
 def write_rejects(file: TextIO, source: Source, result: CutResult) -> None:
     """What of a source gave no clip: all of it, or scenes."""
-    lines: list[dict[str, Any]] = [{"source": source.name, "reason": result.problem}] if result.problem else []
+    lines: list[dict[str, Any]] = (
+        [{"source": source.name, "reason": printable(result.problem)}] if result.problem else []
+    )
     for scene in result.dropped:
         start_s, end_s = scene.start_frame / scene.fps, (scene.start_frame + scene.num_frames) / scene.fps
         lines.append(

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ def fingerprint(sources: list[Source]) -> str:
     digest = hashlib.sha256()
     for s in sources:
         said = [s.captions.texts, s.captions.weights, s.extra]
-        digest.update(json_bytes([s.name, said, s.problem, source_bytes(s), _version(s), s.span]) + b"\n")
+        digest.update(json_bytes([s.name, said, s.problem, source_bytes(s), source_version(s), s.span]) + b"\n")
     return digest.hexdigest()
 
 
@@ -33,7 +35,8 @@ def source_bytes(source: Source) -> int:
     return os.stat(source.path).st_size if os.path.exists(source.path) else 0
 
 
-def _version(source: Source) -> int | str:
+def source_version(source: Source) -> int | str:
+    """What changes when its bytes do."""
     if source.state:
         return source.state.version
     return os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0
@@ -88,6 +91,15 @@ def read_rejects(out: Path) -> list[dict[str, Any]]:
     """What did not make it: a source, a scene of one (with start_s) or a clip that filters left out (with key)."""
     path = out / REJECTS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def reject_reasons(out: Path) -> dict[str, int]:
+    """How often each reason is given for what no filter left out, the most frequent first, without what differs from
+    file to file: numbers, names of captions, what comes after a colon.
+    """
+    given = (reject["reason"].partition(":")[0] for reject in read_rejects(out) if "key" not in reject)
+    alike = (re.sub(r"\d+(\.\d+)?", "N", re.sub(r"^caption file .*", "caption file", reason)) for reason in given)
+    return dict(Counter(alike).most_common())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ Beat = Callable[[], None]
 _START_LIMIT_S = 300.0  # to import what the function needs, on a machine that is busy
 _BEAT_EVERY_S = 0.5
 _WINDOW = 4096  # items begun ahead of the one waited for: a long film must not stop the others
+_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGBUS)  # from a full memory, an operator, a lost disk
+_PATIENCE = 3  # second tries in a row that are in vain before none is made: it's the items then, not the machine
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,13 @@ def run_isolated(
     *,
     workers: int,
     stall_limit_s: float,
+    time_limit_s: float = 0,
     max_memory_gb: float = 0,
 ) -> Iterator[Result | Failure]:
     """Applies a function to every item, in worker processes.
+
+    An item whose process was killed from outside or stalled gets a second try, with no other at work beside it: the
+    machine may have been short of memory, or a disk away for a while.
 
     Args:
         function: importable by name; called with (item, beat). It must call beat() at least every `stall_limit_s`
@@ -46,6 +52,7 @@ def run_isolated(
         chunks: items by the chunk; a chunk goes to one process at a time.
         workers: processes.
         stall_limit_s: seconds without a beat or a result until an item's process is killed.
+        time_limit_s: seconds that an item may take altogether, 0 for no limit.
         max_memory_gb: address space a process may have, 0 for no limit.
     Yields:
         Results or Failures, one an item, in the items' order whatever the timing.
@@ -55,26 +62,44 @@ def run_isolated(
     """
     pending = deque(deque(chunk) for chunk in _numbered(chunks))
     total = sum(len(chunk) for chunk in pending)
+    again: deque[tuple[int, Item]] = deque()
+    alone: int | None = None  # the item of a second try
+    in_vain = 0
     done: dict[int, Any] = {}
     next_up = 0
     crew: list[_Worker[Item]] = []
     try:
         while next_up < total:
-            while pending and len(crew) < min(workers, len(pending) + sum(not worker.idle for worker in crew)):
-                crew.append(_Worker(function, stall_limit_s, max_memory_gb))
-            begun = sum(len(worker.items) > 0 for worker in crew)
+            busy = sum(not worker.idle for worker in crew)
+            while len(crew) < min(workers, len(pending) + len(again) + busy):
+                crew.append(_Worker(function, stall_limit_s, time_limit_s, max_memory_gb))
             for worker in crew:
                 ahead = pending[0][0][0] - next_up if pending else 0
-                if worker.ready and worker.idle and pending and (begun == 0 or ahead < _WINDOW):
+                if not (worker.ready and worker.idle) or alone is not None:
+                    continue
+                if again and not busy:
+                    alone = again[0][0]
+                    worker.assign(deque([again.popleft()]))
+                elif not again and pending and (busy == 0 or ahead < _WINDOW):
                     worker.assign(pending.popleft())
-                    begun += 1
+                    busy += 1
             _wait(crew)
             for worker in list(crew):
                 done.update(worker.collect())
                 if worker.dead:
                     crew.remove(worker)
+                    if worker.failed:
+                        number, item = worker.failed
+                        in_vain += number == alone
+                        if worker.may_try_again and number != alone and in_vain < _PATIENCE:
+                            again.append((number, item))
+                        else:
+                            done[number] = Failure(worker.reason)
                     if worker.items:  # the rest of its chunk
                         pending.appendleft(worker.items)
+            if alone in done:
+                in_vain = 0 if not isinstance(done[alone], Failure) else in_vain
+                alone = None
             while next_up in done:
                 yield done.pop(next_up)
                 next_up += 1
@@ -99,11 +124,20 @@ def _wait(crew: "list[_Worker[Any]]") -> None:
 class _Worker(Generic[Item]):
     """A process and the items it has still to do; the first one is being done."""
 
-    def __init__(self, function: Callable[[Item, Beat], Any], stall_limit_s: float, max_memory_gb: float) -> None:
+    def __init__(
+        self,
+        function: Callable[[Item, Beat], Any],
+        stall_limit_s: float,
+        time_limit_s: float,
+        max_memory_gb: float,
+    ) -> None:
         self.items: deque[tuple[int, Item]] = deque()
         self.ready = False
         self.dead = False
-        self._stall_limit_s = stall_limit_s
+        self.failed: tuple[int, Item] | None = None  # the item that it died of
+        self.reason, self.may_try_again = "", False
+        self._stall_limit_s, self._time_limit_s = stall_limit_s, time_limit_s or float("inf")
+        self._begun = 0.0  # when the first item was
         self.deadline = time.monotonic() + _START_LIMIT_S
         context = multiprocessing.get_context("spawn")  # a fork would inherit locks held by other threads
         self.pipe, theirs = context.Pipe()
@@ -117,7 +151,8 @@ class _Worker(Generic[Item]):
 
     def assign(self, items: deque[tuple[int, Item]]) -> None:
         self.items = items
-        self.deadline = time.monotonic() + self._stall_limit_s
+        self._begun = time.monotonic()
+        self._extend()
         try:
             self.pipe.send(list(items))
         except OSError:
@@ -134,25 +169,38 @@ class _Worker(Generic[Item]):
                 self.ready = True
                 if kind == "result":
                     results[self.items.popleft()[0]] = value
-                self.deadline = time.monotonic() + (self._stall_limit_s if self.items else float("inf"))
+                    self._begun = time.monotonic()
+                self._extend()
         except (EOFError, OSError):
             self._process.join()
-            return results | self._bury(_describe_exit(self._process.exitcode))
+            code = self._process.exitcode
+            self._bury(_describe_exit(code), may_try_again=code in [-number for number in _OUTSIDE])
+            return results
         if time.monotonic() > self.deadline:
-            return results | self._bury(f"no progress for {self._stall_limit_s:g} s")
+            if self.ready and time.monotonic() > self._begun + self._time_limit_s:
+                self._bury(f"took longer than {self._time_limit_s:g} s", may_try_again=False)
+            else:
+                self._bury(f"no progress for {self._stall_limit_s:g} s", may_try_again=True)
         return results
+
+    def _extend(self) -> None:
+        """Sets the deadline, after a sign of life."""
+        limit = min(time.monotonic() + self._stall_limit_s, self._begun + self._time_limit_s)
+        self.deadline = limit if self.items else float("inf")
 
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
         self.pipe.close()
 
-    def _bury(self, reason: str) -> dict[int, Any]:
+    def _bury(self, reason: str, may_try_again: bool) -> None:
         self.dead = True
         self.kill()
         if not self.ready:
             raise RuntimeError(f"a worker process did not start: {reason}")
-        return {self.items.popleft()[0]: Failure(reason)} if self.items else {}
+        self.reason, self.may_try_again = reason, may_try_again
+        if self.items:
+            self.failed = self.items.popleft()
 
 
 def _describe_exit(code: int | None) -> str:

@@ -14,6 +14,7 @@ from videodit.data.video_io import MAX_PIXELS, VideoError
 from videodit.errors import user_error
 
 _QUALITY = 95
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow tells by content, and runs Ghostscript for EPS
 
 
 def read_picture(source: str | bytes) -> np.ndarray:
@@ -23,7 +24,7 @@ def read_picture(source: str | bytes) -> np.ndarray:
         VideoError: if it does not decode, or is larger than a damaged header would be believed.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise VideoError(f"a picture of {image.width}x{image.height} is too large")
             upright = ImageOps.exif_transpose(image)

@@ -1,6 +1,7 @@
 """Writing shards: the same samples give the same bytes (USTAR, mtime 0, no owner), and only whole sets can be read."""
 
 import contextlib
+import filecmp
 import hashlib
 import io
 import json
@@ -33,6 +34,7 @@ class ShardFile:
 
     Attributes:
         entries: the samples.
+        is_as_before: whether `compare` found it unchanged.
         size, sha256: bytes of the whole tar and their hash, as they were given to the system; right once it is closed.
     """
 
@@ -40,6 +42,7 @@ class ShardFile:
         self.path = path
         self.entries: list[Entry] = []
         self.size = 0
+        self.is_as_before = False
         self._keys = set() if keys is None else keys
         self._digest = hashlib.sha256()
         try:
@@ -88,6 +91,33 @@ class ShardFile:
         except OSError as error:
             raise user_error(error, self.path) from error
 
+    def flush(self) -> None:
+        """Gives what was written so far to the system.
+
+        Raises:
+            UserError: if the disk is full.
+        """
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise user_error(error, self.path) from error
+
+    def compare(self) -> None:
+        """Drops a closed tar that is, byte for byte, the one that has its name already.
+
+        Raises:
+            UserError: if that cannot be read.
+        """
+        if self.is_as_before or not self.path.is_file():
+            return
+        part = Path(f"{self.path}{PART}")
+        try:
+            self.is_as_before = filecmp.cmp(part, self.path, shallow=False)
+            if self.is_as_before:
+                part.unlink()
+        except OSError as error:
+            raise user_error(error, self.path) from error
+
     def publish(self) -> None:
         """Gives a closed tar its name.
 
@@ -125,9 +155,9 @@ class ShardFile:
 class ShardWriter:
     """Writes samples into PREFIX-000000.tar, PREFIX-000001.tar, ... and, last, index.jsonl.
 
-    It owns those names in its folder: an earlier index goes when it starts and earlier tars when it closes. Until
-    `close`, everything has the suffix .part, so that no reader takes an interrupted run for a complete one. As a
-    context manager it closes, unless an exception passes through.
+    It owns those names in its folder. Until `close`, everything has the suffix .part, so that no reader takes an
+    interrupted run for a complete one, and an earlier set stays as it is; of a tar that comes out as it was before
+    there is one on the disk. As a context manager it closes, unless an exception passes through.
 
     Args:
         out_dir: the folder; made if missing.
@@ -148,7 +178,6 @@ class ShardWriter:
         self._shards: list[ShardFile] = []
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            (self.out_dir / INDEX).unlink(missing_ok=True)
             for path in self.out_dir.glob(f"{prefix}-*.tar{PART}"):
                 path.unlink()
             (self.out_dir / (INDEX + PART)).write_bytes(b"")  # an interrupted run shows, even before its first tar
@@ -175,17 +204,24 @@ class ShardWriter:
         self.entries.append(entry)
         return entry
 
+    def flush(self) -> None:
+        """Gives all samples so far to the system, where they outlive this process."""
+        if self._shards:
+            self._shards[-1].flush()
+
     def close(self) -> None:
-        """Completes the set: the last tar, the names, the index."""
+        """Completes the set: the last tar, the names, the index. An earlier set is gone from the first name on."""
         try:
             self._end_shard()
             write_index(self.out_dir / (INDEX + PART), self.entries)
             kept = {shard.path.name for shard in self._shards}
+            (self.out_dir / INDEX).unlink(missing_ok=True)
             for stale in self.out_dir.glob(f"{self.prefix}-*.tar"):
                 if stale.name not in kept:
                     stale.unlink()
             for shard in self._shards:
-                shard.publish()
+                if not shard.is_as_before:
+                    shard.publish()
             os.replace(self.out_dir / (INDEX + PART), self.out_dir / INDEX)
         except OSError as error:
             raise user_error(error, self.out_dir) from error
@@ -202,6 +238,7 @@ class ShardWriter:
     def _end_shard(self) -> None:
         if self._shards:
             self._shards[-1].close()
+            self._shards[-1].compare()
 
 
 def rewrite_index(root: Path, entries: Sequence[Entry]) -> None:

@@ -12,13 +12,12 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from videodit.data import video_io
 from videodit.data.captions import Captions, stored_captions
 from videodit.data.columns import Columns
 from videodit.errors import UserError
@@ -129,7 +128,9 @@ class ShardSet:
         elif next(root.glob(f"*{PART}"), None):
             raise UserError(f"{root} is incomplete, its writing was interrupted: run the command that writes it again")
         else:
-            entries = list(_scan(root))
+            from videodit.data.shard_scan import scan_tars  # it needs this module
+
+            entries = scan_tars(root)
         used = [entry for entry in entries if dropped or not entry.dropped]
         if not used:
             raise UserError(
@@ -229,6 +230,10 @@ def tar_samples(path: str | Path, file: BinaryIO | None = None) -> dict[str, dic
                 plain = info.isfile() and not info.issparse() and ".." not in Path(info.name).parts
                 if plain and match and not info.name.startswith("/"):
                     samples.setdefault(match[1], {})[match[2].lower()] = (info.offset_data, info.size)
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes any damage but the first for the end
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path} is no readable tar ({error}): remove it or get it again") from error
     return samples
@@ -282,26 +287,6 @@ def damaged_index(path: Path, number: int) -> UserError:
     return UserError(f"{path}, line {number} is damaged: remove the index to scan the tars, or write the shards again")
 
 
-def _scan(root: Path) -> Iterator[Entry]:
-    """Entries of plain webdataset tars; what the json does not say of a clip (often so) is read from the mp4."""
-    seen: set[str] = set()
-    for path in sorted(root.glob("*.tar")):
-        entries = [Entry(key, path.name, members, {}) for key, members in tar_samples(path).items()]
-        check_local_sizes(root, shard_ends(entries))
-        one = ShardSet(root, entries)
-        for i, entry in enumerate(entries):
-            meta = plain_values(one.read_json(i))
-            if "mp4" in entry.members and not {"num_frames", "height", "width", "fps"} <= meta.keys():
-                try:
-                    info_ = video_io.probe(one.read(i, "mp4"))
-                except video_io.VideoError:
-                    continue  # it could not be read in training either
-                meta |= {"num_frames": info_.num_frames, "height": info_.height, "width": info_.width, "fps": info_.fps}
-            key = entry.key if entry.key not in seen else f"{path.stem}/{entry.key}"
-            seen.add(key)
-            yield Entry(key, entry.shard, entry.members, meta)
-
-
 def shard_ends(entries: Iterable[Entry]) -> dict[str, int]:
     """Shard -> bytes that it has at least to hold its samples."""
     ends: dict[str, int] = {}
@@ -331,7 +316,7 @@ def check_sizes(where: str | Path, ends: Mapping[str, int], sizes: Mapping[str, 
 
 
 def check_local_sizes(root: Path, ends: Mapping[str, int]) -> None:
-    """`check_sizes` of a folder on a disk."""
+    """`check_sizes` of a folder of this machine."""
     sizes = {}
     for name in ends:
         with suppress(OSError):

@@ -2,9 +2,9 @@
 webdataset tars, one file.
 """
 
-import json
 import os
 import re
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from videodit.data.captions import CAPTION_NAMES, WEIGHT_NAMES, Captions, parse_captions
 from videodit.data.field_arrays import ZARR, folder_state, require_zarr
-from videodit.data.shards import tar_samples
+from videodit.data.shards import MAX_READ_BYTES, tar_samples
+from videodit.data.storable import parse_json, printable, storable
 from videodit.data.storage import (
     FileState,
     Found,
@@ -22,7 +23,7 @@ from videodit.data.storage import (
     map_all,
     open_file,
     plain,
-    read_bytes,
+    read_small,
     relative_name,
     split_suffix,
     state,
@@ -37,7 +38,7 @@ VIDEO_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
 FIELD_SUFFIXES = frozenset([".npy", ZARR])
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
-_SIDECAR_BYTES = 16 << 20  # of a caption in a tar
+_SIDECAR_BYTES = 16 << 20  # of a caption
 _PATH_COLUMNS = ("path", "video", "file", "filename", "video_path")
 
 
@@ -131,13 +132,21 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
         require_zarr()
     unknown = any(is_remote(source.path) and not source.state for source in found)
     complete = partial(_complete, root=root, images=images)
-    return sorted(map_all(complete, found, at_once=unknown), key=lambda source: source.name)
+    return _told_apart(sorted(map_all(complete, found, at_once=unknown), key=lambda source: source.name))
+
+
+def _told_apart(sources: list[Source]) -> list[Source]:
+    """Refuses those of the same name but the first: names that are no UTF-8 can be written alike."""
+    return [
+        replace(source, problem="a second file of this name") if before and before.name == source.name else source
+        for before, source in zip([None, *sources], sources)
+    ]
 
 
 def _complete(source: Source, root: str, images: bool) -> Source:
     """With a name, a caption, its state if it lies elsewhere, and what is wrong with it."""
     name = relative_name(source.path, root)
-    source = replace(source, name=f"{name}/{source.name}" if source.span else name)
+    source = replace(source, name=printable(f"{name}/{source.name}" if source.span else name))
     problem = source.problem or ("a picture: --images takes it" if source.is_image and not images else "")
     where = source.state
     if source.is_zarr and not problem:
@@ -145,6 +154,8 @@ def _complete(source: Source, root: str, images: bool) -> Source:
             problem = "a zarr array that is no folder of this machine: copy it, or take it out of its tar"
         else:
             where = folder_state(source.path)
+    elif not is_remote(source.path) and not problem:
+        problem = _local_problem(source.path)
     if is_remote(source.path) and not where and not problem:
         try:
             where = state(source.path)
@@ -153,7 +164,17 @@ def _complete(source: Source, root: str, images: bool) -> Source:
         except UserError as error:
             problem = str(error)
     captions = source.captions if source.captions.texts else Captions([_stem_caption(source.name)])
-    return replace(source, captions=captions, problem=problem, state=where)
+    return replace(source, captions=captions, problem=printable(problem), state=where)
+
+
+def _local_problem(path: str) -> str:
+    """Why a file of this machine cannot be read, as far as that shows without opening it; empty if it can."""
+    try:
+        return "" if stat.S_ISREG(os.stat(path).st_mode) else "no regular file"
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _from_folder(root: str, exclude: set[Path], suffixes: frozenset[str]) -> Iterator[Source]:
@@ -163,7 +184,18 @@ def _from_folder(root: str, exclude: set[Path], suffixes: frozenset[str]) -> Ite
         yield from map_all(partial(_with_sidecar, files=files), videos, at_once=is_remote(root))
         for name in files:
             if name.lower().endswith(".tar"):
-                yield from _from_tar(files[name], suffixes)
+                yield from _from_tar_in_folder(files[name], suffixes)
+
+
+def _from_tar_in_folder(tar: Found, suffixes: frozenset[str]) -> list[Source]:
+    """Videos of a tar among others, or one source that says why there are none."""
+    problem = "" if is_remote(tar.address) else _local_problem(tar.address)
+    try:
+        if not problem:
+            return list(_from_tar(tar, suffixes))
+    except (UserError, OSError) as error:
+        problem = str(error)
+    return [Source(tar.address, Captions([]), problem=problem, state=tar.state)]
 
 
 def _from_tar(tar: Found, suffixes: frozenset[str]) -> Iterator[Source]:
@@ -175,9 +207,12 @@ def _from_tar(tar: Found, suffixes: frozenset[str]) -> Iterator[Source]:
                 if f".{extension}" not in suffixes:
                     continue
                 source = Source(tar.address, Captions([]), name=name, span=members[extension], state=tar.state)
+                if members[extension][1] > MAX_READ_BYTES:
+                    yield replace(source, problem=f"{members[extension][1]} bytes, too many in a tar: unpack it")
+                    continue
                 try:
                     if "json" in members:
-                        captions, extra = _split(json.loads(_member(file, members["json"])))
+                        captions, extra = _split(parse_json(_member(file, members["json"])))
                         source = replace(source, captions=captions, extra=extra)
                     if "txt" in members and not source.captions.texts:
                         source = replace(source, captions=Captions([_member(file, members["txt"]).strip()]))
@@ -207,15 +242,16 @@ def _with_sidecar(video: Found, files: Mapping[str, Found] | None = None) -> Sou
         if files is not None and name not in files:
             continue
         try:
-            text = read_bytes(files[name].address if files else beside(video.address, name)).decode("utf-8")
+            found = files[name] if files else Found(beside(video.address, name))
+            text = read_small(found, _SIDECAR_BYTES).decode("utf-8")
         except FileNotFoundError:
             continue
-        except (OSError, UnicodeDecodeError, UserError) as error:
+        except (OSError, ValueError, UserError) as error:
             return replace(source, problem=f"caption file {name} cannot be read: {error}")
         if name.endswith(".txt"):
             return replace(source, captions=Captions([text.strip()] if text.strip() else []))
         try:
-            captions, extra = _split(json.loads(text))
+            captions, extra = _split(parse_json(text))
         except ValueError as error:
             return replace(source, problem=f"caption file {name}: {error}")
         return replace(source, captions=captions, extra=extra)
@@ -234,13 +270,15 @@ def _from_table(table: str) -> Iterator[Source]:
         path = plain(str(row[column]))
         if not is_remote(path) and not os.path.isabs(path):
             path = beside(table, path)
-        try:
-            captions, extra = _split({name: value for name, value in row.items() if name != column})
-        except ValueError as error:
-            raise UserError(f"{table}, line {line}: {error}") from error
-        there = is_remote(path) or Path(path).is_file() or (path.endswith(ZARR) and Path(path).is_dir())
+        there = is_remote(path) or os.path.isfile(path) or (path.endswith(ZARR) and os.path.isdir(path))
         problem = "" if there else "no such file"
+        captions, extra = Captions([]), dict[str, Any]()
+        try:
+            captions, extra = _split(storable({name: value for name, value in row.items() if name != column}))
+        except ValueError as error:
+            problem = problem or f"line {line} of the table: {error}"
         if path in sources:
+            problem = sources[path].problem or problem
             captions = sources[path].captions + captions
             extra = sources[path].extra | extra
         sources[path] = Source(path, captions, extra, problem=problem)

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections import defaultdict
@@ -157,19 +158,33 @@ def version_of(facts: Mapping[str, Any]) -> str:
     return next((str(facts[name]) for name in _VERSIONS if facts.get(name) is not None), "")
 
 
-def read_bytes(address: str) -> bytes:
-    """A file's bytes.
+def read_small(found: Found, at_most: int) -> bytes:
+    """The bytes of a small file, such as a caption.
 
+    Args:
+        found: the file.
+        at_most: bytes that are believed of it.
     Raises:
+        ValueError: if it is larger, or no regular file: a pipe would never end.
         OSError: if it cannot be read.
         UserError: if a file elsewhere cannot be read.
     """
-    if not is_remote(address):
-        return Path(address).read_bytes()
-    with _explained(address):
-        system, path = open_system(address)
-        data: bytes = system.cat_file(path)
-        return data
+    if is_remote(found.address):
+        with _explained(found.address):
+            system, path = open_system(found.address)
+            size = found.state.size if found.state else 0
+            data: bytes = b"" if size > at_most else system.cat_file(path)
+    else:
+        descriptor = os.open(found.address, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise ValueError("no regular file")
+            size = facts.st_size
+            data = b"" if size > at_most else file.read(at_most + 1)
+    if max(size, len(data)) > at_most:
+        raise ValueError(f"{max(size, len(data))} bytes, more than {at_most}")
+    return data
 
 
 @contextlib.contextmanager

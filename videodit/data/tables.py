@@ -39,10 +39,10 @@ def table_rows(table: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
                             f'{table}, line {line}: an object such as {{"path": ..., "caption": ...}} is needed'
                         )
                     yield line, record
-    except json.JSONDecodeError as error:
-        raise UserError(f"{table}, line {line} is no JSON: {error.msg}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} is no UTF-8 table: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{table}, line {line} is no JSON: {getattr(error, 'msg', error)}") from error
 
 
 def _parquet_rows(table: str) -> Iterator[Mapping[str, Any]]:
@@ -54,9 +54,23 @@ def _parquet_rows(table: str) -> Iterator[Mapping[str, Any]]:
     try:
         with open_file(table) as data, pyarrow.parquet.ParquetFile(data) as file:
             for batch in file.iter_batches():
-                yield from ({k: v for k, v in row.items() if v is not None} for row in batch.to_pylist())
+                for row in zip(*batch.columns):
+                    values = {name: _python_value(cell) for name, cell in zip(batch.schema.names, row) if cell.is_valid}
+                    yield values
     except pyarrow.ArrowException as error:
         raise UserError(f"{table} is no readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _python_value(cell: Any) -> Any:
+    """What Python has for a Parquet value, its text where it has nothing, or the value itself."""
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):  # a nanosecond, a year after 9999, text that is not UTF-8
+        pass
+    try:
+        return cell.cast("string").as_py()
+    except (ValueError, NotImplementedError):  # ArrowException is one of them
+        return cell
 
 
 def _listed(value: Any) -> Any:
@@ -64,6 +78,6 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("["):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass
     return value

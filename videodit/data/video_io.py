@@ -5,6 +5,7 @@ Frames are (t, h, w, 3) uint8 RGB, full range, turned the way a player shows the
 
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ T = TypeVar("T")
 KEYFRAME_EVERY = 16
 _SLOWEST, _FASTEST = 0.01, 1000.0  # frames per second that a header is believed
 MAX_PIXELS = 1 << 26  # of one frame, twice 8K: beyond it, a damaged header is likelier than a picture
+# FFmpeg tells formats by content, and some of those it knows are lists of other files to read: none of these is.
+_FORMATS = (
+    "mov mp4 matroska webm avi mpeg mpegts mpegvideo m4v h263 h264 hevc vvc av1 obu ivf vc1 asf flv live_flv ogg mxf "
+    "gif yuv4mpegpipe nut dv rm mjpeg dirac wtv wav mp3 jpeg_pipe png_pipe webp_pipe bmp_pipe tiff_pipe"
+)
+_OPTIONS = {"format_whitelist": _FORMATS.replace(" ", ","), "protocol_whitelist": "file"}
 
 
 class VideoError(Exception):
@@ -204,9 +211,9 @@ def sample_frames(source: str | Path | bytes, count: int) -> list[np.ndarray]:
 @contextmanager
 def _open(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        container: Any = av.open(
-            io.BytesIO(source) if isinstance(source, bytes) else str(source), metadata_errors="replace"
-        )
+        # An absolute path: FFmpeg takes what comes before a colon for a protocol.
+        file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source)
+        container: Any = av.open(file, metadata_errors="replace", options=dict(_OPTIONS))
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"cannot be opened: {reason(error)}") from error
     with container:  # PyAV leaks containers that are left to the garbage collector
