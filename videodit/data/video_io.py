@@ -5,7 +5,7 @@ Frames are (t, h, w, 3) uint8 RGB, full range, turned the way a player shows the
 
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,19 +52,15 @@ class VideoInfo:
 
 
 @contextmanager
-def open_video(
-    source: str | Path | bytes, size: Callable[[VideoInfo], tuple[int, int]] | None = None
-) -> Iterator[tuple[VideoInfo, Iterator[np.ndarray]]]:
-    """Opens a video for one pass, in constant memory: `with open_video(path) as (info, frames)`.
+def open_decoded(source: str | Path | bytes) -> Iterator[tuple[VideoInfo, Iterator[av.VideoFrame]]]:
+    """Opens a video for one pass, in constant memory: `with open_decoded(path) as (info, frames)`.
 
-    The best video stream is read; frames are taken as they come, also at a variable frame rate. Every frame has the
-    same size.
+    The best video stream is read; frames are taken as they come, also at a variable frame rate.
 
     Args:
         source: a file, or a file's bytes.
-        size: gives the (height, width) to scale to; without it, frames keep the first one's size.
     Yields:
-        What the file is, and its frames, (h, w, 3) uint8 RGB each, rotation applied.
+        What the file is, and its frames as they are coded: not converted, not turned.
     Raises:
         VideoError: if it does not open, has no video stream or its first frame does not decode; the iterator: at the
             frame where decoding fails.
@@ -75,7 +71,7 @@ def open_video(
         if first is None:
             raise VideoError("no frames")
         info = _describe("<bytes>" if isinstance(source, bytes) else str(source), container, stream, first)
-        yield info, map(ToRGB(size(info) if size else None), itertools.chain([first], decoder))
+        yield info, itertools.chain([first], decoder)
 
 
 def probe(path: str | Path | bytes) -> VideoInfo:
@@ -86,7 +82,7 @@ def probe(path: str | Path | bytes) -> VideoInfo:
     Raises:
         VideoError: if it does not open, has no video stream or its first frame does not decode.
     """
-    with open_video(path) as (info, _):
+    with open_decoded(path) as (info, _):
         return info
 
 
@@ -96,12 +92,12 @@ def iter_frames(path: str | Path | bytes) -> Iterator[np.ndarray]:
     Args:
         path: a file, or a file's bytes.
     Yields:
-        (h, w, 3) uint8 RGB, rotation applied.
+        (h, w, 3) uint8 RGB, rotation applied, all of the first one's size.
     Raises:
         VideoError: at the frame where decoding fails.
     """
-    with open_video(path) as (_, frames):
-        yield from frames
+    with open_decoded(path) as (_, frames):
+        yield from map(ToRGB(), frames)
 
 
 def read_frames(source: str | Path | bytes, start: int = 0, stop: int | None = None) -> np.ndarray:
