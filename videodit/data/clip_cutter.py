@@ -11,6 +11,7 @@ import cv2
 
 from videodit.data.channel_statistics import ChannelMoments
 from videodit.data.frame_convert import ToShardFormat
+from videodit.data.frame_rate import at_constant_rate
 from videodit.data.letterbox import Bars, find_bars
 from videodit.data.mp4 import Mp4Encoder
 from videodit.data.scene_cuts import CutDetector
@@ -122,11 +123,11 @@ def cut_source(source: str | bytes, spool: Path, rules: CutRules, beat: Callable
         beat()
         with open(spool, "wb") as file, open_decoded(source) as (info, frames):
             cutter = _Cutter(rules, info, bars, file.write)
-            convert = ToShardFormat(rules.size(info, bars))
+            to_shard = ToShardFormat(rules.size(info, bars))
             try:
-                for frame in frames:
+                for frame in at_constant_rate(frames, info.fps, lambda frame: _without(to_shard(frame), bars, info)):
                     beat()
-                    cutter.push(_without(convert(frame), bars, info))
+                    cutter.push(frame)
                     number += 1
                 return cutter.finish()
             finally:
