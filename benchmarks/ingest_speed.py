@@ -3,8 +3,9 @@
     python benchmarks/ingest_speed.py --videos ../shared/videos --out benchmarks/results/ingest_speed.json
 
 For every video that decodes, in turn, --rounds times, medians of frames a second: libavcodec alone; with the detection
-of scene cuts (and the conversion to RGB that it needs); decoding, scaling and x264 at ingest's preset and crf, in YUV
-all the way; and ingest's whole work on a file (`cut_source`: bars, RGB, cuts, scores, x264, sha256). One thread each.
+of scene cuts (and the conversion to the shards' size and colours that comes before it); decoding, scaling and x264 at
+ingest's preset and crf; and ingest's whole work on a file (`cut_source`: bars, cuts, scores, x264, sha256). One thread
+each.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from videodit.data.clip_cutter import CutRules, cut_source
+from videodit.data.frame_convert import ToShardFormat
 from videodit.data.scene_cuts import find_cuts
-from videodit.data.video_io import KEYFRAME_EVERY, VideoError, open_video, probe
+from videodit.data.video_io import KEYFRAME_EVERY, VideoError, open_decoded, probe
 from videodit.evaluation.machine import machine_facts
 
 RULES = CutRules(17, 10.0, 480, True, 3.0, 18, crop_bars=True)
@@ -39,14 +41,15 @@ def decode(path: Path) -> int:
 
 def decode_and_find_cuts(path: Path) -> int:
     """The cut pass."""
-    with open_video(path, RULES.size) as (info, frames):
+    with open_decoded(path) as (info, frames):
+        convert = ToShardFormat(RULES.size(info))
         count = 0
 
         def counted() -> Any:
             nonlocal count
             for frame in frames:
                 count += 1
-                yield frame
+                yield convert(frame)
 
         find_cuts(counted(), info.fps)
         return count

@@ -122,10 +122,10 @@ def test_a_range_beyond_the_end_is_an_error() -> None:
         read_frames(CLIP, 5, 5)
 
 
-def rotated(degrees: float, hflip: bool, vflip: bool) -> bytes:
+def rotated(degrees: float, hflip: bool, vflip: bool, clip: bytes = CLIP) -> bytes:
     """The clip's packets with a display matrix."""
     buffer = io.BytesIO()
-    with av.open(io.BytesIO(CLIP)) as source, av.open(buffer, "w", format="mp4") as target:
+    with av.open(io.BytesIO(clip)) as source, av.open(buffer, "w", format="mp4") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         stream.set_display_rotation(degrees, hflip=hflip, vflip=vflip)
         for packet in source.demux(video=0):

@@ -4,19 +4,21 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
+import av
 import cv2
-import numpy as np
 
 from videodit.data.channel_statistics import ChannelMoments
+from videodit.data.frame_convert import ToShardFormat
+from videodit.data.frame_rate import at_constant_rate
 from videodit.data.letterbox import Bars, find_bars
 from videodit.data.mp4 import Mp4Encoder
 from videodit.data.scene_cuts import CutDetector
 from videodit.data.scores import ClipScorer, ClipScores
 from videodit.data.shards import sha256_hex
-from videodit.data.video_io import VideoError, VideoInfo, open_video, sample_frames
+from videodit.data.video_io import VideoError, VideoInfo, open_decoded, sample_frames
+from videodit.data.yuv_planes import frame_of, planes_of
 from videodit.errors import user_error
 
 _SQUARE = 0.02  # pixels this near to square are shown as square
@@ -121,12 +123,13 @@ def cut_source(source: str | bytes, spool: Path, rules: CutRules, beat: Callable
     try:
         bars = find_bars(sample_frames(source, _SAMPLED)) if rules.crop_bars else NO_BARS
         beat()
-        with open(spool, "wb") as file, open_video(source, partial(rules.size, bars=bars)) as (info, frames):
+        with open(spool, "wb") as file, open_decoded(source) as (info, frames):
             cutter = _Cutter(rules, info, bars, file.write)
+            to_shard = ToShardFormat(rules.size(info, bars))
             try:
-                for frame in frames:
+                for frame in at_constant_rate(frames, info.fps, lambda frame: _without(to_shard(frame), bars, info)):
                     beat()
-                    cutter.push(_without(frame, bars, info))
+                    cutter.push(frame)
                     number += 1
                 return cutter.finish()
             finally:
@@ -137,14 +140,17 @@ def cut_source(source: str | bytes, spool: Path, rules: CutRules, beat: Callable
         raise user_error(error, spool) from error
 
 
-def _without(frame: np.ndarray, bars: Bars, info: VideoInfo) -> np.ndarray:
+def _without(frame: av.VideoFrame, bars: Bars, info: VideoInfo) -> av.VideoFrame:
     """The frame without its bars, which are in pixels of the source; even sizes, and no edge of a bar."""
     if bars == NO_BARS:
         return frame
-    height, width = frame.shape[:2]
-    top, bottom = (math.ceil(bar * height / info.height) for bar in bars[:2])
-    left, right = (math.ceil(bar * width / info.width) for bar in bars[2:])
-    return frame[top : height - bottom, left : width - right]
+    # In steps of two pixels, one of chroma.
+    top, bottom = (math.ceil(bar * frame.height / info.height / 2) for bar in bars[:2])
+    left, right = (math.ceil(bar * frame.width / info.width / 2) for bar in bars[2:])
+    height, width = frame.height // 2 - bottom, frame.width // 2 - right
+    y, u, v = planes_of(frame)
+    kept = slice(top, height), slice(left, width)
+    return frame_of((y[2 * top : 2 * height, 2 * left : 2 * width], u[kept], v[kept]))
 
 
 class _Cutter:
@@ -155,7 +161,7 @@ class _Cutter:
         self._fps = info.fps
         self._write = write
         self._detector = CutDetector(info.fps, rules.cut_threshold) if rules.scene_cuts else None
-        self._held: deque[np.ndarray] = deque()
+        self._held: deque[av.VideoFrame] = deque()
         self._cuts: set[int] = set()
         self._next = 0  # number of the first frame held
         self._encoder: Mp4Encoder | _FrameCounter | None = None
@@ -163,7 +169,7 @@ class _Cutter:
         self._offset = 0
         self._result = CutResult()
 
-    def push(self, frame: np.ndarray) -> None:
+    def push(self, frame: av.VideoFrame) -> None:
         self._held.append(frame)
         if self._detector:
             self._cuts.update(self._detector.push(frame))
@@ -180,7 +186,7 @@ class _Cutter:
         if self._encoder:
             self._encoder.close()
 
-    def _encode(self, frame: np.ndarray) -> None:
+    def _encode(self, frame: av.VideoFrame) -> None:
         if self._next in self._cuts or (
             self._encoder and self._encoder.num_frames >= self._rules.max_frames(self._fps)
         ):
@@ -188,10 +194,10 @@ class _Cutter:
             self._end_clip()
         if self._encoder is None:
             kind = Mp4Encoder if self._rules.encode else _FrameCounter
-            self._encoder = kind(frame.shape[0], frame.shape[1], self._fps, crf=self._rules.crf)
+            self._encoder = kind(frame.height, frame.width, self._fps, crf=self._rules.crf)
             self._scorer = ClipScorer(self._fps)
-        self._encoder.write(frame)
         self._scorer.push(frame)
+        self._encoder.write_yuv(frame)
         self._next += 1
 
     def _end_clip(self) -> None:
@@ -220,7 +226,7 @@ class _FrameCounter:
     def __init__(self, height: int, width: int, fps: float, *, crf: int) -> None:
         self.height, self.width, self.num_frames = height - height % 2, width - width % 2, 0
 
-    def write(self, image: np.ndarray) -> None:
+    def write_yuv(self, frame: av.VideoFrame) -> None:
         self.num_frames += 1
 
     def finish(self) -> bytes:

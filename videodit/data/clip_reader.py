@@ -100,9 +100,9 @@ def field_channels(shards: ShardSet) -> int | None:
     found = sorted(zip(*np.unique(kinds, return_index=True)), key=lambda kind: kind[1])
     examples = {None if kind < 0 else int(kind): columns.keys[first] for kind, first in found}
     if len(examples) > 1:
-        kinds = [f"{key} ({'a video' if c is None else f'{c} channels'})" for c, key in examples.items()]
+        named = [f"{key} ({'a video' if c is None else f'{c} channels'})" for c, key in examples.items()]
         raise UserError(
-            f"{shards.name} holds {' and '.join(kinds)}: all clips that one model trains on are videos, or fields of "
+            f"{shards.name} holds {' and '.join(named)}: all clips that one model trains on are videos, or fields of "
             "one number of channels; ingest them into separate folders"
         )
     return next(iter(examples))

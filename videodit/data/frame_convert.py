@@ -5,12 +5,14 @@ display rotation applied.
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from videodit.data.tone_mapping import needs_mapping, to_standard_range
+from videodit.data.yuv_planes import Planes, frame_of, planes_of
 
 _SWSCALE = {
     1: Colorspace.ITU709,
@@ -98,7 +100,7 @@ class ToYUV:
 class ToShardFormat:
     """Converts the decoded frames of one video to what shards hold: 8-bit 4:2:0, BT.709, limited range, as displayed.
 
-    A frame that is so already comes back as it is, without a copy.
+    Planes stay planes where the file has them in standard range; the rest goes over RGB.
 
     Args:
         size: (height, width) as displayed, to scale to; None for the first frame's own. An odd last row or column is
@@ -107,40 +109,68 @@ class ToShardFormat:
 
     def __init__(self, size: tuple[int, int] | None = None) -> None:
         self._size = size
+        self._reformatter = VideoReformatter()
         self._to_rgb: ToRGB | None = None
         self._to_yuv = ToYUV()
 
     def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """Converts one frame, of any pixel format, to yuv420p of even size."""
-        if self._is_so_already(frame):
-            self._size = frame.height, frame.width
-            return frame
+        """Converts one frame, of any pixel format, to a yuv420p frame of even size with pixels of its own.
+
+        It has nothing else of the decoded one: an encoder would take its picture type for a wish and write its
+        captions into the stream.
+        """
+        coded = self._as_coded(frame)
+        return self._over_rgb(frame) if coded is None else frame_of(*coded)
+
+    def planes(self, frame: av.VideoFrame) -> Planes:
+        """The planes of what a frame becomes: views into it, where nothing has to be converted."""
+        coded = self._as_coded(frame)
+        if coded is not None and coded[1] == Colorspace.ITU709:
+            return coded[0]
+        return planes_of(self._over_rgb(frame) if coded is None else frame_of(*coded))
+
+    def _as_coded(self, frame: av.VideoFrame) -> tuple[Planes, int] | None:
+        """A frame's planes as displayed, at the size wanted, and the matrix that they are in; None if it has none."""
+        matrix = display_matrix(frame)
+        if self._size is None:
+            self._size = (frame.width, frame.height) if is_transposed(matrix) else (frame.height, frame.width)
+        height, width = self._size
+        even = slice(height - height % 2), slice(width - width % 2)
+        # Of an odd size the last row is cut off, which in a picture that is turned may be the first of its planes.
+        turned_odd = matrix is not None and (height % 2 or width % 2)
+        wide = needs_mapping(frame.color_trc, frame.color_primaries)
+        if wide or turned_odd or not frame.format.name.startswith("yuv"):
+            return None
+        y, u, v = (turn(plane, matrix) for plane in planes_of(self._to_8_bits(frame, matrix)))
+        half = slice(height // 2), slice(width // 2)
+        return (y[even], u[half], v[half]), _colorspace(frame)
+
+    def _over_rgb(self, frame: av.VideoFrame) -> av.VideoFrame:
+        assert self._size is not None
         self._to_rgb = self._to_rgb or ToRGB(self._size)
-        image = self._to_rgb(frame)
-        height, width = image.shape[:2]
-        self._size = height, width
-        return self._to_yuv(image[: height - height % 2, : width - width % 2])
+        height, width = self._size
+        return self._to_yuv(self._to_rgb(frame)[: height - height % 2, : width - width % 2])
 
-    def _is_so_already(self, frame: av.VideoFrame) -> bool:
-        return (
-            frame.format.name == "yuv420p"
-            and frame.color_range != ColorRange.JPEG
-            and frame.colorspace == Colorspace.ITU709
-            and not needs_mapping(frame.color_trc, frame.color_primaries)
-            and frame.height % 2 == 0
-            and frame.width % 2 == 0
-            and self._size in (None, (frame.height, frame.width))
-            and display_matrix(frame) is None
+    def _to_8_bits(self, frame: av.VideoFrame, matrix: DisplayMatrix | None) -> av.VideoFrame:
+        """yuv420p in limited range, scaled; its colour matrix and its turn are still the file's."""
+        assert self._size is not None
+        height, width = reversed(self._size) if is_transposed(matrix) else self._size
+        full = frame.color_range == ColorRange.JPEG
+        if frame.format.name == "yuv420p" and not full and (frame.height, frame.width) == (height, width):
+            return frame
+        colorspace = _colorspace(frame)
+        return self._reformatter.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="yuv420p",
+            src_colorspace=colorspace,
+            dst_colorspace=colorspace,
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=Interpolation.BICUBIC,
+            threads=1,
         )
-
-
-def planes_of(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Luma (h, w) and chroma (h / 2, w / 2) twice of a yuv420p frame, uint8 views into it."""
-    y, u, v = (
-        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]  # type: ignore[call-overload]
-        for plane in frame.planes
-    )
-    return y, u, v
 
 
 def display_matrix(frame: av.VideoFrame) -> DisplayMatrix | None:
@@ -148,7 +178,7 @@ def display_matrix(frame: av.VideoFrame) -> DisplayMatrix | None:
     # Not frame.side_data, which the frame keeps and which keeps the frame: with its pixels it would wait for a pass of
     # the garbage collector. Typed as a mapping by name, kept by kind.
     side_data: Any = SideDataContainer(frame)  # type: ignore[call-arg]  # its stub has no arguments
-    data = side_data.get(SideData.DISPLAYMATRIX)
+    data = side_data.get(SideData.DISPLAYMATRIX) if len(side_data) else None  # it is slow
     if data is None:
         return None
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
@@ -164,16 +194,16 @@ def turn(image: np.ndarray, matrix: DisplayMatrix | None) -> np.ndarray:
     """Applies a display matrix to the nearest quarter turn, mirrored or not.
 
     Args:
-        image: (h, w, 3).
+        image: (h, w, 3), or (h, w) for one plane.
         matrix: as `display_matrix` gives it.
     Returns:
-        (h, w, 3), or (w, h, 3) where the matrix transposes.
+        (h, w, 3) or (h, w), or (w, h, 3) or (w, h) where the matrix transposes.
     """
     if matrix is None:
         return image
     a, b, c, d = matrix
     if is_transposed(matrix):  # x' = c y, y' = b x
-        image, flip_x, flip_y = image.transpose(1, 0, 2), c < 0, b < 0
+        image, flip_x, flip_y = cv2.transpose(image), c < 0, b < 0
     else:
         flip_x, flip_y = a < 0, d < 0
     return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])

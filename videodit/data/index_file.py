@@ -115,7 +115,7 @@ def used_samples(path: Path) -> UsedSamples:
         read = read_index(path)
         return UsedSamples([entry for entry in read if not entry.dropped], None, shard_ends(read))
     file = open(path, "rb")
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _sha256(file)
     table = _load(path.with_name(COLUMNS), digest)
     if table is None:
         file.seek(0)
@@ -126,6 +126,13 @@ def used_samples(path: Path) -> UsedSamples:
         rows = np.flatnonzero(table.used)
         lines, columns = lines[rows], columns.take(rows)
     return UsedSamples(IndexFile(path, file, lines, columns.keys), columns, table.ends)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _is_large(path: Path) -> bool:

@@ -54,7 +54,10 @@ class Mp4Encoder:
 
     def write(self, image: np.ndarray) -> None:
         """Adds one frame, (h, w, 3) uint8 RGB."""
-        frame = self._to_yuv(image[: self.height, : self.width])
+        self.write_yuv(self._to_yuv(image[: self.height, : self.width]))
+
+    def write_yuv(self, frame: av.VideoFrame) -> None:
+        """Adds one frame that is of this size and as shards hold it, see `ToShardFormat`."""
         frame.pts, frame.time_base = self.num_frames, 1 / self._rate
         self.num_frames += 1
         self._mux(frame)

@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from fractions import Fraction
 
-import cv2
+import av
 import numpy as np
 from scenedetect import FrameTimecode  # type: ignore[import-untyped]
 from scenedetect.detectors import AdaptiveDetector  # type: ignore[import-untyped]
 
-_SHORT_SIDE = 160  # at least, of the pictures compared: noise goes, cuts stay
+from videodit.data.yuv_planes import small_bgr
+
 _MIN_SCENE_S = 0.5  # two cuts closer than this are a flash, not a shot
 
 
@@ -30,29 +31,25 @@ class CutDetector:
         )
         self._number = 0
 
-    def push(self, frame: np.ndarray) -> list[int]:
+    def push(self, frame: np.ndarray | av.VideoFrame) -> list[int]:
         """Takes the next frame.
 
         Args:
-            frame: (h, w, 3) uint8 RGB.
+            frame: as shards hold it, or (h, w, 3) uint8 RGB.
         Returns:
             Numbers of the frames, counted from 0, which are now known to start a scene; empty most of the time.
         """
-        height, width = frame.shape[:2]
-        factor = min(height, width) // _SHORT_SIDE
-        if factor > 1:  # a whole number of pixels into one: OpenCV's fast way
-            size = width // factor, height // factor
-            frame = cv2.resize(frame[: size[1] * factor, : size[0] * factor], size, interpolation=cv2.INTER_AREA)
         timecode = FrameTimecode(self._number, self._fps)
         self._number += 1
-        return [cut.frame_num for cut in self._detector.process_frame(timecode, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))]
+        return [cut.frame_num for cut in self._detector.process_frame(timecode, small_bgr(frame))]
 
 
-def find_cuts(frames: Iterable[np.ndarray], fps: float, threshold: float = 3.0) -> list[int]:
+def find_cuts(frames: Iterable[np.ndarray | av.VideoFrame], fps: float, threshold: float = 3.0) -> list[int]:
     """Finds the scenes of a video.
 
     Args:
-        frames: (h, w, 3) uint8 RGB each, as an array (t, h, w, 3) or any iterable; it is read once and not kept.
+        frames: (h, w, 3) uint8 RGB each, as an array (t, h, w, 3) or any iterable, or as shards hold them; read once
+            and not kept.
         fps: frames per second.
         threshold: how many times a frame's change must exceed its neighbours' mean change.
     Returns:

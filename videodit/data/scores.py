@@ -5,10 +5,12 @@ later without decoding anything again.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import av
 import cv2
 import numpy as np
 
 from videodit.data.text_overlay import TextCover
+from videodit.data.yuv_planes import gray_of, halved
 
 _PAIRS_PER_S = 2  # pairs of neighbouring frames that are looked at
 _SMALL = 96  # short side, in pixels, of the pictures that motion and stillness are measured on
@@ -24,7 +26,7 @@ class ClipScores:
     """What is measured of every clip; the names are those in its json and in the index."""
 
     brightness: float
-    """Mean luma over the clip, 0 (black) to 1 (white)."""
+    """Mean luma (BT.709's) over the clip, 0 (black) to 1 (white)."""
     sharpness: float
     """Variance of the Laplacian of the luma at 256 pixels of short side, mean over frames; blurred clips are near 0."""
     motion: float
@@ -60,13 +62,13 @@ class ClipScorer:
         self._text = TextCover()
         self._pictures: list[np.ndarray] = []
 
-    def push(self, frame: np.ndarray) -> None:
-        """Takes the next frame, (h, w, 3) uint8 RGB."""
+    def push(self, frame: np.ndarray | av.VideoFrame) -> None:
+        """Takes the next frame, as shards hold it or (h, w, 3) uint8 RGB."""
         place = self._number % self._every
         self._number += 1
         if place > 1 or (place == 1 and self._before is None):
             return
-        gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        gray = gray_of(frame)
         small = _shrink(gray, _SMALL)
         if self._before is not None and (place == 1 or self._every == 1):
             change = cv2.absdiff(small, self._before)
@@ -74,9 +76,10 @@ class ClipScorer:
             self._motion.append(_flow_length(self._before, small) * self._fps if change.any() else 0.0)
         self._before = small if place == 0 else None
         if place == 0:
-            self._brightness.append(float(gray.mean()) / 255)
+            self._brightness.append(cv2.mean(gray)[0] / 255)
             sharp = _shrink(gray, _SHARP)
-            self._sharpness.append(float(cv2.Laplacian(sharp, cv2.CV_32F).var()))
+            _, spread = cv2.meanStdDev(cv2.Laplacian(sharp, cv2.CV_16S))
+            self._sharpness.append(float(spread.item()) ** 2)
             self._text.push(sharp)
             self._pictures.append(cv2.resize(small, (_HASH_SIDE, _HASH_SIDE), interpolation=cv2.INTER_AREA))
 
@@ -131,6 +134,7 @@ def _shrink(gray: np.ndarray, at_most: int) -> np.ndarray:
     scale = at_most / min(height, width)
     if scale >= 1:
         return gray
+    gray = halved(gray, max(0, (min(height, width) // (2 * at_most)).bit_length()))  # most of it the fast way
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
 

@@ -16,7 +16,7 @@ import av
 import numpy as np
 
 from videodit.data import yuv
-from videodit.data.frame_convert import ToRGB, ToShardFormat, display_matrix, is_transposed, planes_of
+from videodit.data.frame_convert import ToRGB, ToShardFormat, display_matrix, is_transposed
 
 T = TypeVar("T")
 
@@ -62,19 +62,15 @@ class VideoInfo:
 
 
 @contextmanager
-def open_video(
-    source: str | Path | bytes, size: Callable[[VideoInfo], tuple[int, int]] | None = None
-) -> Iterator[tuple[VideoInfo, Iterator[np.ndarray]]]:
-    """Opens a video for one pass, in constant memory: `with open_video(path) as (info, frames)`.
+def open_decoded(source: str | Path | bytes) -> Iterator[tuple[VideoInfo, Iterator[av.VideoFrame]]]:
+    """Opens a video for one pass, in constant memory: `with open_decoded(path) as (info, frames)`.
 
-    The best video stream is read; frames are taken as they come, also at a variable frame rate. Every frame has the
-    same size.
+    The best video stream is read; frames are taken as they come, also at a variable frame rate.
 
     Args:
         source: a file, or a file's bytes.
-        size: gives the (height, width) to scale to; without it, frames keep the first one's size.
     Yields:
-        What the file is, and its frames, (h, w, 3) uint8 RGB each, rotation applied.
+        What the file is, and its frames as they are coded: not converted, not turned.
     Raises:
         VideoError: if it does not open, has no video stream or its first frame does not decode; the iterator: at the
             frame where decoding fails.
@@ -85,7 +81,7 @@ def open_video(
         if first is None:
             raise VideoError("no frames")
         info = _describe("<bytes>" if isinstance(source, bytes) else str(source), container, stream, first)
-        yield info, map(ToRGB(size(info) if size else None), itertools.chain([first], decoder))
+        yield info, itertools.chain([first], decoder)
 
 
 def probe(path: str | Path | bytes) -> VideoInfo:
@@ -96,7 +92,7 @@ def probe(path: str | Path | bytes) -> VideoInfo:
     Raises:
         VideoError: if it does not open, has no video stream or its first frame does not decode.
     """
-    with open_video(path) as (info, _):
+    with open_decoded(path) as (info, _):
         return info
 
 
@@ -106,12 +102,12 @@ def iter_frames(path: str | Path | bytes) -> Iterator[np.ndarray]:
     Args:
         path: a file, or a file's bytes.
     Yields:
-        (h, w, 3) uint8 RGB, rotation applied.
+        (h, w, 3) uint8 RGB, rotation applied, all of the first one's size.
     Raises:
         VideoError: at the frame where decoding fails.
     """
-    with open_video(path) as (_, frames):
-        yield from frames
+    with open_decoded(path) as (_, frames):
+        yield from map(ToRGB(), frames)
 
 
 def read_frames(source: str | Path | bytes, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -151,12 +147,12 @@ def read_yuv(
     Raises:
         VideoError, ValueError: as `read_frames`.
     """
-    frames = _read(source, start, stop, ToShardFormat)[::stride]
-    shape = yuv.packed_shape(len(frames), frames[0].height, frames[0].width)
+    frames = _read(source, start, stop, lambda: ToShardFormat().planes)[::stride]
+    shape = yuv.packed_shape(len(frames), *frames[0][0].shape)
     packed = out if out is not None and out.shape == shape else np.empty(shape, np.uint8)
     luma, chroma = yuv.split(packed)
-    for number, frame in enumerate(frames):
-        luma[number], chroma[number, 0], chroma[number, 1] = planes_of(frame)
+    for number, planes in enumerate(frames):
+        luma[number], chroma[number, 0], chroma[number, 1] = planes
     return packed
 
 

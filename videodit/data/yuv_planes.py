@@ -1,0 +1,115 @@
+"""What is done to the planes of 8-bit 4:2:0 pictures without ever making RGB of them: colour matrix, small pictures,
+grey.
+
+A frame here is what shards hold, a yuv420p `av.VideoFrame` of even size in BT.709 and limited range, or (h, w, 3) uint8
+RGB in full range.
+"""
+
+from functools import cache
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # luma (h, w), chroma blue and red (h / 2, w / 2), uint8
+
+_RED_BLUE = {  # share of red and of blue in luma, by swscale's name for the matrix. Source: BT.709, BT.601, BT.2020 ...
+    int(Colorspace.ITU709): (0.2126, 0.0722),
+    int(Colorspace.ITU601): (0.299, 0.114),
+    int(Colorspace.FCC): (0.30, 0.11),
+    int(Colorspace.SMPTE240M): (0.212, 0.087),
+    int(Colorspace.BT2020): (0.2627, 0.0593),
+}
+_SMALL = 240  # short side below which a picture is not halved any more: noise goes, cuts stay
+
+
+def planes_of(frame: av.VideoFrame) -> Planes:
+    """Luma (h, w) and chroma (h / 2, w / 2) twice of a yuv420p frame, uint8 views into it."""
+    y, u, v = (
+        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]  # type: ignore[call-overload]
+        for plane in frame.planes
+    )
+    return y, u, v
+
+
+def frame_of(planes: Planes, colorspace: int = Colorspace.ITU709) -> av.VideoFrame:
+    """A frame with copies of planes and with nothing else: no time, no picture type, no captions.
+
+    Args:
+        planes: of 8-bit 4:2:0 in limited range; h and w even.
+        colorspace: their matrix, as swscale numbers it.
+    Returns:
+        yuv420p in BT.709, each plane within one level of the formula's; a chroma value counts for its four pixels.
+    """
+    height, width = planes[0].shape
+    frame = av.VideoFrame(width, height, "yuv420p")
+    frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
+    y, u, v = planes_of(frame)
+    if colorspace == Colorspace.ITU709:
+        for target, plane in zip((y, u, v), planes):
+            np.copyto(target, plane)
+        return frame
+    luma, blue, red = to_bt709(colorspace)
+    cv2.addWeighted(planes[1], blue[0], planes[2], blue[1], 128 * (1 - sum(blue)), dst=u)
+    cv2.addWeighted(planes[1], red[0], planes[2], red[1], 128 * (1 - sum(red)), dst=v)
+    change = cv2.addWeighted(planes[1], luma[0], planes[2], luma[1], 128 * (1 - sum(luma)))  # 128 is none
+    # Twice in each row by a multiplication, then each row twice: the fastest way to double a picture.
+    doubled = (change.astype(np.uint16) * np.uint16(0x0101)).view(np.uint8).repeat(2, axis=0)
+    cv2.addWeighted(planes[0], 1, doubled, 1, -128, dst=y)
+    return frame
+
+
+@cache
+def to_bt709(colorspace: int) -> np.ndarray:
+    """How chroma of another matrix becomes that of BT.709, 8-bit limited range, chroma centred at 0.
+
+    Args:
+        colorspace: as swscale numbers it.
+    Returns:
+        (3, 2) what (blue, red) chroma add to luma, and what blue and red chroma are in BT.709. Luma itself stays.
+    """
+    change = _from_rgb(Colorspace.ITU709) @ np.linalg.inv(_from_rgb(colorspace))
+    change[0] *= 219 / 224
+    return change[:, 1:]
+
+
+def _from_rgb(colorspace: int) -> np.ndarray:
+    """(3, 3) RGB to luma in [0, 1] and chroma in [-0.5, 0.5]. Source: BT.709-6, item 3."""
+    red, blue = _RED_BLUE[int(colorspace)]
+    luma = np.array([red, 1 - red - blue, blue])
+    return np.stack([luma, (np.eye(3)[2] - luma) / (2 - 2 * blue), (np.eye(3)[0] - luma) / (2 - 2 * red)])
+
+
+def gray_of(frame: np.ndarray | av.VideoFrame) -> np.ndarray:
+    """(h, w) uint8, full range: BT.709's luma of a frame."""
+    if isinstance(frame, np.ndarray):
+        return cv2.transform(frame, np.array([[0.2126, 0.7152, 0.0722]], np.float32)).reshape(frame.shape[:2])
+    return cv2.convertScaleAbs(cv2.subtract(planes_of(frame)[0], 16), alpha=255 / 219)  # type: ignore[call-overload]
+
+
+def small_bgr(frame: np.ndarray | av.VideoFrame) -> np.ndarray:
+    """A frame, halved while its short side is 240 pixels or more, (h, w, 3) uint8 BGR, full range.
+
+    OpenCV reads planes as BT.601, so hues are a little off; they are in every frame.
+    """
+    if isinstance(frame, np.ndarray):
+        return cv2.cvtColor(halved(frame, _halvings(*frame.shape[:2])), cv2.COLOR_RGB2BGR)
+    y, u, v = (halved(plane, _halvings(frame.height, frame.width)) for plane in planes_of(frame))
+    height, width = u.shape
+    packed = np.empty((3 * height, 2 * width), np.uint8)
+    packed[: 2 * height] = y[: 2 * height, : 2 * width]
+    packed[2 * height :].reshape(2, height, width)[:] = u, v
+    return cv2.cvtColor(packed, cv2.COLOR_YUV2BGR_I420)
+
+
+def _halvings(height: int, width: int) -> int:
+    return (min(height, width) // _SMALL).bit_length()
+
+
+def halved(picture: np.ndarray, times: int) -> np.ndarray:
+    """A picture, (h, w) or (h, w, 3), with 2x2 pixels made one so many times; an odd last row or column is cut off."""
+    for _ in range(times):  # OpenCV's fast way, ten times that of 3x3 and 4x4
+        height, width = picture.shape[0] // 2, picture.shape[1] // 2
+        picture = cv2.resize(picture[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+    return picture
