@@ -57,6 +57,11 @@ class Batch:
     wait_s: float = 0.0
     """Seconds that the consumer waited for this micro batch."""
 
+    @property
+    def num_failed(self) -> int:
+        """Samples that could not be read."""
+        return sum(clip != PADDING and not weight for clip, weight in zip(self.ids, self.weight.tolist()))
+
 
 @dataclass(kw_only=True)
 class ClipBatch(Batch):

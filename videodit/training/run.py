@@ -1,5 +1,6 @@
 """A training run without its model: processes, run folder, engine, averages, checkpoints, tracker, console."""
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from videodit.training.run_log import RunLog
 from videodit.training.stop import StopRequest
 from videodit.training.tracker import Tracker
 
+log = logging.getLogger(__name__)
+
 
 class TrainingRun:
     """One open run: `with TrainingRun.open(config, text, world) as run: run.start(module); while run.running: ...`."""
@@ -44,6 +47,7 @@ class TrainingRun:
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, tracker: Tracker, log: RunLog) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = self.saved_step = 0
+        self.failed = 0  # samples that could not be read, over all ranks
         self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
         self._went_back = False  # in the last step
         self._several = self._mixed = False  # whether there are several buckets, and images as well as videos
@@ -102,6 +106,7 @@ class TrainingRun:
             found.restore(self.engine, self.ema)
             self.guard.load(guard_of(found.state))
             self.step = self.saved_step = found.step
+            self.failed = found.state["extra"].get("failed", 0)
         due = any(map(self.due, self.config.evaluation_intervals))
         self._evaluation_due = due and self.folder.evaluated_step() < self.step
         self.folder.cut_metrics(self.step, evaluated=not self._evaluation_due)
@@ -145,20 +150,25 @@ class TrainingRun:
         """Which step's data comes next: the next step's, or later if the run has gone back past bad data."""
         return self.step + 1 + self.guard.state.data_offset
 
-    def total_weight(self, batches: list[Any]) -> float:
+    def total_weight(self, batches: Sequence[Batch], copies: int = 1) -> float:
         """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data.
 
+        Args:
+            batches: of this rank.
+            copies: ranks that have the same clips.
         Raises:
             SystemExit: as `finish_step`, if a rank was told to stop since the last step.
         """
         self.meter.data_ready()
         enter("forward and backward")
         self._note_evaluated()
-        weight = torch.stack([batch.weight.sum() for batch in batches]).sum()
+        weight = sum(float(batch.weight.sum()) for batch in batches)
+        failed = sum(batch.num_failed for batch in batches)
         with self.meter.phase("ranks", on_cpu=True):  # until the last of them has its data
-            total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
+            total, failed, stop = all_reduce_sum(torch.tensor([weight, failed, bool(self._stop)])).tolist()
         if stop:
             self._leave()
+        self.failed += round(failed / copies)
         return max(total, 1.0)
 
     def finish_step(
@@ -194,7 +204,7 @@ class TrainingRun:
             for name in ("perf/step_s", "perf/mfu"):
                 if name in metrics:
                     metrics[f"{name}/{bucket}"] = metrics[name]
-        metrics |= {"data/bucket": bucket, "data/digest": batch_digest(keys)}
+        metrics |= {"data/bucket": bucket, "data/digest": batch_digest(keys), "data/failed": self.failed}
         self.log(metrics)
         if reason:
             record = {"data_step": self.step + self.guard.state.data_offset, "reason": reason, "keys": list(keys)}
@@ -312,7 +322,8 @@ class TrainingRun:
         with phase("checkpoint"):
             self._report(self.writer.wait())
             waited = time.perf_counter()
-            self.writer.save(self.step, {"guard": self.guard.to_dict(), "scheduled": scheduled})
+            extra = {"guard": self.guard.to_dict(), "scheduled": scheduled, "failed": self.failed}
+            self.writer.save(self.step, extra)
         self.saved_step = self.step
         self._save_metrics["perf/save_s"] = time.perf_counter() - start
         self._save_metrics["perf/save_wait_s"] = waited - start
@@ -327,6 +338,8 @@ class TrainingRun:
         with phase("checkpoint"):
             self._report(self.writer.wait())
         self._note_evaluated()
+        if self.failed and self.world.is_main:
+            log.warning("%d times in this run a sample could not be read and was left out: see train.log", self.failed)
 
     def _leave(self) -> NoReturn:
         """Ends the run between two steps, on every rank, with a checkpoint if a step was ever made."""
