@@ -421,6 +421,17 @@ def test_a_json_that_is_no_object_is_a_row_of_weight_0_and_named(tmp_path, caplo
         caplog.clear()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_clips_that_are_replaced_end_the_reading_in_one_line(tmp_path, num_workers):
+    write_clips(tmp_path, range(8))
+    steps = clip_loader(str(tmp_path), num_workers=num_workers, cache_decoded=False).iterate()
+    next(steps)
+    write_clips(tmp_path, range(8, 16))
+    with pytest.raises(UserError, match=r"tar was written anew while it was in use: [^\n]*$"):
+        for _ in range(20):
+            next(steps)
+
+
 def test_users_mistakes_are_one_line(clips, latents, tmp_path):
     def message(make):
         with pytest.raises(UserError) as caught:

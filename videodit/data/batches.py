@@ -128,6 +128,8 @@ class Rows:
     """Row -> why its sample could not be read."""
     cuts: dict[int, ClipCut] = field(default_factory=dict)
     """Row -> how its clip was cut, where rows are clips."""
+    fatal: str = ""
+    """Why no more is to be read; empty if nothing is wrong."""
 
 
 class RowReader(Protocol):
@@ -152,8 +154,10 @@ class FailureGuard:
         """Looks at one micro batch, in the order of training.
 
         Raises:
-            UserError: at the 100th failure in a row.
+            UserError: at the 100th failure in a row, or where no more is to be read.
         """
+        if rows.fatal:  # as words: what a worker raises comes with its traceback
+            raise UserError(rows.fatal)
         for row, clip in enumerate(rows.request.ids):
             if clip == PADDING:
                 continue

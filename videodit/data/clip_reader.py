@@ -19,7 +19,7 @@ from videodit.data.ingest_record import read_statistics
 from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_rng
-from videodit.data.shards import ShardSet
+from videodit.data.shards import ReplacedShard, ShardSet
 from videodit.data.transforms import (
     ClipCut,
     crop,
@@ -202,6 +202,7 @@ class ClipReader:
                 rows.captions[row] = "" if number is None else captions.texts[number]
             except (VideoError, UserError, OSError, ValueError) as error:
                 rows.failures[row] = str(error)
+                rows.fatal = str(error) if isinstance(error, ReplacedShard) else rows.fatal
                 rows.cuts.pop(row, None)
                 clips[row] = 0
         return rows
