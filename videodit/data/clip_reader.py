@@ -83,8 +83,8 @@ def field_channels(shards: ShardSet) -> int | None:
     is_video = np.any([sizes != NONE for ext, sizes in columns.sizes.items() if ext in CLIP_EXTENSIONS], axis=0)
     # Of a video or picture none, also if it has an array beside it (an embedding, say).
     is_field = (columns.sizes.get(FIELD_EXTENSION, NONE) != NONE) & ~is_video
-    kinds = np.where(is_field, columns.facts["channels"], -1)
-    found = sorted(zip(*np.unique(kinds, return_index=True)), key=lambda kind: kind[1])
+    kind_of_clip = np.where(is_field, columns.facts["channels"], -1)
+    found = sorted(zip(*np.unique(kind_of_clip, return_index=True)), key=lambda kind: kind[1])
     examples = {None if kind < 0 else int(kind): columns.keys[first] for kind, first in found}
     if len(examples) > 1:
         kinds = [f"{key} ({'a video' if c is None else f'{c} channels'})" for c, key in examples.items()]
