@@ -234,7 +234,7 @@ def memory_growth(shards: ShardSet, bucket: str, clips: int) -> dict[str, float]
 
 
 def make_large_index(folder: Path, shards: int, latents: bool) -> Path:
-    """An index of shards of 1,000 samples, as ingest or encode write it; of the tars all but one sample is a hole."""
+    """An index of shards of 1,000 samples, as ingest or encode write it; all but a tar's first sample is a hole."""
     folder.mkdir()
     shape = (16, 5, 32, 32)
     one = ShardWriter(folder / "one")

@@ -398,6 +398,40 @@ def test_damaged_latents_are_rows_of_weight_0(tmp_path):
     assert loader.failures == 1
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("foreign", [b"[1, 2]", b"null", b'"a caption"', b"7", b"{"])
+def test_a_json_that_is_no_object_is_a_row_of_weight_0_and_named(tmp_path, caplog, foreign, num_workers):
+    write_clips(tmp_path / "clips", range(6))
+    write_latents(tmp_path / "latents", 6)
+    for folder in (tmp_path / "clips", tmp_path / "latents"):
+        entry = ShardSet.open(folder).entries[4]
+        offset, size = entry.members["json"]
+        with open(folder / entry.shard, "r+b") as shard:
+            shard.seek(offset)
+            shard.write(foreign.ljust(size))
+    sizes = {"seed": 0, "global_batch_size": 6, "micro_batch_size": 6}
+    config = LatentDataConfig(str(tmp_path / "latents"), num_workers=num_workers, cache_gib=0)
+    for loader in (LatentLoader(config, **sizes), clip_loader(str(tmp_path / "clips"), num_workers=num_workers)):
+        weights = {}
+        for _, batches in islice(loader.iterate(), loader.steps_per_epoch):
+            for batch in batches:
+                weights |= dict(zip(batch.ids, batch.weight.tolist(), strict=True))
+        assert [index for index, weight in weights.items() if index >= 0 and not weight] == [4]
+        assert loader.failures == 1 and "sample c004 is left out" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_clips_that_are_replaced_end_the_reading_in_one_line(tmp_path, num_workers):
+    write_clips(tmp_path, range(8))
+    steps = clip_loader(str(tmp_path), num_workers=num_workers, cache_decoded=False).iterate()
+    next(steps)
+    write_clips(tmp_path, range(8, 16))
+    with pytest.raises(UserError, match=r"tar was written anew while it was in use: [^\n]*$"):
+        for _ in range(20):
+            next(steps)
+
+
 def test_users_mistakes_are_one_line(clips, latents, tmp_path):
     def message(make):
         with pytest.raises(UserError) as caught:

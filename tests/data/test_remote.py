@@ -209,6 +209,29 @@ def test_shards_are_fetched_before_they_are_read(store, tmp_path, monkeypatch):
     assert third <= set(cached(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_node_fetches_the_shards_of_its_streams_alone(tmp_path, num_workers):
+    """Two nodes of one rank and one cache each, two streams of 32 clips: eight shards of four for each node."""
+    write_latents(tmp_path / "store", "a", 64)
+    names = sorted(path.name for path in (tmp_path / "store").glob("*.tar"))
+    for rank in range(2):
+        config = LatentDataConfig(
+            shards=f"file://{tmp_path}/store",
+            streams=2,
+            disk_cache=str(tmp_path / f"cache-{rank}"),
+            cache_gib=0,
+            num_workers=num_workers,
+        )
+        loader = LatentLoader(config, seed=1, global_batch_size=8, micro_batch_size=2, rank=rank, world=2)
+        for _ in islice(loader.iterate(), 3 * loader.steps_per_epoch):
+            pass
+        for future in loader.shards.cache.fetch_ahead([]):
+            future.result(60)
+        own = names[8 * rank : 8 * (rank + 1)]
+        # Of the first shard everybody reads the shape of the latents.
+        assert cached(tmp_path / f"cache-{rank}") == sorted({names[0], *own})
+
+
 def test_shards_that_were_written_anew_are_fetched_anew(store, tmp_path):
     folder, address = store
     first = RemoteFolder(address, tmp_path / "cache")

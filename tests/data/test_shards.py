@@ -124,10 +124,10 @@ def test_a_missing_tar_is_named(tmp_path: Path) -> None:
         ShardSet.open(tmp_path)
 
 
-def test_a_tar_that_shrinks_while_open_is_named(tmp_path: Path) -> None:
+def test_a_tar_that_is_cut_short_while_open_is_named(tmp_path: Path) -> None:
     shards = ShardSet.open(write(tmp_path))
     (tmp_path / "shard-000000.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="shard-000000.tar is cut short"):
+    with pytest.raises(UserError, match="shard-000000.tar was written anew while it was in use"):
         shards.read(0, "npy")
     (tmp_path / "shard-000000.tar").unlink()
     with pytest.raises(UserError, match="shard-000000.tar: cannot be read"):

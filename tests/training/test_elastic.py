@@ -111,3 +111,39 @@ def test_killed_in_an_epoch_of_two_buckets_at_zero_2_it_goes_on_with_one_rank(ra
         assert [line[name] for line in got] == [line[name] for line in expected], name
     for line, other in zip(got, expected, strict=True):
         assert line["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5), line["step"]
+
+
+@pytest.mark.slow
+def test_a_vae_goes_on_in_an_epoch_with_another_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    """Decoded by workers, random windows and crops, two buckets."""
+    shards = tiny.make_shards(tmp_path / "clips", 12, frames=(9, 9, 5))
+    cut, steps = 4, 9  # an epoch of 8 and 4 clips is three steps
+
+    def train_vae(size: int, run: Path, **settings: object) -> None:
+        options = {"data.shards": shards, "data.buckets": f"[{tiny.BUCKET},5x16x16]", "run_dir": run}
+        options |= {"data.num_workers": 1, "global_batch_size": 6, "save_every": cut, "sample_every": 0}
+        options |= {"optim.warmup_steps": 0, "optim.lr": 1e-4, "dtype": "fp32", "max_steps": steps, **settings}
+        argv = ["train", "vae", *(f"--{name}={value}" for name, value in options.items())]
+        for rank in ranks.start([*argv, *tiny.VAE_OPTIONS, *tiny.RUN_OPTIONS], size):
+            assert rank.wait() == 0, rank.stderr
+
+    straight = tmp_path / "straight"
+    train_vae(2, straight, zero_stage=2, micro_batch_size=2, keep_last=10)
+    expected = read_metrics(straight)
+    assert len({line["data/bucket"] for line in expected[:3]}) == 2
+    others: dict[int, dict[str, object]] = {
+        1: {"zero_stage": 1, "micro_batch_size": 3, "data.num_workers": 0},
+        3: {"zero_stage": 3, "micro_batch_size": 1, "data.cache_decoded": False},
+    }
+    for size, settings in others.items():
+        run = tmp_path / f"{size}-ranks"
+        shutil.copytree(straight, run)
+        for step in steps_in(run):
+            if step > cut:
+                shutil.rmtree(folder_of(run, step))
+        train_vae(size, run, **settings)
+        got = read_metrics(run)
+        for name in ("step", "data/bucket", "data/digest"):
+            assert [line[name] for line in got] == [line[name] for line in expected], (size, name)
+        for line, other in zip(got, expected, strict=True):
+            assert line["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5), (size, line["step"])

@@ -58,6 +58,11 @@ class Batch:
     wait_s: float = 0.0
     """Seconds that the consumer waited for this micro batch."""
 
+    @property
+    def num_failed(self) -> int:
+        """Samples that could not be read."""
+        return sum(clip != PADDING and not weight for clip, weight in zip(self.ids, self.weight.tolist()))
+
 
 @dataclass(kw_only=True)
 class ClipBatch(Batch):
@@ -135,6 +140,8 @@ class Rows:
     """Row -> why its sample could not be read."""
     cuts: dict[int, ClipCut] = field(default_factory=dict)
     """Row -> how its clip was cut, where rows are clips."""
+    fatal: str = ""
+    """Why no more is to be read; empty if nothing is wrong."""
 
 
 class RowReader(Protocol):
@@ -159,8 +166,10 @@ class FailureGuard:
         """Looks at one micro batch, in the order of training.
 
         Raises:
-            UserError: at the 100th failure in a row.
+            UserError: at the 100th failure in a row, or where no more is to be read.
         """
+        if rows.fatal:  # as words: what a worker raises comes with its traceback
+            raise UserError(rows.fatal)
         for row, clip in enumerate(rows.request.ids):
             if clip == PADDING:
                 continue

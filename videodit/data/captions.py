@@ -65,8 +65,10 @@ def stored_captions(record: Mapping[str, Any]) -> Captions:
     """The captions of a sample in a shard, as ingest or other tools wrote it; no texts if it has none.
 
     Raises:
-        ValueError: if weights are no positive numbers or not as many as captions.
+        ValueError: if it is no object, or weights are no positive numbers or not as many as captions.
     """
+    if not isinstance(record, Mapping):  # JSON of other tools may be anything
+        raise ValueError(f"no object, but {json.dumps(record)[:80]}")
     name = next((name for name in CAPTION_NAMES[:2] if record.get(name)), None)
     if name is None:
         return Captions([])

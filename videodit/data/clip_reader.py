@@ -20,7 +20,7 @@ from videodit.data.ingest_record import read_statistics
 from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_rng
-from videodit.data.shards import ShardSet
+from videodit.data.shards import ReplacedShard, ShardSet
 from videodit.data.transforms import (
     ClipCut,
     crop,
@@ -96,8 +96,8 @@ def field_channels(shards: ShardSet) -> int | None:
     is_video = np.any([sizes != NONE for ext, sizes in columns.sizes.items() if ext in CLIP_EXTENSIONS], axis=0)
     # Of a video or picture none, also if it has an array beside it (an embedding, say).
     is_field = (columns.sizes.get(FIELD_EXTENSION, NONE) != NONE) & ~is_video
-    kinds = np.where(is_field, columns.facts["channels"], -1)
-    found = sorted(zip(*np.unique(kinds, return_index=True)), key=lambda kind: kind[1])
+    kind_of_clip = np.where(is_field, columns.facts["channels"], -1)
+    found = sorted(zip(*np.unique(kind_of_clip, return_index=True)), key=lambda kind: kind[1])
     examples = {None if kind < 0 else int(kind): columns.keys[first] for kind, first in found}
     if len(examples) > 1:
         named = [f"{key} ({'a video' if c is None else f'{c} channels'})" for c, key in examples.items()]
@@ -226,6 +226,7 @@ class ClipReader:
                 rows.captions[row] = "" if number is None else captions.texts[number]
             except (VideoError, UserError, OSError, ValueError) as error:
                 rows.failures[row] = str(error)
+                rows.fatal = str(error) if isinstance(error, ReplacedShard) else rows.fatal
                 rows.cuts.pop(row, None)
                 self._blank(clips[row], bucket)
         return rows

@@ -99,8 +99,7 @@ def open_folder(root: str | Path) -> ShardSet:
     entries, columns, ends = used_samples(root / INDEX)
     if not entries:
         return ShardSet.open(root)  # which says so
-    check_local_sizes(root, ends)
-    return ShardSet(root, entries, columns=columns)
+    return ShardSet(root, entries, columns=columns, stamps=check_local_sizes(root, ends))
 
 
 def used_samples(path: Path) -> UsedSamples:

@@ -23,7 +23,7 @@ from videodit.data.latents import (
 from videodit.data.mixture import ShardsConfig
 from videodit.data.order import PADDING
 from videodit.data.randomness import sample_uniform
-from videodit.data.shards import ShardSet
+from videodit.data.shards import ReplacedShard, ShardSet
 from videodit.errors import UserError
 from videodit.models.micro_conditioning import MICRO_CONDITIONS
 
@@ -107,7 +107,7 @@ class LatentReader:
         size = self.window.size_in(height, width) if request.windowed else (height, width)
         parts = {name: torch.zeros(len(request.ids), *shape[:2], *size) for name in self._parts}
         rows = Rows(request, dict(parts), [""] * len(request.ids))
-        samples = self._samples(request, rows.failures)
+        samples = self._samples(rows)
         conditions = rows.tensors["micro_conditions"] = torch.zeros(len(request.ids), len(MICRO_CONDITIONS))
         for row in samples:
             meta = self.shards.entries[request.ids[row]].meta
@@ -131,16 +131,17 @@ class LatentReader:
             rows.tensors["text"], rows.tensors["text_mask"] = _pad(text)
         return rows
 
-    def _samples(self, request: Request, failures: dict[int, str]) -> dict[int, tuple[LatentSample, Captions]]:
-        """By row; what cannot be read is put into `failures`."""
-        shape, samples = self.latent_shapes[request.bucket], {}
-        for row, index in enumerate(request.ids):
+    def _samples(self, rows: Rows) -> dict[int, tuple[LatentSample, Captions]]:
+        """By row; what cannot be read is put into the rows' failures."""
+        shape, samples = self.latent_shapes[rows.request.bucket], {}
+        for row, index in enumerate(rows.request.ids):
             if index == PADDING:
                 continue
             try:
                 samples[row] = self._sample(index, shape)
             except (UserError, OSError, ValueError) as error:
-                failures[row] = str(error)
+                rows.failures[row] = str(error)
+                rows.fatal = str(error) if isinstance(error, ReplacedShard) else rows.fatal
         return samples
 
     def _read_windows(

@@ -30,6 +30,13 @@ _META_LENGTH = 300
 MAX_READ_BYTES = 1 << 30
 """Most of a member that is read at once: a damaged or hostile set is not to fill the memory."""
 
+Stamp = tuple[int, int]
+"""Bytes of a file, and when it was last written (ns): what tells that it was replaced."""
+
+
+class ReplacedShard(UserError):
+    """A shard is not the one any more that was opened: what the index says of it is of another."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -91,8 +98,10 @@ class ShardSet:
         name: str = "",
         cache: "SpanReader | None" = None,
         columns: Columns | None = None,
+        stamps: Mapping[str, Stamp] | None = None,
     ) -> None:
         self.root = Path(root)
+        self._stamps = stamps or {}  # of shards that must stay as they are
         self._columns = columns
         self.entries = entries
         self.name = name or str(root)
@@ -136,8 +145,7 @@ class ShardSet:
             raise UserError(
                 f"{root} has no samples: nothing passed ingest (see rejects.jsonl), or it is no folder of shards"
             )
-        check_local_sizes(root, shard_ends(entries))
-        return cls(root, used)
+        return cls(root, used, stamps=check_local_sizes(root, shard_ends(entries)))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -152,6 +160,7 @@ class ShardSet:
             size: how many, or as many as there are; None reads to the end.
         Raises:
             UserError: if the sample has no such member, or the tar cannot be read or got shorter.
+            ReplacedShard: if it was written anew since the set was opened.
         """
         entry = self.entries[i]
         if ext not in entry.members:
@@ -168,7 +177,10 @@ class ShardSet:
             )
         path = self.root / entry.shard
         try:
-            data = self.cache.read(entry.shard, offset, size) if self.cache else read_span(path, offset, size)
+            if self.cache:
+                data = self.cache.read(entry.shard, offset, size)
+            else:
+                data = read_span(path, offset, size, self._stamps.get(entry.shard))
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         if len(data) != size:
@@ -239,14 +251,24 @@ def tar_samples(path: str | Path, file: BinaryIO | None = None) -> dict[str, dic
     return samples
 
 
-def read_span(path: str | Path, offset: int, size: int) -> bytes:
+def read_span(path: str | Path, offset: int, size: int, stamp: Stamp | None = None) -> bytes:
     """Bytes of a file; fewer where it ends before.
 
+    Args:
+        path: of the file.
+        offset, size: which bytes.
+        stamp: that the file must have; None for any.
     Raises:
         OSError: if it cannot be read.
+        ReplacedShard: if it has another stamp.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        if stamp is not None and _stamp(os.fstat(descriptor)) != stamp:
+            raise ReplacedShard(
+                f"{path} was written anew while it was in use: run the same command again, and write new shards to "
+                "another folder than a training reads"
+            )
         return os.pread(descriptor, size, offset)
     finally:
         os.close(descriptor)
@@ -315,10 +337,15 @@ def check_sizes(where: str | Path, ends: Mapping[str, int], sizes: Mapping[str, 
             )
 
 
-def check_local_sizes(root: Path, ends: Mapping[str, int]) -> None:
-    """`check_sizes` of a folder of this machine."""
-    sizes = {}
+def check_local_sizes(root: Path, ends: Mapping[str, int]) -> dict[str, Stamp]:
+    """`check_sizes` of a folder of this machine: the shards' stamps."""
+    stamps = {}
     for name in ends:
         with suppress(OSError):
-            sizes[name] = (root / name).stat().st_size
-    check_sizes(root, ends, sizes)
+            stamps[name] = _stamp((root / name).stat())
+    check_sizes(root, ends, {name: size for name, (size, _) in stamps.items()})
+    return stamps
+
+
+def _stamp(stat: os.stat_result) -> Stamp:
+    return stat.st_size, stat.st_mtime_ns  # no inode: some network file systems give others all the time

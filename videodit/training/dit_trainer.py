@@ -92,7 +92,7 @@ def train_dit(config: DiTRunConfig) -> Path:
         while run.running:
             stage, plan, batches, keys = loader.read(run.step + 1, run.next_data_step)
             model.dit.checkpointing = policies[stage.number]
-            total = run.total_weight(batches)
+            total = run.total_weight(batches, copies=world.size // mesh.data_size)
             levels = stage.config.noise_at(run.step + 1 - stage.steps_before)
             # Summed on the device: a figure that is fetched would wait for the kernels at every micro batch.
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}

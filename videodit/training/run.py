@@ -1,5 +1,6 @@
 """A training run without its model: processes, run folder, engine, averages, checkpoints, tracker, console."""
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from videodit.training.saves import Saves
 from videodit.training.stop import StopRequest
 from videodit.training.tracker import Tracker
 
+log = logging.getLogger(__name__)
+
 
 class TrainingRun:
     """One open run: `with TrainingRun.open(config, text, world) as run: run.start(module); while run.running: ...`."""
@@ -47,6 +50,7 @@ class TrainingRun:
     ) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.step = 0
+        self.failed = 0  # samples that could not be read, over all ranks
         self.guard = Guard(config.guard, watch_norm=config.optim.name != "muon")
         self._went_back = False  # in the last step
         self._wall_start = time.monotonic()  # earlier by what the starts before took
@@ -111,6 +115,7 @@ class TrainingRun:
             found.restore(self.engine, self.ema)
             self.guard.load(guard_of(found.state))
             self.step = self._saves.step = found.step
+            self.failed = found.state["extra"].get("failed", 0)
         due = any(map(self.due, self.config.evaluation_intervals))
         self._evaluation_due = due and self.folder.evaluated_step() < self.step
         before = self.folder.last_metric("perf/wall_s"), found.state["extra"].get("wall_s", 0.0) if found else 0.0
@@ -169,20 +174,25 @@ class TrainingRun:
         """Seconds that the run has taken, over all its starts; steps that were lost and made again count each time."""
         return time.monotonic() - self._wall_start
 
-    def total_weight(self, batches: list[Any]) -> float:
+    def total_weight(self, batches: Sequence[Batch], copies: int = 1) -> float:
         """Sum of the rows' weights over all ranks and micro batches of the step; also ends the wait for data.
 
+        Args:
+            batches: of this rank.
+            copies: ranks that have the same clips.
         Raises:
             SystemExit: as `finish_step`, if a rank was told to stop since the last step.
         """
         self.meter.data_ready()
         enter("forward and backward")
         self._note_evaluated()
-        weight = torch.stack([batch.weight.sum() for batch in batches]).sum()
+        weight = sum(float(batch.weight.sum()) for batch in batches)
+        failed = sum(batch.num_failed for batch in batches)
         with self.meter.phase("ranks", on_cpu=True):  # until the last of them has its data
-            total, stop = all_reduce_sum(torch.stack([weight, weight.new_tensor(bool(self._stop))])).tolist()
+            total, failed, stop = all_reduce_sum(torch.tensor([weight, failed, bool(self._stop)])).tolist()
         if stop:
             self._leave()
+        self.failed += round(failed / copies)
         self._communication.begin(self.step + 1)
         return max(total, 1.0)
 
@@ -221,7 +231,7 @@ class TrainingRun:
             for name in ("perf/step_s", "perf/mfu"):
                 if name in metrics:
                     metrics[f"{name}/{bucket}"] = metrics[name]
-        metrics |= {"data/bucket": bucket, "data/digest": batch_digest(keys)}
+        metrics |= {"data/bucket": bucket, "data/digest": batch_digest(keys), "data/failed": self.failed}
         self.log(metrics)
         if reason:
             record = {"data_step": self.step + self.guard.state.data_offset, "reason": reason, "keys": list(keys)}
@@ -343,7 +353,9 @@ class TrainingRun:
             scheduled: whether a run that was never stopped has it too.
         """
         if self._saves.step != self.step:
-            extra = {"guard": self.guard.to_dict(), "scheduled": scheduled, "wall_s": self.wall_s}
+            extra = {
+                "guard": self.guard.to_dict(), "scheduled": scheduled, "wall_s": self.wall_s, "failed": self.failed,
+            }  # fmt: skip
             self._saves.begin(self.step, extra)
             self.meter.restart()
 
@@ -355,6 +367,8 @@ class TrainingRun:
         """
         self._saves.wait()
         self._note_evaluated()
+        if self.failed and self.world.is_main:
+            log.warning("%d times in this run a sample could not be read and was left out: see train.log", self.failed)
 
     def _leave(self) -> NoReturn:
         """Ends the run between two steps, on every rank, with a checkpoint if a step was ever made."""
