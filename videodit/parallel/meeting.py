@@ -52,9 +52,7 @@ def fresh_store(store: dist.Store, rank: int, size: int, limit_s: float) -> dist
             raise RuntimeError(f"ranks {sorted(missing)} did not come within {limit_s:.0f} s")
         if waited > PATIENCE_S and not told:
             told = True
-            warnings.warn(
-                f"ranks {sorted(missing)} have not come yet: waiting for {limit_s:.0f} s at most", stacklevel=2
-            )
+            warnings.warn(f"ranks {sorted(missing)} have not come yet: waiting {limit_s:.0f} s at most", stacklevel=2)
         time.sleep(0.02)
     return dist.PrefixStore(own, store)
 
