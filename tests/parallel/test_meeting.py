@@ -2,8 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch.distributed as dist
 
+from videodit.parallel import meeting
 from videodit.parallel.meeting import fresh_store
 
 SIZE = 3
@@ -23,3 +25,14 @@ def test_ranks_that_start_again_do_not_see_what_the_last_start_left() -> None:
             order = [(start + rank) % SIZE for rank in range(SIZE)]
             for found in pool.map(arrive, order, [start] * SIZE):
                 assert found == [f"{start}-{rank}".encode() for rank in range(SIZE)]
+
+
+def test_the_first_rank_says_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "PATIENCE_S", 0.0)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    with (
+        pytest.warns(UserWarning, match=r"ranks \[1, 2\] have not come yet: waiting 0 s at most") as told,
+        pytest.raises(RuntimeError, match=r"ranks \[1, 2\] did not come within 0 s"),
+    ):
+        fresh_store(store, 0, SIZE, limit_s=0.1)
+    assert len(told) == 1

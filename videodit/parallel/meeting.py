@@ -6,8 +6,12 @@ import secrets
 import socket
 import struct
 import time
+import warnings
 
 import torch.distributed as dist
+
+PATIENCE_S = 60.0
+"""After which the first rank says who is still missing."""
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
 
@@ -33,7 +37,7 @@ def fresh_store(store: dist.Store, rank: int, size: int, limit_s: float) -> dist
         store.set(f"meeting/{name}/{rank}", "here")
         return dist.PrefixStore(name, store)
     missing, answered = set(range(1, size)), set()
-    deadline = time.monotonic() + limit_s
+    start, told = time.monotonic(), False
     while missing:
         for other in sorted(missing):
             if store.check([f"meeting/{own}/{other}"]):
@@ -43,8 +47,12 @@ def fresh_store(store: dist.Store, rank: int, size: int, limit_s: float) -> dist
                 if asked not in answered:  # it may be of a process that is gone: then a new one will follow
                     answered.add(asked)
                     store.set(f"meeting/answer/{asked}", own)
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - start
+        if waited > limit_s:
             raise RuntimeError(f"ranks {sorted(missing)} did not come within {limit_s:.0f} s")
+        if waited > PATIENCE_S and not told:
+            told = True
+            warnings.warn(f"ranks {sorted(missing)} have not come yet: waiting {limit_s:.0f} s at most", stacklevel=2)
         time.sleep(0.02)
     return dist.PrefixStore(own, store)
 
