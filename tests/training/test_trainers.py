@@ -36,6 +36,7 @@ from videodit.generation.pipeline import RowNoise
 from videodit.models.level_error import KNOTS
 from videodit.planning.workload import DiTWorkload
 from videodit.training import checkpoint_writer, vae_trainer
+from videodit.training import tracker as tracker_module
 from videodit.training.checkpoint import load_latest, read_full, steps_in
 from videodit.training.dit_config import DiTRunConfig, follow_latents
 from videodit.training.dit_model import build_model
@@ -366,7 +367,10 @@ def test_a_finished_run_is_left_alone(latents: Path, tmp_path: Path) -> None:
     assert_same(whole(checkpoint), whole(again))
 
 
-def test_a_longer_run_goes_on_in_wandb_and_log_too(latents: Path, tmp_path: Path) -> None:
+def test_a_longer_run_goes_on_in_wandb_and_log_too(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_module, "FINISH_LIMIT_S", 240.0)  # it has to start and write, however slowly
     run, tracker = tmp_path / "run", TrackerConfig(mode="offline")
     for steps in (2, 3):
         train_dit(dit_config(run, latents, max_steps=steps, tracker=tracker))
