@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_trainers import STEPS, dit_config
+from tests.training.test_trainers import dit_config
 from videodit import TextToVideo, cli
 from videodit.training.checkpoint import Checkpoint, folder_of, read_full
 from videodit.training.dit_trainer import train_dit
 from videodit.training.posthoc_ema import StoredAverage, mix
 
-LENGTH = 0.07
+LENGTH, STEPS = 0.07, 4
 
 
 def test_an_average_of_another_length(latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = dit_config(tmp_path / "run", latents, save_every=1, keep_last=STEPS)
+    config = dit_config(tmp_path / "run", latents, max_steps=STEPS, save_every=1, keep_last=STEPS)
     run = train_dit(config)
     assert cli.main(["export", str(run), "--out", str(tmp_path / "model"), f"--ema_length={LENGTH}"]) == 0
     assert f"average of relative width {LENGTH}, from {STEPS} checkpoints" in capsys.readouterr().out

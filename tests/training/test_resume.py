@@ -60,13 +60,9 @@ def check(ranks: Ranks, folder: Path, cases: Sequence[tuple[str, Path, int, str]
         run.check()
 
 
-def test_two_ranks_go_on_bit_for_bit(ranks: Ranks, shards: Path, latents: Path, tmp_path: Path) -> None:
-    check(ranks, tmp_path, [("vae", shards, 3, "bf16"), ("dit", latents, 2, "bf16")])
-
-
 @pytest.mark.slow
 @stages()
-def test_two_ranks_go_on_bit_for_bit_at_every_stage(
+def test_two_ranks_go_on_bit_for_bit(
     ranks: Ranks, shards: Path, latents: Path, tmp_path: Path, zero_stage: int, dtype: str
 ) -> None:
     check(ranks, tmp_path, [(kind, data, zero_stage, dtype) for kind, data in (("vae", shards), ("dit", latents))])

@@ -61,6 +61,7 @@ def check_sent(run_dir: Path) -> list[dict[str, Any]]:
     return sent
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone(
     latents: Path, tmp_path: Path, server: socket.socket, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -38,6 +38,7 @@ from videodit.generation.pipeline import RowNoise, read_parameterization
 from videodit.models.level_error import KNOTS
 from videodit.planning.workload import DiTWorkload
 from videodit.training import checkpoint_writer, vae_trainer
+from videodit.training import tracker as tracker_module
 from videodit.training.checkpoint import load_latest, read_full, steps_in
 from videodit.training.dit_config import DiTRunConfig, follow_latents
 from videodit.training.dit_model import build_model
@@ -136,7 +137,7 @@ def stages(*quick: tuple[int, str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("zero_stage", "dtype"), marked)
 
 
-@stages((1, "fp32"), (3, "bf16"))
+@stages((1, "fp32"), (2, "bf16"))
 def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(
     shards: Path, tmp_path: Path, zero_stage: int, dtype: str
 ) -> None:
@@ -148,7 +149,7 @@ def test_train_vae_stopped_by_sigterm_goes_on_bit_for_bit(
     assert_same(straight.state_dict(), resumed.state_dict())  # the latents' statistics too
 
 
-@stages((1, "fp32"), (3, "fp32"), (2, "bf16"))
+@stages((1, "fp32"), (3, "bf16"))
 def test_train_dit_stopped_by_sigterm_goes_on_bit_for_bit(
     latents: Path, tmp_path: Path, zero_stage: int, dtype: str
 ) -> None:
@@ -411,14 +412,18 @@ def test_a_finished_run_is_left_alone(latents: Path, tmp_path: Path) -> None:
     assert_same(whole(checkpoint), whole(again))
 
 
-def test_a_longer_run_goes_on_in_wandb_and_log_too(latents: Path, tmp_path: Path) -> None:
+def test_a_longer_run_goes_on_in_wandb_and_log_too(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_module, "FINISH_LIMIT_S", 240.0)  # it has to start and write, however slowly
     run, tracker = tmp_path / "run", TrackerConfig(mode="offline")
     for steps in (2, 3):
         train_dit(dit_config(run, latents, max_steps=steps, tracker=tracker))
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]
     sent = wandb_files.history(run)
     assert [row["step"] for row in sent] == [1, 2, 3]
-    assert [row["train/loss"] for row in sent] == [line["train/loss"] for line in metrics(run)]
+    for line, row in zip(read_metrics(run), sent):
+        assert {key: value for key, value in line.items() if isinstance(value, int | float)}.items() <= row.items()
     shown = wandb_files.config(run)
     assert shown["model"]["hidden_size"] == tiny.DIT.hidden_size and shown["vae"]  # the resolved config
     assert set(shown["code"]) == {"videodit", "videodit_commit", "git_commit"}
@@ -472,7 +477,7 @@ def test_other_batches_in_the_same_folder_are_refused(latents: Path, tmp_path: P
 
 
 def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
-    train_dit(dit_config(tmp_path / "run", latents, max_steps=1))
+    train_dit(dit_config(tmp_path / "run", latents, max_steps=1, communication_every=1))
     (line,) = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {
         "step",
@@ -486,6 +491,7 @@ def test_metrics_have_what_users_compare(latents: Path, tmp_path: Path) -> None:
     phases = ("data/wait_s", *(f"perf/{name}_s" for name in ("ranks", "forward", "backward", "optimizer", "other")))
     assert sum(line[name] for name in phases) == pytest.approx(line["perf/step_s"])
     assert min(line[name] for name in phases) > 0
+    assert "perf/communication_s" not in line  # there is nobody
 
 
 def test_flops_are_those_of_the_steps_shape(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,6 +509,7 @@ def test_flops_are_those_of_the_steps_shape(latents: Path, tmp_path: Path, monke
         assert line["perf/mfu"] == pytest.approx(flops / line["perf/step_s"] / PEAK)
 
 
+@SLOW
 def test_each_bucket_has_an_mfu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingRun, "counts_flops", True)
     monkeypatch.setitem(PEAK_FLOPS, "", PEAK)
