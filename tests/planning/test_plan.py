@@ -1,6 +1,7 @@
 """`videodit plan`: what it prints, refuses and advises; and that every file in configs/ fits the machine it names."""
 
 import re
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import VideoDiT
 from videodit.models.lora import add_lora
 from videodit.models.text import ByteTextEncoder
-from videodit.planning.footprint import ParameterCount
+from videodit.planning.footprint import ParameterCount, step_flops
 from videodit.planning.machines import GIB, find_machine
 from videodit.planning.memory import rank_memory
 from videodit.planning.plan import (
@@ -31,6 +32,7 @@ from videodit.planning.plan import (
     room_of,
 )
 from videodit.planning.table import print_plan
+from videodit.planning.workload import dit_pass
 
 CONFIGS = sorted(
     p for p in (Path(__file__).resolve().parents[2] / "configs").glob("*_*.yaml") if p.stem != "ingest_base"
@@ -73,8 +75,13 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     for text in ("4 x h200", "17x64x64", "9x32x64", "ZeRO", "GPU-hours", "MFU"):
         assert text in out
-    path.write_text("model:\n  latent_channels: 4\n  channels: [8, 16, 16]\n")
-    assert cli.main(["plan", f"--config={path}", "--gpu", "h100"]) == 0
+    for text in ("model:\n  latent_channels: 4\n", "model:\n  channels: [8, 16, 16]\n", "loss:\n  kl: 0.01\n"):
+        path.write_text(text)  # any setting that only a VAE has
+        assert config_class([str(path)]) is VAEPlanConfig
+    assert config_class([], ["--gpu", "h100", "--model.latent-channels=4"]) is VAEPlanConfig
+    assert config_class([]) is config_class([], ["--model.depth", "4", "--loss", "0"]) is DiTPlanConfig
+    path.write_text("model:\n  channels: [8, 16, 16]\n")
+    assert cli.main(["plan", f"--config={path}", "--gpu", "h100", "--model.latent_channels", "4"]) == 0
     assert "VAE of" in capsys.readouterr().out
 
 
@@ -145,6 +152,29 @@ def test_time_follows_from_flops_ranks_and_mfu(tmp_path: Path) -> None:
     assert one.seconds == pytest.approx(1000 * bucket.step_s) and one.seconds == pytest.approx(8 * eight.seconds)
     uneven = make_plan(small(tmp_path, gpus=24, mfu=0.5))  # 32 clips: some ranks have 2, and the others wait
     assert uneven.seconds == pytest.approx(one.seconds / 16)
+
+
+def test_steps_on_windows_are_counted_as_such(tmp_path: Path) -> None:
+    """Of 8x8 latents in patches of 2x2, windows of 4x4 are a quarter of the tokens."""
+    windows = {"crop.size": [4, 4], "crop.share": 0.75}
+    whole, mixed = (make_plan(small(tmp_path, **changes)) for changes in ({}, windows))
+    full, part = mixed.buckets
+    assert (full.name, part.name) == ("17x64x64", "17x64x64, 4x4 of latents")
+    assert (full.steps, part.steps, part.tokens) == (250, 750, full.tokens / 4)
+    assert full.step_s == whole.buckets[0].step_s
+    run = partial(dit_pass, shape=(1, 16, 5, 4, 4), text_tokens=mixed.config.text.max_words)
+    assert part.step_flops == part.clips * step_flops(lambda: VideoDiT(mixed.config.model), run) < full.step_flops / 2
+    assert mixed.seconds == pytest.approx(250 * full.step_s + 750 * part.step_s)
+    small_clips = make_plan(small(tmp_path, buckets=["17x32x32"], **windows))  # no larger than a window
+    assert [row.name for row in small_clips.buckets] == ["17x32x32"]
+    shown = StringIO()
+    print_plan(mixed, Console(file=shown, width=200))
+    assert re.search("4x4 of latents +│ +750 ", shown.getvalue())
+
+
+def test_fp32_has_a_speed_of_its_own_without_tensor_cores(tmp_path: Path) -> None:
+    assert torch.get_float32_matmul_precision() == "highest"  # nobody has switched TF32 on
+    assert find_machine("a100", torch.float32).peak_flops == 19.5e12 < find_machine("a100", torch.bfloat16).peak_flops
 
 
 def test_buckets_by_tokens_have_as_many_tokens_a_step(tmp_path: Path) -> None:
