@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from videodit.data.video_io import read_frames
 from videodit.training.run_folder import read_metrics
 
 STEPS = 3
@@ -75,6 +76,21 @@ def test_losses_and_norms_are_those_of_one_rank(
         assert line["data/digest"] == expected["data/digest"]
         for name in ("train/loss", "train/mse", "train/grad_norm"):
             assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (name, line["step"])
+
+
+@pytest.mark.slow
+def test_samples_of_weights_in_parts_are_those_of_whole_ones(latents: Path, tmp_path: Path) -> None:
+    prompts = ["--prompts", "[a red circle, a large blue star moves left]", "--sample_every", str(STEPS)]
+    # Matrices that ZeRO-3 does cut: those of 100,000 elements and more.
+    wide = ["--model.hidden_size=320", "--text.dim=320", *prompts]
+    clips = []
+    for stage in (1, 3):
+        run = tmp_path / str(stage)
+        train(latents, run, 2, f"--zero_stage={stage}", *wide)
+        folder = run / "samples" / f"step-{STEPS:08d}"
+        assert sorted(path.name for path in folder.iterdir()) == ["00.mp4", "01.mp4"]
+        clips.append(read_frames(folder / "01.mp4").astype(int))
+    assert abs(clips[0] - clips[1]).max() <= 2 and clips[0].std() > 1  # of 255
 
 
 def test_ranks_that_cannot_be_divided_are_one_line(latents: Path, tmp_path: Path) -> None:
