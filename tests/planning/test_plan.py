@@ -47,12 +47,18 @@ def small(tmp_path: Path, **changes) -> DiTPlanConfig:
     return load_yaml(DiTPlanConfig, path, {**SMALL, **changes})
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_fits_the_machine_that_its_first_line_names(path: Path) -> None:
+def machine_of(path: Path) -> tuple[str, str]:
+    """How many GPUs of which kind the first line of a config names."""
     first = path.read_text().splitlines()[0]
     named = re.search(r"--gpus (\d+) --gpu ([\w-]+)", first)
     assert named, f"{path.name} names no machine: {first}"
-    config = load_yaml(config_class([str(path)]), path, {"gpus": int(named[1]), "gpu": named[2]})
+    return named[1], named[2]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_fits_the_machine_that_its_first_line_names(path: Path) -> None:
+    gpus, gpu = machine_of(path)
+    config = load_yaml(config_class([str(path)]), path, {"gpus": int(gpus), "gpu": gpu})
     dtype = plan_dtype(config)
     planner = Planner(config, config.workload(), config.gpus, dtype)
     choice = planner.choice(config.zero_stage, policy_of(config), planner.micro)
@@ -60,11 +66,36 @@ def test_every_config_fits_the_machine_that_its_first_line_names(path: Path) -> 
     assert choice.memory.total <= room_of(find_machine(config.gpu, dtype))
 
 
-def test_sizes_have_the_parameters_that_their_names_say() -> None:
-    for name, low, high in (("xl", 0.5e9, 0.7e9), ("2b", 1.8e9, 2.2e9), ("5b", 4.6e9, 5.4e9)):
-        path = next(path for path in CONFIGS if path.stem == f"dit_{name}")
-        config = load_yaml(DiTPlanConfig, path)
-        assert low < config.workload().parameters().total < high, name
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_command_plans_every_config(path: Path) -> None:
+    gpus, gpu = machine_of(path)
+    assert cli.main(["plan", "--config", str(path), "--gpus", gpus, "--gpu", gpu]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "d", "depth", "heads", "low", "high"),
+    [
+        ("small", 384, 12, 6, 40e6, 50e6),
+        ("base", 768, 12, 12, 0.12e9, 0.13e9),
+        ("large", 1024, 24, 16, 0.36e9, 0.46e9),
+        ("xl", 1152, 28, 16, 0.5e9, 0.7e9),
+        ("2b", 2048, 32, 16, 1.8e9, 2.2e9),
+        ("5b", 3072, 36, 24, 4.6e9, 5.4e9),
+    ],
+)
+def test_sizes_have_the_parameters_that_their_names_say(
+    name: str, d: int, depth: int, heads: int, low: float, high: float
+) -> None:
+    """S, B, L and XL are DiT's widths, depths and heads (Peebles & Xie 2022, Table 1)."""
+    config = load_yaml(DiTPlanConfig, next(path for path in CONFIGS if path.stem == f"dit_{name}"))
+    model = config.model
+    assert (model.hidden_size, model.depth, model.num_heads) == (d, depth, heads)
+    assert low < config.workload().parameters().total < high
+    with torch.device("meta"):
+        blocks = sum(p.numel() for p in VideoDiT(model).blocks.parameters())
+    # Four matrices of attention and eight of the MLP a block, four of the attention to text in every other one.
+    assert blocks == pytest.approx((12 + 4 / 2) * d**2 * depth, rel=0.01)
 
 
 def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -128,8 +159,18 @@ def test_too_large_a_run_is_refused_with_the_nearest_that_fits(tmp_path: Path) -
     )
     plan = make_plan(better)
     assert plan.chosen.memory.total <= plan.room
-    with pytest.raises(UserError, match="no ZeRO stage, checkpointing or micro batch makes it fit"):
-        make_plan(small(tmp_path, gpu="rtx3090", **{**large, "model.hidden_size": 16384, "model.num_heads": 128}))
+
+
+def test_what_no_setting_makes_fit_is_refused_with_the_gpus_that_do(tmp_path: Path) -> None:
+    huge = {"model.hidden_size": 12288, "model.num_heads": 96, "gpu": "a100", "offload_optimizer": True}
+    message = "no ZeRO stage, checkpointing or micro batch makes it fit; the nearest that does is (--gpus.*) \\("
+    with pytest.raises(UserError, match=message) as refused:
+        make_plan(small(tmp_path, **huge, **{"model.depth": 8}))
+    advice = re.findall(r"--(\w+) (\w+)", re.search(message, str(refused.value))[1])
+    changes = {name: int(value) if value.isdigit() else value == "true" or value for name, value in advice}
+    assert changes["gpus"] > 1
+    plan = make_plan(small(tmp_path, **{**huge, "model.depth": 8, **changes}))
+    assert plan.chosen.memory.total <= plan.room
 
 
 def test_auto_takes_the_first_policy_that_fits(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`videodit plan`: what a training run needs, before a GPU is touched."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -347,6 +348,12 @@ class Planner:
                 plan.buckets.append(BucketPlan(bucket, part.name, steps, clips, part.tokens, flops * clips, seconds))
         return plan
 
+    def among(self, ranks: int, sharing: int) -> "Planner":
+        """The same for so many ranks, of which so many share a clip's tokens; nothing is measured again."""
+        other = copy.copy(self)
+        other.ranks, other.sharing = ranks, sharing
+        return other
+
     def nearest(self, room: float) -> Choice | None:
         """The choice that fits with the least work: sharding before recomputing, and that before smaller batches.
 
@@ -378,12 +385,36 @@ def _refusal(plan: Plan, planner: Planner) -> str:
     )
     nearest = planner.nearest(plan.room)
     if nearest is None:
-        return f"{says}: no ZeRO stage, checkpointing or micro batch makes it fit; use more or larger GPUs"
-    policy = f" --checkpointing {nearest.checkpointing}" if nearest.checkpointing != "none" else ""
-    policy += " --offload_optimizer true" if nearest.offload else ""
+        says += ": no ZeRO stage, checkpointing or micro batch makes it fit"
+        return f"{says}; {_with_more(plan, planner)}"
+    return f"{says}: the nearest that fits is{_options(nearest)}"
+
+
+def _with_more(plan: Plan, planner: Planner) -> str:
+    """The first that fits when each clip's tokens are shared by more ranks, or there are more of them."""
+    config = plan.config
+    for times in (1, 2, 4, 8, 16, 32, 64):
+        gpus = config.gpus * times
+        sharings = [planner.sharing]
+        if isinstance(config, DiTRunConfig):
+            sharings += [n for n in (2, 4, 8) if n > planner.sharing and gpus % n == 0]
+        for sharing in sharings:
+            if gpus > config.global_batch_size * sharing:
+                continue  # some would have no clip
+            nearest = planner.among(gpus, sharing).nearest(plan.room)
+            if nearest is not None:
+                shared = f" --sequence_parallel {sharing}" if sharing > 1 else ""
+                return f"the nearest that does is --gpus {gpus}{shared}{_options(nearest)}"
+    return "use larger GPUs"
+
+
+def _options(choice: Choice) -> str:
+    """A choice as it is asked for."""
+    policy = f" --checkpointing {choice.checkpointing}" if choice.checkpointing != "none" else ""
+    policy += " --offload_optimizer true" if choice.offload else ""
     return (
-        f"{says}: the nearest that fits is --zero_stage {nearest.zero_stage}{policy} "
-        f"--micro_batch_size {nearest.micro_batch_size} ({nearest.memory.total / GIB:.1f} GiB)"
+        f" --zero_stage {choice.zero_stage}{policy} --micro_batch_size {choice.micro_batch_size} "
+        f"({choice.memory.total / GIB:.1f} GiB)"
     )
 
 
