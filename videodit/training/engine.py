@@ -335,7 +335,7 @@ def _keep_whole(module: nn.Module, zero: Any) -> None:
         p.ds_persist = True  # type: ignore[attr-defined]
     zero.persistent_parameters.extend(kept)  # which come together again after each step
     if kept:
-        kept[0].all_gather(kept)  # type: ignore[operator]
+        kept[0].all_gather(kept)  # type: ignore[attr-defined]
 
 
 def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
