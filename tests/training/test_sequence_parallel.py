@@ -3,13 +3,9 @@
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from tests import tiny
-from videodit.data.video_io import read_frames
-from videodit.models.vae import VideoVAE
 from videodit.training.run_folder import read_metrics
 
 STEPS = 3
@@ -79,25 +75,6 @@ def test_losses_and_norms_are_those_of_one_rank(
         assert line["data/digest"] == expected["data/digest"]
         for name in ("train/loss", "train/mse", "train/grad_norm"):
             assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (name, line["step"])
-
-
-@pytest.mark.slow
-def test_samples_of_weights_in_parts_are_those_of_whole_ones(latents: Path, tmp_path: Path) -> None:
-    vae = VideoVAE.from_pretrained(latents.parent / "vae")
-    for weight in vae.parameters():  # a fresh VAE's last layer is zero: every clip would be gray
-        if not bool(weight.any()):
-            torch.nn.init.normal_(weight, std=0.1)
-    vae.save_pretrained(tmp_path / "vae")
-    options = ["--prompts", "[a red circle, a large blue star moves left]", "--vae", str(tmp_path / "vae")]
-    # Matrices that ZeRO-3 does cut: those of 100,000 elements and more.
-    options += ["--model.hidden_size=320", "--text.dim=320", "--sample_every", str(STEPS), "--optim.lr=1e-3"]
-    clips = []
-    for stage in (1, 3):
-        train(latents, tmp_path / str(stage), 2, f"--zero_stage={stage}", *options)
-        folder = tmp_path / str(stage) / "samples" / f"step-{STEPS:08d}"
-        clips.append(np.stack([read_frames(folder / name).astype(int) for name in ("00.mp4", "01.mp4")]))
-    assert abs(clips[0] - clips[1]).max() <= 2  # of 255
-    assert abs(clips[0][0] - clips[0][1]).max() > 10  # which show something
 
 
 def test_ranks_that_cannot_be_divided_are_one_line(latents: Path, tmp_path: Path) -> None:
