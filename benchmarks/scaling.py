@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128, 192])
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])

@@ -52,6 +52,12 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "vae: dtype": ("{vae} --dtype fp8", ["fp8", "fp32 or bf16"]),
     "vae: stage": ("{vae} --zero_stage 4", ["zero_stage", "4", "0, 1, 2 or 3"]),
     "vae: model": ("{vae} --model.downsample [st]", ["model.downsample has 1 entries", "3 levels", "give 2"]),
+    "vae: channels": (
+        "{fresh_vae} --model.channels [8,12,16]",
+        ["[8, 12, 16]", "8 channels", "64", "12 does not", "is 16"],
+    ),
+    "vae: no channels": ("{fresh_vae} --model.channels [0,8,8]", ["model.channels [0, 8, 8]", "[96, 192, 384]"]),
+    "vae: no latents": ("{vae} --model.latent_channels 0", ["model.latent_channels 0", "use 1 or more"]),
     "vae: run_dir is a file": ("{vae} --run_dir {text}", ["{text}", "choose another run_dir"]),
     "vae: run_dir below a file": ("{vae} --run_dir {text}/run", ["{text}/run", "choose another run_dir"]),
     "vae: run_dir cannot be made": ("{vae} --run_dir /proc/run", ["/proc/run", "choose another run_dir"]),
@@ -67,6 +73,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "dit: typo": ("{dit} --model.hiden_size 64", ["--model.hiden_size", "did you mean --model.hidden_size?"]),
     "dit: keep_every": ("{dit} --save_every 4 --keep_every 6", ["keep_every 6", "save_every 4", "nearest is 8"]),
     "dit: heads": ("{dit} --model.num_heads 3", ["model.hidden_size 32", "model.num_heads 3", "a multiple of 6"]),
+    "dit: no heads": ("{dit} --model.num_heads 0", ["model.num_heads 0", "use 1 or more"]),
+    "dit: no MLP": ("{dit} --model.mlp_ratio -1", ["model.mlp_ratio -1", "use for example 4"]),
+    "dit: rope": ("{dit} --model.rope_theta 0", ["model.rope_theta 0", "use for example 10000"]),
     "dit: pattern": ("{dit} --model.pattern sx", ["model.pattern 'sx'", "s, t, f"]),
     "dit: run_dir below a file": ("{dit} --run_dir {text}/run", ["{text}/run", "choose another run_dir"]),
     # ---- encode
@@ -198,6 +207,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     result = {name: str(path) for name, path in at.items()}
     run = " ".join(["--max_steps 2 --global_batch_size 4 --micro_batch_size 4", *tiny.RUN_OPTIONS])
     vae = " ".join([f"--run_dir {root}/vae_run --data.shards {at['shards']}", *tiny.VAE_OPTIONS])
+    result["fresh_vae"] = f"train vae {run} --run_dir {root}/vae_run --data.shards {at['shards']}"
     dit = " ".join([f"--run_dir {root}/dit_run --data.shards {at['latents']}", *tiny.DIT_OPTIONS])
     result["held"], result["pid"] = f"{root}/held", str(os.getpid())
     result["dit_run"] = f"{root}/dit_run"

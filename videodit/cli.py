@@ -147,7 +147,7 @@ def plan(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.settings import option_values
 
     example = "videodit plan --config configs/dit_base.yaml --gpus 8 --gpu h100"
-    cls = config_class(option_values(argv, "config"))
+    cls = config_class(option_values(argv, "config"), argv)
     print_plans(make_plans(parse_config(cls, argv, prog, summary, example)))
 
 

@@ -40,6 +40,26 @@ def test_clips_are_uint8_in_the_models_own_size() -> None:
     assert PIPE.sample_latents(PROMPTS).shape == (3, 4, 2, 4, 2)
 
 
+def test_keys_and_values_of_the_text_are_made_once_a_sampling() -> None:
+    """Of both guidance branches at every step; the layers that make them are seen by hooks."""
+    calls: list[str] = []
+    layers = [
+        (n, m) for n, m in PIPE.model.named_modules() if n.endswith(("cross_attention.key", "cross_attention.value"))
+    ]
+    hooks = [m.register_forward_hook(lambda *_, name=n: calls.append(name)) for n, m in layers]
+    try:
+        counts = []
+        for num_steps in (2, 6):
+            calls.clear()
+            PIPE.sample_latents(PROMPTS, num_steps=num_steps)
+            counts.append(sorted(calls))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert counts[0] == counts[1] and set(counts[0]) == {name for name, _ in layers}
+    assert len(counts[0]) <= 2 * len(layers)  # with the prompt, and without
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_row_depends_on_its_prompt_and_seed_alone(sampler: str) -> None:
     together = PIPE.sample_latents(PROMPTS, seed=5, sampler=sampler)

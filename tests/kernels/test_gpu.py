@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from videodit.kernels import choice
 from videodit.kernels.gpu import norm_modulate as gpu_norm_modulate
@@ -134,6 +135,18 @@ def test_shapes_and_gradients_are_registered_as_torch_wants_them() -> None:
     torch.library.opcheck(gpu_temporal.temporal_attention, (x, x, x, None, None, None, 1e-6))
 
 
+class CountedOps(TorchDispatchMode):
+    """How often an operation runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func) == self.name
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("qk_norm", ["head", "all", "none"])
 def test_the_whole_model_is_the_same_with_them(triton_kernels: None, qk_norm: str) -> None:
     config = DiTConfig(
@@ -152,7 +165,11 @@ def test_the_whole_model_is_the_same_with_them(triton_kernels: None, qk_norm: st
         (out * random(*out.shape, seed=9)).sum().backward()
         return [out.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
-    found = run()
+    model.checkpointing = "attention"
+    with CountedOps("videodit.temporal_attention.default") as attention:
+        found = run()
+    assert attention.count == 1  # of the one temporal block, not again in the backward pass
+    model.checkpointing = "none"
     choice.choose_kernels("torch")
     for one, other in zip(found, run()):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))

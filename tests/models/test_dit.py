@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.models.tiny import randomize, tiny_dit
 from videodit.models.dit import DiTConfig, VideoDiT
@@ -32,6 +34,44 @@ def test_a_fresh_model_predicts_zero_and_its_blocks_do_nothing(local_width: int)
         block.register_forward_hook(lambda _, given, out: seen.append(torch.equal(given[0], out)))
     model(latents, sigma, text, mask)
     assert seen == [True] * (8 if local_width else 4)
+
+
+class FromModulation(TorchDispatchMode):
+    """Follows what is made of the shared modulation and weights alone, and keeps its largest storage."""
+
+    def __init__(self, model: VideoDiT) -> None:
+        super().__init__()
+        self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.kept: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
+
+    def add(self, tensor: Tensor) -> None:
+        self.kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if given & self.kept.keys() and given <= self.kept.keys() | self.weights:
+            for x in tree_leaves(out):
+                self.add(x)
+        return out
+
+
+def test_tokens_stay_in_one_buffer_and_modulation_is_never_repeated_for_each() -> None:
+    model = tiny_dit(pattern="stf", depth=6)
+    b, t, s, d = 2, 3, 64, 24
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(
+            lambda _, given, out: seen.extend(x.is_contiguous() and x.shape == (b, t, s, d) for x in (given[0], out))
+        )
+    with torch.no_grad(), FromModulation(model) as followed:
+        model.modulation.register_forward_hook(lambda _, __, out: followed.add(out))
+        model(
+            torch.randn(b, C, t, 16, 16), torch.rand(b, t), torch.randn(b, L, TEXT), torch.ones(b, L, dtype=torch.bool)
+        )
+    assert seen == [True] * 2 * 6
+    sizes = [storage.nbytes() for storage in followed.kept.values()]
+    assert len(sizes) > 6 and max(sizes) == 4 * b * t * 6 * d < 4 * b * t * s * d  # a frame's six, for all its tokens
 
 
 @pytest.mark.parametrize("local_width", [0, 8])

@@ -1,6 +1,7 @@
 """`videodit plan`: what it prints, refuses and advises; and that every file in configs/ fits the machine it names."""
 
 import re
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import VideoDiT
 from videodit.models.lora import add_lora
 from videodit.models.text import ByteTextEncoder
-from videodit.planning.footprint import ParameterCount
+from videodit.planning.footprint import ParameterCount, step_flops
 from videodit.planning.machines import GIB, find_machine
 from videodit.planning.memory import rank_memory
 from videodit.planning.plan import (
@@ -31,6 +32,7 @@ from videodit.planning.plan import (
     room_of,
 )
 from videodit.planning.table import print_plan
+from videodit.planning.workload import dit_pass
 
 CONFIGS = sorted(
     p for p in (Path(__file__).resolve().parents[2] / "configs").glob("*_*.yaml") if p.stem != "ingest_base"
@@ -45,12 +47,18 @@ def small(tmp_path: Path, **changes) -> DiTPlanConfig:
     return load_yaml(DiTPlanConfig, path, {**SMALL, **changes})
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_fits_the_machine_that_its_first_line_names(path: Path) -> None:
+def machine_of(path: Path) -> tuple[str, str]:
+    """How many GPUs of which kind the first line of a config names."""
     first = path.read_text().splitlines()[0]
     named = re.search(r"--gpus (\d+) --gpu ([\w-]+)", first)
     assert named, f"{path.name} names no machine: {first}"
-    config = load_yaml(config_class([str(path)]), path, {"gpus": int(named[1]), "gpu": named[2]})
+    return named[1], named[2]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_fits_the_machine_that_its_first_line_names(path: Path) -> None:
+    gpus, gpu = machine_of(path)
+    config = load_yaml(config_class([str(path)]), path, {"gpus": int(gpus), "gpu": gpu})
     dtype = plan_dtype(config)
     planner = Planner(config, config.workload(), config.gpus, dtype)
     choice = planner.choice(config.zero_stage, policy_of(config), planner.micro)
@@ -58,11 +66,36 @@ def test_every_config_fits_the_machine_that_its_first_line_names(path: Path) -> 
     assert choice.memory.total <= room_of(find_machine(config.gpu, dtype))
 
 
-def test_sizes_have_the_parameters_that_their_names_say() -> None:
-    for name, low, high in (("xl", 0.5e9, 0.7e9), ("2b", 1.8e9, 2.2e9), ("5b", 4.6e9, 5.4e9)):
-        path = next(path for path in CONFIGS if path.stem == f"dit_{name}")
-        config = load_yaml(DiTPlanConfig, path)
-        assert low < config.workload().parameters().total < high, name
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_command_plans_every_config(path: Path) -> None:
+    gpus, gpu = machine_of(path)
+    assert cli.main(["plan", "--config", str(path), "--gpus", gpus, "--gpu", gpu]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "d", "depth", "heads", "low", "high"),
+    [
+        ("small", 384, 12, 6, 40e6, 50e6),
+        ("base", 768, 12, 12, 0.12e9, 0.13e9),
+        ("large", 1024, 24, 16, 0.36e9, 0.46e9),
+        ("xl", 1152, 28, 16, 0.5e9, 0.7e9),
+        ("2b", 2048, 32, 16, 1.8e9, 2.2e9),
+        ("5b", 3072, 36, 24, 4.6e9, 5.4e9),
+    ],
+)
+def test_sizes_have_the_parameters_that_their_names_say(
+    name: str, d: int, depth: int, heads: int, low: float, high: float
+) -> None:
+    """S, B, L and XL are DiT's widths, depths and heads (Peebles & Xie 2022, Table 1)."""
+    config = load_yaml(DiTPlanConfig, next(path for path in CONFIGS if path.stem == f"dit_{name}"))
+    model = config.model
+    assert (model.hidden_size, model.depth, model.num_heads) == (d, depth, heads)
+    assert low < config.workload().parameters().total < high
+    with torch.device("meta"):
+        blocks = sum(p.numel() for p in VideoDiT(model).blocks.parameters())
+    # Four matrices of attention and eight of the MLP a block, four of the attention to text in every other one.
+    assert blocks == pytest.approx((12 + 4 / 2) * d**2 * depth, rel=0.01)
 
 
 def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -73,8 +106,13 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     for text in ("4 x h200", "17x64x64", "9x32x64", "ZeRO", "GPU-hours", "MFU"):
         assert text in out
-    path.write_text("model:\n  latent_channels: 4\n  channels: [8, 16, 16]\n")
-    assert cli.main(["plan", f"--config={path}", "--gpu", "h100"]) == 0
+    for text in ("model:\n  latent_channels: 4\n", "model:\n  channels: [8, 16, 16]\n", "loss:\n  kl: 0.01\n"):
+        path.write_text(text)  # any setting that only a VAE has
+        assert config_class([str(path)]) is VAEPlanConfig
+    assert config_class([], ["--gpu", "h100", "--model.latent-channels=4"]) is VAEPlanConfig
+    assert config_class([]) is config_class([], ["--model.depth", "4", "--loss", "0"]) is DiTPlanConfig
+    path.write_text("model:\n  channels: [8, 16, 16]\n")
+    assert cli.main(["plan", f"--config={path}", "--gpu", "h100", "--model.latent_channels", "4"]) == 0
     assert "VAE of" in capsys.readouterr().out
 
 
@@ -121,8 +159,18 @@ def test_too_large_a_run_is_refused_with_the_nearest_that_fits(tmp_path: Path) -
     )
     plan = make_plan(better)
     assert plan.chosen.memory.total <= plan.room
-    with pytest.raises(UserError, match="no ZeRO stage, checkpointing or micro batch makes it fit"):
-        make_plan(small(tmp_path, gpu="rtx3090", **{**large, "model.hidden_size": 16384, "model.num_heads": 128}))
+
+
+def test_what_no_setting_makes_fit_is_refused_with_the_gpus_that_do(tmp_path: Path) -> None:
+    huge = {"model.hidden_size": 12288, "model.num_heads": 96, "gpu": "a100", "offload_optimizer": True}
+    message = "no ZeRO stage, checkpointing or micro batch makes it fit; the nearest that does is (--gpus.*) \\("
+    with pytest.raises(UserError, match=message) as refused:
+        make_plan(small(tmp_path, **huge, **{"model.depth": 8}))
+    advice = re.findall(r"--(\w+) (\w+)", re.search(message, str(refused.value))[1])
+    changes = {name: int(value) if value.isdigit() else value == "true" or value for name, value in advice}
+    assert changes["gpus"] > 1
+    plan = make_plan(small(tmp_path, **{**huge, "model.depth": 8, **changes}))
+    assert plan.chosen.memory.total <= plan.room
 
 
 def test_auto_takes_the_first_policy_that_fits(tmp_path: Path) -> None:
@@ -145,6 +193,29 @@ def test_time_follows_from_flops_ranks_and_mfu(tmp_path: Path) -> None:
     assert one.seconds == pytest.approx(1000 * bucket.step_s) and one.seconds == pytest.approx(8 * eight.seconds)
     uneven = make_plan(small(tmp_path, gpus=24, mfu=0.5))  # 32 clips: some ranks have 2, and the others wait
     assert uneven.seconds == pytest.approx(one.seconds / 16)
+
+
+def test_steps_on_windows_are_counted_as_such(tmp_path: Path) -> None:
+    """Of 8x8 latents in patches of 2x2, windows of 4x4 are a quarter of the tokens."""
+    windows = {"crop.size": [4, 4], "crop.share": 0.75}
+    whole, mixed = (make_plan(small(tmp_path, **changes)) for changes in ({}, windows))
+    full, part = mixed.buckets
+    assert (full.name, part.name) == ("17x64x64", "17x64x64, 4x4 of latents")
+    assert (full.steps, part.steps, part.tokens) == (250, 750, full.tokens / 4)
+    assert full.step_s == whole.buckets[0].step_s
+    run = partial(dit_pass, shape=(1, 16, 5, 4, 4), text_tokens=mixed.config.text.max_words)
+    assert part.step_flops == part.clips * step_flops(lambda: VideoDiT(mixed.config.model), run) < full.step_flops / 2
+    assert mixed.seconds == pytest.approx(250 * full.step_s + 750 * part.step_s)
+    small_clips = make_plan(small(tmp_path, buckets=["17x32x32"], **windows))  # no larger than a window
+    assert [row.name for row in small_clips.buckets] == ["17x32x32"]
+    shown = StringIO()
+    print_plan(mixed, Console(file=shown, width=200))
+    assert re.search("4x4 of latents +│ +750 ", shown.getvalue())
+
+
+def test_fp32_has_a_speed_of_its_own_without_tensor_cores(tmp_path: Path) -> None:
+    assert torch.get_float32_matmul_precision() == "highest"  # nobody has switched TF32 on
+    assert find_machine("a100", torch.float32).peak_flops == 19.5e12 < find_machine("a100", torch.bfloat16).peak_flops
 
 
 def test_buckets_by_tokens_have_as_many_tokens_a_step(tmp_path: Path) -> None:

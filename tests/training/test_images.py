@@ -29,6 +29,7 @@ def test_one_frame_is_an_image_model(tmp_path: Path) -> None:
         + ["--vae", vae, "--out", latents, "--device", "cpu"],
         ["train", "dit", "--data.shards", latents, "--run_dir", run, "--max_steps", "8", "--optim.lr", "0.01"]
         + ["--global_batch_size=8", "--micro_batch_size=8", "--optim.warmup_steps=0", *tiny.DIT_OPTIONS]
+        + ["--checkpointing=auto", "--condition_rate=0.5"]
         + tiny.RUN_OPTIONS,
         ["export", run, "--out", model],
         ["generate", "--model", model, "--prompt", "a red circle", "--out", tmp_path / "out", "--device", "cpu"],

@@ -27,10 +27,13 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
+_KEPT_TRITON = "videodit.temporal_attention.default"
+"""By name: the operation is there only once Triton's kernels are."""
 
 
 def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in _KEPT or str(op) == _KEPT_TRITON
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def run_block(policy: str, block: nn.Module, *args: Any) -> Tensor:

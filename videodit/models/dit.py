@@ -76,7 +76,11 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "text_dim", "frequency_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} {getattr(self, name)} is not positive")
+                raise ValueError(f"model.{name} {getattr(self, name)} is not positive: use 1 or more")
+        if not round(self.hidden_size * self.mlp_ratio) > 0:
+            raise ValueError(f"model.mlp_ratio {self.mlp_ratio:g} leaves the MLPs no channel: use for example 4")
+        if not self.rope_theta > 0:
+            raise ValueError(f"model.rope_theta {self.rope_theta:g} is not positive: use for example 10000")
         for name in ("text_length", "local_width", "local_depth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} {getattr(self, name)} is negative: use 0 for none")
@@ -99,7 +103,9 @@ class DiTConfig:
                 f"{self.pattern!r}: choose {max(self.depth // len(self.pattern), 1) * len(self.pattern)}"
             )
         if set(self.cross_attention) - set("stf"):
-            raise ValueError(f"model.cross_attention {self.cross_attention!r} has letters other than s, t, f")
+            raise ValueError(
+                f"model.cross_attention {self.cross_attention!r} has letters other than s, t, f: use for example 's'"
+            )
         if not set(self.cross_attention) & set(self.pattern):
             raise ValueError(
                 f"model.cross_attention {self.cross_attention!r} matches no block of model.pattern {self.pattern!r}: "

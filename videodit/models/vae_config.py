@@ -35,6 +35,14 @@ class VAEConfig:
     """of fields, each channel's standard deviation; the VAE sees (value - mean) / (3 std)"""
 
     def __post_init__(self) -> None:
+        for name in ("in_channels", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} {getattr(self, name)} is not positive: use 1 or more")
+        for name, example in (("channels", [96, 192, 384]), ("patch_size", [1, 2, 2])):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(
+                    f"model.{name} {list(getattr(self, name))} is not all positive numbers: use for example {example}"
+                )
         levels = len(self.channels)
         if len(self.downsample) != levels - 1:
             raise ValueError(
@@ -63,6 +71,14 @@ class VAEConfig:
         for entry in self.downsample:
             if entry not in ("s", "t", "st"):
                 raise ValueError(f"model.downsample entry {entry!r} is not one of s, t, st")
+        for entry, wide, deep in zip(self.downsample, self.channels, self.channels[1:]):
+            folded = wide * 2 ** (("t" in entry) + 2 * ("s" in entry))
+            if folded % deep:
+                nearest = min((n for n in range(1, folded + 1) if folded % n == 0), key=lambda n: (abs(n - deep), -n))
+                raise ValueError(
+                    f"model.channels {list(self.channels)}: {wide} channels halved in {entry!r} are {folded}, which "
+                    f"{deep} does not divide: the nearest to {deep} that does is {nearest}"
+                )
 
     @property
     def spatial_compression(self) -> int:

@@ -27,17 +27,18 @@ class Machine:
     peak_flops: float
 
 
-# name: (as `peak_flops` knows it, GiB that torch sees of the sheet's GB)
+# name: (as `peak_flops` knows it, GiB that torch sees of the sheet's GB, FLOP/s in fp32). These are without tensor
+# cores: training leaves torch's default on, which is no TF32.
 _GPUS = {
-    "b200": ("B200", 178.0),
-    "h200": ("H200", 139.8),
-    "h100": ("H100", 79.1),
-    "a100": ("A100", 79.1),
-    "a100-40gb": ("A100", 39.4),
-    "l40s": ("L40S", 44.4),
-    "rtx4090": ("RTX 4090", 23.5),
-    "rtx3090": ("RTX 3090", 23.6),
-    "mi300x": ("MI300X", 191.0),
+    "b200": ("B200", 178.0, 75e12),
+    "h200": ("H200", 139.8, 67e12),
+    "h100": ("H100", 79.1, 67e12),
+    "a100": ("A100", 79.1, 19.5e12),
+    "a100-40gb": ("A100", 39.4, 19.5e12),
+    "l40s": ("L40S", 44.4, 91.6e12),
+    "rtx4090": ("RTX 4090", 23.5, 82.6e12),
+    "rtx3090": ("RTX 3090", 23.6, 35.6e12),
+    "mi300x": ("MI300X", 191.0, 163.4e12),
 }
 
 
@@ -51,10 +52,10 @@ def find_machine(name: str, dtype: torch.dtype) -> Machine:
         return Machine(name, device_memory(torch.device("cpu")), _measure_matmul(dtype))
     if name.lower() not in _GPUS:
         raise UserError(f"--gpu {name!r} is not known: use cpu or one of {', '.join(_GPUS)}")
-    sheet, gib = _GPUS[name.lower()]
+    sheet, gib, fp32 = _GPUS[name.lower()]
     peak = peak_flops(sheet)
     assert peak is not None  # both tables are ours
-    return Machine(name.lower(), gib * GIB, peak if dtype == torch.bfloat16 else peak / 2)
+    return Machine(name.lower(), gib * GIB, peak if dtype == torch.bfloat16 else fp32)
 
 
 def device_memory(device: torch.device) -> float:

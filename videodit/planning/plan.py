@@ -1,5 +1,6 @@
 """`videodit plan`: what a training run needs, before a GPU is touched."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from videodit.planning.footprint import ParameterCount
 from videodit.planning.machines import GIB, Machine, find_machine
 from videodit.planning.memory import Memory, rank_memory
 from videodit.planning.workload import DiTWorkload, VAEWorkload, Workload
-from videodit.settings import read_yaml
+from videodit.settings import group_types, leaf_types, read_yaml
 from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_folders
 from videodit.training.run_config import RunConfig
 from videodit.training.stages import stages_of
@@ -89,11 +90,14 @@ def _fill_in(config: PlanConfig) -> None:
         object.__setattr__(config, "data", dataclasses.replace(config.data, shards="unused"))
 
 
-def config_class(files: Sequence[str]) -> type[DiTPlanConfig] | type[VAEPlanConfig]:
-    """Which kind of run the config files describe, by the keys of their model."""
-    models = [read_yaml(Path(file)).get("model") for file in files]
-    keys = {key for model in models if isinstance(model, dict) for key in model}
-    return VAEPlanConfig if "latent_channels" in keys else DiTPlanConfig
+def config_class(files: Sequence[str], argv: Sequence[str] = ()) -> type[DiTPlanConfig] | type[VAEPlanConfig]:
+    """Which kind of run the config files and options describe, by the settings that only one of the two has."""
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    for file in files:
+        for name, value in read_yaml(Path(file)).items():
+            given |= {f"{name}.{key}" for key in value} if isinstance(value, dict) else {name}
+    vae, dit = (set(group_types(cls)) | set(leaf_types(cls)) for cls in (VAEPlanConfig, DiTPlanConfig))
+    return VAEPlanConfig if len(given & (vae - dit)) > len(given & (dit - vae)) else DiTPlanConfig
 
 
 def sharing_of(config: RunConfig) -> int:
@@ -113,10 +117,12 @@ def policy_of(config: RunConfig) -> str:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """One clip shape.
+    """One clip shape, whole or its windows.
 
     Attributes:
         bucket: the shape.
+        name: the same for people, with the windows' size.
+        steps: of the run, with the buckets in equal shares.
         clips: of an optimizer step, over all ranks.
         tokens: of a clip.
         step_flops: of an optimizer step, over all ranks; what is computed twice counts once.
@@ -124,6 +130,8 @@ class BucketPlan:
     """
 
     bucket: Bucket
+    name: str
+    steps: float
     clips: int
     tokens: int
     step_flops: int
@@ -176,8 +184,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, with the buckets in equal shares."""
-        return sum(plan.step_s for plan in self.buckets) / len(self.buckets) * self.config.max_steps
+        """Of the whole run."""
+        return sum(plan.step_s * plan.steps for plan in self.buckets)
 
 
 def make_plans(config: PlanConfig) -> list[Plan]:
@@ -320,23 +328,31 @@ class Planner:
         policy = plan.chosen.checkpointing
         speed = machine.peak_flops * config.mfu
         tokens = {bucket.name: self.workload.tokens(bucket) for bucket in self.workload.buckets}
-        flops, executed = (
-            {bucket.name: self.workload.flops(bucket, p) for bucket in self.workload.buckets} for p in ("none", policy)
-        )
+        timed = self.workload.buckets if config.batch_by == "time" else []
         sizes = batch_sizes(
             tokens,
             config.global_batch_size,
             config.micro_batch_size,
             config.batch_by,
-            seconds=executed,  # which nobody has measured yet
+            seconds={bucket.name: self.workload.flops(bucket, policy) for bucket in timed} or None,  # not measured yet
             world=self.ranks // self.sharing,
         )
         for bucket in self.workload.buckets:
-            name, clips = bucket.name, sizes[bucket.name].total
-            # The fullest rank is the one that the others wait for.
-            seconds = executed[name] * self.share_of(clips) / self.sharing / speed
-            plan.buckets.append(BucketPlan(bucket, clips, tokens[name], flops[name] * clips, seconds))
+            clips = sizes[bucket.name].total
+            for part in self.workload.steps(bucket):
+                steps = part.share * config.max_steps / len(self.workload.buckets)
+                flops = self.workload.step_flops(bucket, part, "none")
+                done = flops if policy == "none" else self.workload.step_flops(bucket, part, policy)
+                # The fullest rank is the one that the others wait for.
+                seconds = done * self.share_of(clips) / self.sharing / speed
+                plan.buckets.append(BucketPlan(bucket, part.name, steps, clips, part.tokens, flops * clips, seconds))
         return plan
+
+    def among(self, ranks: int, sharing: int) -> "Planner":
+        """The same for so many ranks, of which so many share a clip's tokens; nothing is measured again."""
+        other = copy.copy(self)
+        other.ranks, other.sharing = ranks, sharing
+        return other
 
     def nearest(self, room: float) -> Choice | None:
         """The choice that fits with the least work: sharding before recomputing, and that before smaller batches.
@@ -369,12 +385,36 @@ def _refusal(plan: Plan, planner: Planner) -> str:
     )
     nearest = planner.nearest(plan.room)
     if nearest is None:
-        return f"{says}: no ZeRO stage, checkpointing or micro batch makes it fit; use more or larger GPUs"
-    policy = f" --checkpointing {nearest.checkpointing}" if nearest.checkpointing != "none" else ""
-    policy += " --offload_optimizer true" if nearest.offload else ""
+        says += ": no ZeRO stage, checkpointing or micro batch makes it fit"
+        return f"{says}; {_with_more(plan, planner)}"
+    return f"{says}: the nearest that fits is{_options(nearest)}"
+
+
+def _with_more(plan: Plan, planner: Planner) -> str:
+    """The first that fits when each clip's tokens are shared by more ranks, or there are more of them."""
+    config = plan.config
+    for times in (1, 2, 4, 8, 16, 32, 64):
+        gpus = config.gpus * times
+        sharings = [planner.sharing]
+        if isinstance(config, DiTRunConfig):
+            sharings += [n for n in (2, 4, 8) if n > planner.sharing and gpus % n == 0]
+        for sharing in sharings:
+            if gpus > config.global_batch_size * sharing:
+                continue  # some would have no clip
+            nearest = planner.among(gpus, sharing).nearest(plan.room)
+            if nearest is not None:
+                shared = f" --sequence_parallel {sharing}" if sharing > 1 else ""
+                return f"the nearest that does is --gpus {gpus}{shared}{_options(nearest)}"
+    return "use larger GPUs"
+
+
+def _options(choice: Choice) -> str:
+    """A choice as it is asked for."""
+    policy = f" --checkpointing {choice.checkpointing}" if choice.checkpointing != "none" else ""
+    policy += " --offload_optimizer true" if choice.offload else ""
     return (
-        f"{says}: the nearest that fits is --zero_stage {nearest.zero_stage}{policy} "
-        f"--micro_batch_size {nearest.micro_batch_size} ({nearest.memory.total / GIB:.1f} GiB)"
+        f" --zero_stage {choice.zero_stage}{policy} --micro_batch_size {choice.micro_batch_size} "
+        f"({choice.memory.total / GIB:.1f} GiB)"
     )
 
 

@@ -62,12 +62,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _steps(plan: Plan) -> Table:
-    headers = ("bucket", "tokens/clip", "clips/step", "FLOPs/step", "s/step", "tokens/s")
+    headers = ("bucket", "steps", "tokens/clip", "clips/step", "FLOPs/step", "s/step", "tokens/s")
     table = Table(*headers, title="steps", title_justify="left")
     for row in plan.buckets:
         rate = row.tokens * row.clips / row.step_s
-        cells = (f"{row.tokens:,}", f"{row.clips:,}", f"{row.step_flops:.3e}", f"{row.step_s:.3g}", f"{rate:,.0f}")
-        table.add_row(row.bucket.name, *cells)
+        cells = (
+            f"{row.steps:,.0f}",
+            f"{row.tokens:,}",
+            f"{row.clips:,}",
+            f"{row.step_flops:.3e}",
+            f"{row.step_s:.3g}",
+            f"{rate:,.0f}",
+        )
+        table.add_row(row.name, *cells)
     for column in table.columns[1:]:
         column.justify = "right"
     return table

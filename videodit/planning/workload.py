@@ -4,6 +4,7 @@ Legend: b clips, c t h w latent channels, frames, rows and columns, l text token
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,6 +27,23 @@ from videodit.training.vae_config import VAERunConfig
 from videodit.training.vae_objective import VAEObjective
 
 
+@dataclass(frozen=True)
+class StepShape:
+    """What a part of a bucket's steps trains on.
+
+    Attributes:
+        name: for people.
+        share: of the bucket's steps.
+        tokens: of a clip.
+        latents: (c, t, h, w) of a clip.
+    """
+
+    name: str
+    share: float
+    tokens: int
+    latents: tuple[int, int, int, int]
+
+
 class Workload(Protocol):
     """A model in training."""
 
@@ -43,8 +61,14 @@ class Workload(Protocol):
     def tokens(self, bucket: Bucket) -> int:
         """Of a clip."""
 
+    def steps(self, bucket: Bucket) -> list[StepShape]:
+        """What the bucket's steps train on: whole clips, and before them windows if there are any."""
+
     def flops(self, bucket: Bucket, policy: str) -> int:
         """Of a forward and backward pass of one clip, with what the policy computes again."""
+
+    def step_flops(self, bucket: Bucket, step: StepShape, policy: str) -> int:
+        """The same of what a part of the steps trains on."""
 
     def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype, *, on_cpu: bool) -> int:
         """Most that such a pass holds at once."""
@@ -83,6 +107,25 @@ class DiTWorkload:
 
     def flops(self, bucket: Bucket, policy: str) -> int:
         return self.shape_flops(self._shapes[bucket], policy)
+
+    def steps(self, bucket: Bucket) -> list[StepShape]:
+        (c, t, h, w), crop = self._shapes[bucket], self.config.crop
+        pt, ph, pw = self.config.model.patch_size
+        window, share = crop.size_in(h, w), self.config.crop_steps / self.config.max_steps
+        if window == (h, w):
+            share = 0.0
+        sizes = (
+            ((h, w), bucket.name, 1 - share),
+            (window, f"{bucket.name}, {window[0]}x{window[1]} of latents", share),
+        )
+        return [
+            StepShape(name, part, (t // pt) * (rows // ph) * (columns // pw), (c, t, rows, columns))
+            for (rows, columns), name, part in sizes
+            if part > 0
+        ]
+
+    def step_flops(self, bucket: Bucket, step: StepShape, policy: str) -> int:
+        return self.shape_flops(step.latents, policy)
 
     def shape_flops(self, shape: tuple[int, int, int, int], policy: str) -> int:
         """Of a forward and backward pass of one clip with latents of shape (c, t, h, w), such as a window."""
@@ -145,8 +188,15 @@ class VAEWorkload:
         _, t, h, w = self.config.model.latent_shape(*bucket)
         return t * h * w
 
+    def steps(self, bucket: Bucket) -> list[StepShape]:
+        shape = self.config.model.latent_shape(*bucket)
+        return [StepShape(bucket.name, 1.0, self.tokens(bucket), shape)]
+
     def flops(self, bucket: Bucket, policy: str) -> int:
         return step_flops(self._build, self._pass(bucket))
+
+    def step_flops(self, bucket: Bucket, step: StepShape, policy: str) -> int:
+        return self.flops(bucket, policy)
 
     def activation_bytes(self, bucket: Bucket, policy: str, dtype: torch.dtype, *, on_cpu: bool) -> int:
         return activation_bytes(self._build, self._pass(bucket), dtype, on_cpu=on_cpu)

@@ -75,7 +75,8 @@ def compile_blocks(dit: VideoDiT, *, exchanging: bool = False, backend: str | Ca
     for block in cast("Iterable[DiTBlock]", dit.blocks):
         fullgraph = not (exchanging and block.kind == "f")
         block.forward = torch.compile(block.forward, fullgraph=fullgraph, backend=backend)  # type: ignore[method-assign]
-        gather_at_once(block)
+        text = block.cross_attention
+        gather_at_once(block, kept=[] if text is None else [text.key, text.value])  # see VideoDiT.text_context
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,6 +118,8 @@ class Engine:
         if zero_stage == 0:
             self._optimizer.register_step_pre_hook(self._clip_stage_0)
         self._deepspeed = _initialize(module, self._optimizer, self._deepspeed_config(), world.local_rank)
+        if zero_stage == 3:
+            _keep_whole(module, self._deepspeed.optimizer)
         names = {id(p): name for name, p in named.items()}
         self._state = ShardedState(self._deepspeed.optimizer, self._optimizer, zero_stage, world.rank, names)
         replicated = hasattr(self._deepspeed.optimizer, "bf16_groups")  # BF16_Optimizer: whole gradients on every rank
@@ -314,9 +316,26 @@ def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
         yield
 
 
-def gather_at_once(module: nn.Module) -> None:
-    """At ZeRO-3 all weights of this module will come together before its forward pass: no hooks on what is inside."""
+def gather_at_once(module: nn.Module, kept: Iterable[nn.Module] = ()) -> None:
+    """At ZeRO-3 all weights of this module will come together before its forward pass: no hooks on what is inside.
+
+    Args:
+        module: not yet given to an engine.
+        kept: what is inside and called by itself as well: without hooks, so every rank keeps its weights whole.
+    """
     deepspeed.utils.set_z3_leaf_module(module, True)
+    for part in kept:
+        for p in part.parameters():
+            p.kept_whole = True  # type: ignore[attr-defined]
+
+
+def _keep_whole(module: nn.Module, zero: Any) -> None:
+    kept = [p for p in module.parameters() if hasattr(p, "kept_whole") and not p.ds_persist]  # type: ignore[attr-defined]
+    for p in kept:
+        p.ds_persist = True  # type: ignore[attr-defined]
+    zero.persistent_parameters.extend(kept)  # which come together again after each step
+    if kept:
+        kept[0].all_gather(kept)  # type: ignore[attr-defined]
 
 
 def _build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
