@@ -116,7 +116,7 @@ def test_a_killed_demo_goes_on_where_it_was(demo: Demo) -> None:
 def test_killed_in_any_stage_it_makes_the_same(demo: Demo, stage: str, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     assert interrupt(out, signal.SIGKILL, stage) == -signal.SIGKILL
-    assert_went_on(out, tiny.videodit("demo", "--smoke", "--out", out), stage)
+    assert_went_on(out, tiny.videodit("demo", "--smoke", "--out", out, timeout=600), stage)
     made = {
         path: digest
         for path, digest in contents(out).items()
