@@ -170,6 +170,7 @@ def test_a_clip_that_was_kept_and_got_damaged_is_cut_anew(videos: Path, tmp_path
     offset, size = ShardSet.open(out).entries[0].members["mp4"]
     tar = out / "shard-000000.tar"
     tar.write_bytes(good[tar.name][:offset] + bytes(size) + good[tar.name][offset + size :])
+    (out / "cuts.jsonl").write_bytes(b'{"cut": 3}\n\xff\n{"cu\n' + good["cuts.jsonl"])
     shutil.copy2(videos / "clip_2.mp4", tmp_path / "videos")
     ingest(tmp_path / "videos", out, ONE)
     ingest(tmp_path / "videos", tmp_path / "fresh", ONE)
