@@ -162,7 +162,7 @@ def test_killed_and_started_again(ingested: Path, videos: Path, tmp_path: Path) 
 
 
 def test_what_a_finished_set_is_good_for(videos: Path, tmp_path: Path) -> None:
-    """A dry run takes what it knows, a clip that got damaged in it is cut anew, and it stays if the new one is empty."""
+    """A dry run takes what it knows, a clip damaged in it is cut anew, and it stays if the new one would be empty."""
     folder, out = tmp_path / "videos", tmp_path / "out"
     folder.mkdir()
     shutil.copy2(videos / "clip_1.mp4", folder)
