@@ -350,20 +350,22 @@ def test_limits_on_pixels_memory_time_and_frames(tmp_path: Path) -> None:
     folder.mkdir()
     write_y4m(folder / "pixels.y4m", 1, 10000, 10000)
     write_y4m(folder / "memory.y4m", 20, 8000, 8000)
-    write_y4m(folder / "time.y4m", 300, 2000, 2000)
-    write_y4m(folder / "frames.y4m", 301, 16, 16)
+    write_y4m(folder / "time.y4m", 2000, 2000, 2000)  # minutes
+    write_y4m(folder / "frames.y4m", 2001, 16, 16)
     (folder / "header.gif").write_bytes(b"GIF89a" + b"\x20\x4e" * 2 + bytes(200))
     write_mp4(folder / "good.mp4", scene(0, 40), 8)
-    config = replace(ONE, max_memory_gb=0.8, time_limit_s=3, max_source_frames=300, max_short_side=0, max_duration_s=60)
+    config = replace(
+        ONE, max_memory_gb=0.8, time_limit_s=20, max_source_frames=2000, max_short_side=0, max_duration_s=60
+    )
     ingest(folder, tmp_path / "out", config)
     assert {entry.meta["source"] for entry in ShardSet.open(tmp_path / "out").entries} == {"good.mp4"}
     reasons = {reject["source"]: reject["reason"] for reject in read_rejects(tmp_path / "out")}
     assert reasons == {
-        "frames.y4m": "more than 300 frames",
+        "frames.y4m": "more than 2000 frames",
         "header.gif": "does not decode: Invalid argument",
         "memory.y4m": "needs more than 0.8 GB of memory",
         "pixels.y4m": "frames of 10000x10000 are too large",
-        "time.y4m": "took longer than 3 s",
+        "time.y4m": "took longer than 20 s",
     }
 
 
