@@ -84,19 +84,13 @@ def test_faults_cost_their_item(work) -> None:
 
 
 def test_an_item_killed_or_hung_by_the_machine_is_tried_again_alone(work, tmp_path: Path) -> None:
-    kinds = ["plain1", "killed1", "plain2", "killed2", "hangs1", "plain3"]
-    chunks = [[f"{tmp_path}/{name}" for name in kinds[i : i + 2]] for i in (0, 2, 4)]
-    results = list(run_isolated(work, chunks, workers=3, stall_limit_s=3))
-    assert results == [
-        "plain1",
-        "killed1, 0 beside it",
-        "plain2",
-        "killed2, 0 beside it",
-        "hangs1, 0 beside it",
-        "plain3",
-    ]
+    kinds = ["plain1", "killed1", "hangs1", "plain2"]
+    chunks = [[f"{tmp_path}/{name}" for name in kinds[i : i + 2]] for i in (0, 2)]
+    results = list(run_isolated(work, chunks, workers=2, stall_limit_s=3))
+    assert results == ["plain1", "killed1, 0 beside it", "hangs1, 0 beside it", "plain2"]
 
 
+@pytest.mark.slow
 def test_second_tries_end_where_they_are_in_vain(work, tmp_path: Path) -> None:
     """Three of them, then items are believed to be at fault at once."""
     marks = [tmp_path / f"{number}" for number in range(4)]

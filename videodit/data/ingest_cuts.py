@@ -20,7 +20,7 @@ import numpy as np
 
 from videodit.data.channel_statistics import ChannelMoments
 from videodit.data.clip_cutter import Clip, CutResult, CutRules, Dropped
-from videodit.data.ingest_record import source_bytes, source_version
+from videodit.data.ingest_record import REJECTS, source_bytes, source_version
 from videodit.data.letterbox import Bars
 from videodit.data.scores import ClipScores
 from videodit.data.shards import INDEX, PART, Entry, json_bytes, sha256_hex
@@ -30,6 +30,7 @@ CUTS = "cuts.jsonl"
 WORK = ".work"
 SCORES_VERSION = 2
 """Goes up when scores are computed otherwise, so that old shards are scored anew."""
+_DAMAGE = (ValueError, KeyError, TypeError)  # what reading a damaged line gives
 _KEPT = "kept-"  # folders in .work: the tars of interrupted runs
 
 
@@ -69,7 +70,7 @@ class Cut:
         """Whether all bytes are there."""
         try:
             return all(sha256_hex(data) == clip.sha256 for clip, data in self.read())
-        except OSError:
+        except (OSError, ValueError):
             return False
 
 
@@ -180,7 +181,10 @@ class EarlierCuts:
             cut = self._of_log(key)
         elif key in self._spooled:
             spool = spool_file(self._work, key)
-            cut = Cut.in_spool(_from_json(spool.with_suffix(".json").read_bytes()), spool)
+            try:
+                cut = Cut.in_spool(_from_record(json.loads(spool.with_suffix(".json").read_bytes())), spool)
+            except _DAMAGE:
+                return None
         else:
             return None
         return cut if cut.is_sound() else None
@@ -200,23 +204,19 @@ class EarlierCuts:
             offset = 0
             for line in file:
                 try:
-                    key = json.loads(line)["cut"]
-                except (ValueError, KeyError, TypeError):
-                    break  # the last line of a run that was killed while writing it
-                if key in wanted:
-                    self._lines[key] = (log, tars, offset)
+                    record = json.loads(line)
+                    if record["cut"] in wanted:
+                        _as_cut(record, tars)
+                        self._lines[record["cut"]] = (log, tars, offset)
+                except _DAMAGE:
+                    pass  # such as the last line of a run that was killed while writing it
                 offset += len(line)
 
     def _of_log(self, key: str) -> Cut:
         log, tars, offset = self._lines[key]
         with open(log, "rb") as file:
             file.seek(offset)
-            record = json.loads(file.readline())
-        places = []
-        for name, start in record["places"]:
-            there = [folder / Path(name).name for folder in tars if (folder / Path(name).name).is_file()]
-            places.append(Place((there or [tars[0] / Path(name).name])[0], start))
-        return Cut(_from_record(record["result"]), places)
+            return _as_cut(json.loads(file.readline()), tars)
 
     def _kept(self, places: Iterable[Place]) -> list[Path]:
         return [place.path for place in places if place.path.parent.parent == self._work]
@@ -225,7 +225,7 @@ class EarlierCuts:
 def clear_scraps(out: Path) -> None:
     """Removes what an interrupted run has left in the folder of a complete set."""
     shutil.rmtree(out / WORK, ignore_errors=True)
-    for path in [*out.glob(f"*.tar{PART}"), *(out / f"{name}{PART}" for name in (CUTS, INDEX))]:
+    for path in [*out.glob(f"*.tar{PART}"), *(out / f"{name}{PART}" for name in (CUTS, INDEX, REJECTS))]:
         path.unlink(missing_ok=True)
 
 
@@ -246,8 +246,13 @@ def _to_json(result: CutResult) -> bytes:
     return json.dumps(record, sort_keys=True, default=lambda array: array.tolist()).encode()
 
 
-def _from_json(data: bytes) -> CutResult:
-    return _from_record(json.loads(data))
+def _as_cut(record: dict[str, Any], tars: list[Path]) -> Cut:
+    """A line of the log; the tars are where the first of the folders has them."""
+    places = []
+    for name, offset in record["places"]:
+        paths = [folder / Path(name).name for folder in tars]
+        places.append(Place(next((path for path in paths if path.is_file()), paths[0]), int(offset)))
+    return Cut(_from_record(record["result"]), places)
 
 
 def _from_record(record: dict[str, Any]) -> CutResult:

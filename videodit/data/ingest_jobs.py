@@ -73,7 +73,7 @@ def cut_job(job: Job, beat: Beat, rules: CutRules, max_frames: int = 0) -> CutRe
         result = CutResult(problem=str(error), fetched=False)
     except _TooManyFramesError:
         return Failure(f"more than {max_frames} frames")
-    if os.strerror(errno.ENOMEM) in result.problem:
+    if os.strerror(errno.ENOMEM) in result.problem and not source.is_field:  # of a field it comes with advice
         raise MemoryError
     try:
         keep_result(spool, result)
@@ -99,8 +99,8 @@ def _cut_local(source: Source, beat: Beat, cut: Callable[[str | bytes], CutResul
         try:
             data = source.path if source.span is None else read_span(source.path, *source.span)
             result = cut(data)
-            of_a_file = source.span is None and not source.is_zarr
-            trouble = _trouble_of_disk(source.path, beat) if result.problem and of_a_file else ""
+            in_doubt = result.problem and source.span is None and not source.is_field
+            trouble = _trouble_of_disk(source.path, beat) if in_doubt else ""
         except OSError as error:
             trouble = os.strerror(error.errno or errno.EIO)
         if not trouble and os.strerror(errno.EIO) not in result.problem:
