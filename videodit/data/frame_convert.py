@@ -118,11 +118,16 @@ class ToShardFormat:
 
         It has nothing else of the decoded one: an encoder would take its picture type for a wish and write its
         captions into the stream.
+
+        Raises:
+            ValueError: if it is below 2x2 pixels.
         """
         matrix = display_matrix(frame)
         if self._size is None:
             self._size = (frame.width, frame.height) if is_transposed(matrix) else (frame.height, frame.width)
         height, width = self._size
+        if min(height, width) < 2:
+            raise ValueError(f"frames of {height}x{width}: at least 2x2 is needed")
         even = slice(height - height % 2), slice(width - width % 2)
         # Of an odd size the last row is cut off, which in a picture that is turned may be the first of its planes.
         turned_odd = matrix is not None and (height % 2 or width % 2)
@@ -151,7 +156,8 @@ class ToShardFormat:
             dst_colorspace=colorspace,
             src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
             dst_color_range=ColorRange.MPEG,
-            interpolation=Interpolation.BICUBIC,
+            # A change of range on top of a change of size is off by more than a level without exact sums.
+            interpolation=Interpolation.BICUBIC | (Interpolation.ACCURATE_RND if full else 0),
             threads=1,
         )
 
