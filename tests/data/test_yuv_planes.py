@@ -14,7 +14,7 @@ from tests.data.test_video_io import rotated
 from videodit.data.frame_convert import ToRGB, ToShardFormat, ToYUV, display_matrix
 from videodit.data.mp4 import encode_mp4
 from videodit.data.scene_cuts import find_cuts
-from videodit.data.yuv_planes import frame_of, gray_of, planes_of, small_bgr
+from videodit.data.yuv_planes import ToBT709, gray_of, planes_of, small_bgr
 
 RED_BLUE = {Colorspace.ITU601: (0.299, 0.114), Colorspace.FCC: (0.3, 0.11), Colorspace.SMPTE240M: (0.212, 0.087)}
 RED_BLUE |= {Colorspace.BT2020: (0.2627, 0.0593), Colorspace.ITU709: (0.2126, 0.0722)}
@@ -44,7 +44,7 @@ def test_another_matrix_is_the_formula_to_one_level(colorspace: Colorspace) -> N
     """Also where the result is beyond all levels: there it is the last one."""
     rng = np.random.default_rng(0)
     planes = rng.integers(0, 256, (64, 96), np.uint8), *rng.integers(0, 256, (2, 32, 48), np.uint8)
-    ours = planes_of(frame_of(planes, colorspace))
+    ours = planes_of(ToBT709(colorspace)(planes))
     whole = [planes[0], *(plane.repeat(2, 0).repeat(2, 1) for plane in planes[1:])]
     exact = from_rgb(to_rgb([plane.astype(float) for plane in whole], *RED_BLUE[colorspace]), 0.2126, 0.0722)
     for plane, wanted in zip(ours, (exact[0], exact[1][::2, ::2], exact[2][::2, ::2])):

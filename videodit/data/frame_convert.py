@@ -12,7 +12,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from videodit.data.tone_mapping import needs_mapping, to_standard_range
-from videodit.data.yuv_planes import frame_of, planes_of
+from videodit.data.yuv_planes import ToBT709, frame_of, planes_of
 
 _SWSCALE = {
     1: Colorspace.ITU709,
@@ -110,6 +110,7 @@ class ToShardFormat:
     def __init__(self, size: tuple[int, int] | None = None) -> None:
         self._size = size
         self._reformatter = VideoReformatter()
+        self._to_bt709: dict[int, ToBT709] = {}
         self._to_rgb: ToRGB | None = None
         self._to_yuv = ToYUV()
 
@@ -137,7 +138,12 @@ class ToShardFormat:
             return self._to_yuv(self._to_rgb(frame)[even])
         y, u, v = (turn(plane, matrix) for plane in planes_of(self._to_8_bits(frame, matrix)))
         half = slice(height // 2), slice(width // 2)
-        return frame_of((y[even], u[half], v[half]), _colorspace(frame))
+        planes, colorspace = (y[even], u[half], v[half]), _colorspace(frame)
+        if colorspace == Colorspace.ITU709:
+            return frame_of(planes)
+        if colorspace not in self._to_bt709:
+            self._to_bt709[colorspace] = ToBT709(colorspace)
+        return self._to_bt709[colorspace](planes)
 
     def _to_8_bits(self, frame: av.VideoFrame, matrix: DisplayMatrix | None) -> av.VideoFrame:
         """yuv420p in limited range, scaled; its colour matrix and its turn are still the file's."""
