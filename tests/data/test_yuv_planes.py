@@ -117,6 +117,20 @@ def test_a_frame_in_shard_format_is_copied_bit_for_bit_and_alone() -> None:
     assert planes_of(ours)[0].min() > 0
 
 
+@pytest.mark.parametrize("colorspace", [1, 5])
+def test_rows_may_lie_upside_down_in_memory(colorspace: int) -> None:
+    frame = ToYUV()(picture(64, 96))
+    frame.colorspace = colorspace
+    graph = av.filter.Graph()
+    graph.link_nodes(graph.add_buffer(width=96, height=64, format=frame.format, time_base=Fraction(1)),
+                     graph.add("vflip"), graph.add("buffersink")).configure()  # fmt: skip
+    graph.vpush(frame)
+    flipped = graph.vpull()
+    assert flipped.planes[0].line_size < 0
+    for plane, wanted in zip(planes_of(ToShardFormat()(flipped)), planes_of(ToShardFormat()(frame))):
+        assert np.array_equal(plane, wanted[::-1])
+
+
 def test_grey_and_small_pictures_of_planes_are_those_of_rgb() -> None:
     for height, width in ((64, 96), (270, 480), (482, 854)):
         image = 96 + picture(height, width) // 4

@@ -14,7 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # luma (h, w), chroma blue and red (h / 2, w / 2), uint8
 
-_RED_BLUE = {  # share of red and of blue in luma, by swscale's name for the matrix. Source: BT.709, BT.601, BT.2020 ...
+_RED_BLUE = {  # share of red and of blue in luma, by swscale's number of the matrix. Source: H.273, Table 4
     int(Colorspace.ITU709): (0.2126, 0.0722),
     int(Colorspace.ITU601): (0.299, 0.114),
     int(Colorspace.FCC): (0.30, 0.11),
@@ -26,11 +26,13 @@ _SMALL = 240  # short side below which a picture is not halved any more: noise g
 
 def planes_of(frame: av.VideoFrame) -> Planes:
     """Luma (h, w) and chroma (h / 2, w / 2) twice of a yuv420p frame, uint8 views into it."""
-    y, u, v = (
-        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]  # type: ignore[call-overload]
-        for plane in frame.planes
-    )
+    y, u, v = map(_rows, frame.planes)
     return y, u, v
+
+
+def _rows(plane: av.video.plane.VideoPlane) -> np.ndarray:
+    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, abs(plane.line_size))  # type: ignore[call-overload]
+    return rows[:: 1 if plane.line_size > 0 else -1, : plane.width]  # below 0, the last row is first in memory
 
 
 def frame_of(planes: Planes) -> av.VideoFrame:
