@@ -14,7 +14,7 @@ from tests.data.test_video_io import rotated
 from videodit.data.frame_convert import ToRGB, ToShardFormat, ToYUV, display_matrix
 from videodit.data.mp4 import encode_mp4
 from videodit.data.scene_cuts import find_cuts
-from videodit.data.yuv_planes import frame_of, gray_of, planes_of, small_bgr
+from videodit.data.yuv_planes import ToBT709, gray_of, planes_of, small_bgr
 
 RED_BLUE = {Colorspace.ITU601: (0.299, 0.114), Colorspace.FCC: (0.3, 0.11), Colorspace.SMPTE240M: (0.212, 0.087)}
 RED_BLUE |= {Colorspace.BT2020: (0.2627, 0.0593), Colorspace.ITU709: (0.2126, 0.0722)}
@@ -44,7 +44,7 @@ def test_another_matrix_is_the_formula_to_one_level(colorspace: Colorspace) -> N
     """Also where the result is beyond all levels: there it is the last one."""
     rng = np.random.default_rng(0)
     planes = rng.integers(0, 256, (64, 96), np.uint8), *rng.integers(0, 256, (2, 32, 48), np.uint8)
-    ours = planes_of(frame_of(planes, colorspace))
+    ours = planes_of(ToBT709(colorspace)(planes))
     whole = [planes[0], *(plane.repeat(2, 0).repeat(2, 1) for plane in planes[1:])]
     exact = from_rgb(to_rgb([plane.astype(float) for plane in whole], *RED_BLUE[colorspace]), 0.2126, 0.0722)
     for plane, wanted in zip(ours, (exact[0], exact[1][::2, ::2], exact[2][::2, ::2])):
@@ -115,6 +115,20 @@ def test_a_frame_in_shard_format_is_copied_bit_for_bit_and_alone() -> None:
     assert (ours.pts, ours.pict_type, len(ours.side_data)) == (None, 0, 0)
     planes_of(frame)[0][:] = 0
     assert planes_of(ours)[0].min() > 0
+
+
+@pytest.mark.parametrize("colorspace", [1, 5])
+def test_rows_may_lie_upside_down_in_memory(colorspace: int) -> None:
+    frame = ToYUV()(picture(64, 96))
+    frame.colorspace = colorspace
+    graph = av.filter.Graph()
+    graph.link_nodes(graph.add_buffer(width=96, height=64, format=frame.format, time_base=Fraction(1)),
+                     graph.add("vflip"), graph.add("buffersink")).configure()  # fmt: skip
+    graph.vpush(frame)
+    flipped = graph.vpull()
+    assert flipped.planes[0].line_size < 0
+    for plane, wanted in zip(planes_of(ToShardFormat()(flipped)), planes_of(ToShardFormat()(frame))):
+        assert np.array_equal(plane, wanted[::-1])
 
 
 def test_grey_and_small_pictures_of_planes_are_those_of_rgb() -> None:

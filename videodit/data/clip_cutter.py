@@ -149,8 +149,8 @@ def _without(frame: av.VideoFrame, bars: Bars, info: VideoInfo) -> av.VideoFrame
     left, right = (math.ceil(bar * frame.width / info.width / 2) for bar in bars[2:])
     height, width = frame.height // 2 - bottom, frame.width // 2 - right
     y, u, v = planes_of(frame)
-    kept = slice(top, height), slice(left, width)
-    return frame_of((y[2 * top : 2 * height, 2 * left : 2 * width], u[kept], v[kept]))
+    half = slice(top, height), slice(left, width)
+    return frame_of((y[2 * top : 2 * height, 2 * left : 2 * width], u[half], v[half]))
 
 
 class _Cutter:

@@ -12,7 +12,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from videodit.data.tone_mapping import needs_mapping, to_standard_range
-from videodit.data.yuv_planes import Planes, frame_of, planes_of
+from videodit.data.yuv_planes import Planes, ToBT709, frame_of, planes_of
 
 _SWSCALE = {
     1: Colorspace.ITU709,
@@ -110,6 +110,7 @@ class ToShardFormat:
     def __init__(self, size: tuple[int, int] | None = None) -> None:
         self._size = size
         self._reformatter = VideoReformatter()
+        self._to_bt709: dict[int, ToBT709] = {}
         self._to_rgb: ToRGB | None = None
         self._to_yuv = ToYUV()
 
@@ -118,16 +119,29 @@ class ToShardFormat:
 
         It has nothing else of the decoded one: an encoder would take its picture type for a wish and write its
         captions into the stream.
+
+        Raises:
+            ValueError: if it is below 2x2 pixels.
         """
-        coded = self._as_coded(frame)
-        return self._over_rgb(frame) if coded is None else frame_of(*coded)
+        made = self._convert(frame)
+        return made if isinstance(made, av.VideoFrame) else frame_of(made)
 
     def planes(self, frame: av.VideoFrame) -> Planes:
         """The planes of what a frame becomes: views into it, where nothing has to be converted."""
+        made = self._convert(frame)
+        return planes_of(made) if isinstance(made, av.VideoFrame) else made
+
+    def _convert(self, frame: av.VideoFrame) -> av.VideoFrame | Planes:
+        """A new frame, or the planes of this one where they are what is wanted."""
         coded = self._as_coded(frame)
-        if coded is not None and coded[1] == Colorspace.ITU709:
-            return coded[0]
-        return planes_of(self._over_rgb(frame) if coded is None else frame_of(*coded))
+        if coded is None:
+            return self._over_rgb(frame)
+        planes, colorspace = coded
+        if colorspace == Colorspace.ITU709:
+            return planes
+        if colorspace not in self._to_bt709:
+            self._to_bt709[colorspace] = ToBT709(colorspace)
+        return self._to_bt709[colorspace](planes)
 
     def _as_coded(self, frame: av.VideoFrame) -> tuple[Planes, int] | None:
         """A frame's planes as displayed, at the size wanted, and the matrix that they are in; None if it has none."""
@@ -135,6 +149,8 @@ class ToShardFormat:
         if self._size is None:
             self._size = (frame.width, frame.height) if is_transposed(matrix) else (frame.height, frame.width)
         height, width = self._size
+        if min(height, width) < 2:
+            raise ValueError(f"frames of {height}x{width}: at least 2x2 is needed")
         even = slice(height - height % 2), slice(width - width % 2)
         # Of an odd size the last row is cut off, which in a picture that is turned may be the first of its planes.
         turned_odd = matrix is not None and (height % 2 or width % 2)
@@ -168,7 +184,8 @@ class ToShardFormat:
             dst_colorspace=colorspace,
             src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
             dst_color_range=ColorRange.MPEG,
-            interpolation=Interpolation.BICUBIC,
+            # A change of range on top of a change of size is off by more than a level without exact sums.
+            interpolation=Interpolation.BICUBIC | (Interpolation.ACCURATE_RND if full else 0),
             threads=1,
         )
 

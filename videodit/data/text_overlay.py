@@ -65,7 +65,9 @@ def _letters(strokes: np.ndarray, gray: np.ndarray) -> np.ndarray:
     # Less than half as strong as the strongest nearby is what lies between outlined letters, and would join them.
     strongest = cv2.dilate(strokes, np.ones((_NEAR, _NEAR), np.uint8))
     inked = (strokes > _CONTRAST) & (strokes > strongest // 2)
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(inked.astype(np.uint8), connectivity=8)
+    # Each component takes at least 2x2 pixels of its own; 16 bits are three times as fast.
+    kind = cv2.CV_16U if gray.size < 1 << 17 else cv2.CV_32S
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(inked.astype(np.uint8), connectivity=8, ltype=kind)
     left, top, width, height, area = stats.T
     good = (height >= _MIN_HEIGHT) & (height <= _MAX_HEIGHT) & (width <= 2.5 * height) & (area > 0.2 * width * height)
     good[0] = False  # the background

@@ -14,7 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # luma (h, w), chroma blue and red (h / 2, w / 2), uint8
 
-_RED_BLUE = {  # share of red and of blue in luma, by swscale's name for the matrix. Source: BT.709, BT.601, BT.2020 ...
+_RED_BLUE = {  # share of red and of blue in luma, by swscale's number of the matrix. Source: H.273, Table 4
     int(Colorspace.ITU709): (0.2126, 0.0722),
     int(Colorspace.ITU601): (0.299, 0.114),
     int(Colorspace.FCC): (0.30, 0.11),
@@ -26,37 +26,58 @@ _SMALL = 240  # short side below which a picture is not halved any more: noise g
 
 def planes_of(frame: av.VideoFrame) -> Planes:
     """Luma (h, w) and chroma (h / 2, w / 2) twice of a yuv420p frame, uint8 views into it."""
-    y, u, v = (
-        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]  # type: ignore[call-overload]
-        for plane in frame.planes
-    )
+    y, u, v = map(_rows, frame.planes)
     return y, u, v
 
 
-def frame_of(planes: Planes, colorspace: int = Colorspace.ITU709) -> av.VideoFrame:
-    """A frame with copies of planes and with nothing else: no time, no picture type, no captions.
+def _rows(plane: av.video.plane.VideoPlane) -> np.ndarray:
+    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, abs(plane.line_size))  # type: ignore[call-overload]
+    return rows[:: 1 if plane.line_size > 0 else -1, : plane.width]  # below 0, the last row is first in memory
+
+
+def frame_of(planes: Planes) -> av.VideoFrame:
+    """A yuv420p frame with copies of planes and with nothing else: no time, no picture type, no captions.
 
     Args:
-        planes: of 8-bit 4:2:0 in limited range; h and w even.
-        colorspace: their matrix, as swscale numbers it.
-    Returns:
-        yuv420p in BT.709, each plane within one level of the formula's; a chroma value counts for its four pixels.
+        planes: of 8-bit 4:2:0 in BT.709 and limited range; h and w even.
     """
+    frame = _new_frame(planes)
+    for target, plane in zip(planes_of(frame), planes):
+        np.copyto(target, plane)
+    return frame
+
+
+class ToBT709:
+    """Makes frames of planes of other matrices, 8-bit 4:2:0 in limited range; keeps its working memory.
+
+    Args:
+        colorspace: the matrix, as swscale numbers it.
+    """
+
+    def __init__(self, colorspace: int) -> None:
+        self._luma, self._blue, self._red = to_bt709(colorspace)
+        self._change = self._pairs = self._doubled = np.empty((0, 0), np.uint8)
+
+    def __call__(self, planes: Planes) -> av.VideoFrame:
+        """A frame as `frame_of` gives it, within one level of the formula; chroma counts for its four pixels."""
+        frame = _new_frame(planes)
+        y, u, v = planes_of(frame)
+        if self._change.shape != u.shape:
+            self._change, self._pairs = np.empty(u.shape, np.uint8), np.empty(u.shape, np.uint16)
+            self._doubled = np.empty(y.shape, np.uint8)
+        for target, (blue, red) in ((u, self._blue), (v, self._red), (self._change, self._luma)):
+            cv2.addWeighted(planes[1], blue, planes[2], red, 128 * (1 - blue - red), dst=target)  # 128 is none
+        # Twice in each row by a multiplication, then each row twice: the fastest way to double a picture.
+        np.multiply(self._change, np.uint16(0x0101), out=self._pairs)
+        self._doubled.view(np.uint16).reshape(len(u), 2, -1)[:] = self._pairs[:, None]
+        cv2.addWeighted(planes[0], 1, self._doubled, 1, -128, dst=y)
+        return frame
+
+
+def _new_frame(planes: Planes) -> av.VideoFrame:
     height, width = planes[0].shape
     frame = av.VideoFrame(width, height, "yuv420p")
     frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
-    y, u, v = planes_of(frame)
-    if colorspace == Colorspace.ITU709:
-        for target, plane in zip((y, u, v), planes):
-            np.copyto(target, plane)
-        return frame
-    luma, blue, red = to_bt709(colorspace)
-    cv2.addWeighted(planes[1], blue[0], planes[2], blue[1], 128 * (1 - sum(blue)), dst=u)
-    cv2.addWeighted(planes[1], red[0], planes[2], red[1], 128 * (1 - sum(red)), dst=v)
-    change = cv2.addWeighted(planes[1], luma[0], planes[2], luma[1], 128 * (1 - sum(luma)))  # 128 is none
-    # Twice in each row by a multiplication, then each row twice: the fastest way to double a picture.
-    doubled = (change.astype(np.uint16) * np.uint16(0x0101)).view(np.uint8).repeat(2, axis=0)
-    cv2.addWeighted(planes[0], 1, doubled, 1, -128, dst=y)
     return frame
 
 
