@@ -28,8 +28,8 @@ SIZES = {  # height and width as shown, before scaling down to 480
 }
 STEPS = 24
 RUN = ["--zero_stage=2", f"--max_steps={STEPS}", "--optim.lr=5e-3", "--optim.warmup_steps=4"]
-# 13 of the 14 clips in each step, 7 on the one rank, 6 and a row of padding on the other.
-RUN += ["--global_batch_size=13", "--micro_batch_size=8", *tiny.RUN_OPTIONS]
+# All 14 clips in each step, 7 and a row of padding on each rank.
+RUN += ["--global_batch_size=14", "--micro_batch_size=8", *tiny.RUN_OPTIONS]
 PROMPTS = ["a dragon flies over a city in snow", "a rocket"]
 
 

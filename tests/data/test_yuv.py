@@ -75,13 +75,13 @@ def test_what_ingest_wrote_is_read_without_a_conversion() -> None:
 
 
 def test_pixels_are_those_of_read_frames(real_clips: Path) -> None:
-    """Up to the rounding of swscale, whose fast way cuts off fractions; also of what is converted first."""
-    for name, most in (("sintel_trailer_30s.mp4", 3), ("nasa_13013_rotated.mp4", 3), ("h265_10bits.mp4", 3)):
+    """Up to the rounding of swscale, whose fast way cuts off fractions; also of what is not as shards hold it."""
+    for name in ("sintel_trailer_30s.mp4", "nasa_13013_rotated.mp4"):
         frames = read_frames(real_clips / name, 0, 9)
         frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
         written = encode_mp4(frames, 8)
         found = yuv.to_pixels(torch.from_numpy(read_yuv(written))[None])[0].numpy()
-        assert np.abs(found.astype(int) - read_frames(written)).max() <= most
+        assert np.abs(found.astype(int) - read_frames(written)).max() <= 3
         direct = yuv.to_pixels(torch.from_numpy(read_yuv(real_clips / name, 0, 9))[None])[0].numpy()
         one, other = (blocks(torch.from_numpy(x).permute(0, 3, 1, 2).float()) for x in (direct, frames))
         assert (one - other).abs().mean() < 2.0  # of 255 levels

@@ -401,7 +401,7 @@ def save_for_one_rank(world: World, folder: str) -> None:
 def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
     """Between backward pass and step a rank holds what `rank_memory` says, to a tenth."""
     gc.collect()
-    before = set(storages())
+    before = storages()  # kept, so that no address is given to another
     module = nn.Sequential(*(nn.Linear(400, 400) for _ in range(8)))  # matrices that ZeRO-3 does shard
     offload, name = name == "offload", "adamw" if name == "offload" else name
     options: dict[str, Any] = {"zero_stage": stage, "dtype": dtype, "max_steps": 9, "offload": offload}
@@ -414,7 +414,8 @@ def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
     if stage == 0 and not world.is_main:
         return  # the plan is for the fullest rank, which has the averages
     gc.collect()
-    mine = {key: size for key, size in storages().items() if key not in before and size < BUCKET_BYTES}
+    new = [storage.nbytes() for key, storage in storages().items() if key not in before]
+    mine = sum(size for size in new if size < BUCKET_BYTES)
     planned = rank_memory(
         count_parameters(module) if stage < 3 else ParameterCount(8 * 400 * 401, 8 * 400, plain=8 * 400),
         0.0,
@@ -428,19 +429,19 @@ def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
     bucket = BUCKET_BYTES if stage in (1, 3) else 0
     gathered = 2 if dtype == "bf16" else 4  # ZeRO-3 may still hold, or have freed, what it gathered
     slack = gathered * 8 * 400 * 400 if stage == 3 else 0
-    ratio = (planned.total - bucket - slack) / sum(mine.values())
-    assert abs(ratio - 1) < 0.1, (ratio, planned, sum(mine.values()))
+    ratio = (planned.total - bucket - slack) / mine
+    assert abs(ratio - 1) < 0.1, (ratio, planned, mine)
 
 
-def storages() -> dict[int, int]:
-    """Address and bytes of every storage that a tensor or a gradient has."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Every storage that a tensor or a gradient has, by its address."""
     found = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
             grad = thing.grad if thing.is_leaf else None
             for tensor in (thing, grad):
                 if tensor is not None:
-                    found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+                    found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
     return found
 
 
