@@ -200,5 +200,6 @@ def test_an_hour_in_constant_memory(tmp_path: Path) -> None:
         used_mb.append(pages * resource.getpagesize() / 2**20)
 
     result = cut_source(data, tmp_path / "spool", CutRules(17, 10.0, 480, True, 3.0, 18, crop_bars=True), beat)
-    assert sum(clip.num_frames for clip in result.clips) == len(used_mb) - 1 == pytest.approx(3600 * fps, abs=1)
+    parts = [*result.clips, *result.dropped]  # of the last clip too little may be left
+    assert sum(part.num_frames for part in parts) == len(used_mb) - 1 == pytest.approx(3600 * fps, abs=1)
     assert used_mb[-1] < used_mb[300 * fps] + 8
