@@ -38,7 +38,7 @@ def configs() -> dict[str, type]:
     from videodit.evaluation.inspect_shards import InspectConfig
     from videodit.generation.encode import EncodeConfig
     from videodit.generation.generate import GenerateConfig
-    from videodit.planning.plan import config_class
+    from videodit.planning.plan_config import config_class
     from videodit.training.dit_config import DiTRunConfig
     from videodit.training.vae_config import VAERunConfig
 

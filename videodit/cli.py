@@ -142,7 +142,8 @@ def import_wan(argv: Sequence[str], prog: str, summary: str) -> None:
 
 
 def plan(argv: Sequence[str], prog: str, summary: str) -> None:
-    from videodit.planning.plan import config_class, make_plans
+    from videodit.planning.plan import make_plans
+    from videodit.planning.plan_config import config_class
     from videodit.planning.table import print_plans
     from videodit.settings import option_values
 

@@ -20,17 +20,8 @@ from videodit.models.text import ByteTextEncoder
 from videodit.planning.footprint import ParameterCount, step_flops
 from videodit.planning.machines import GIB, find_machine
 from videodit.planning.memory import rank_memory
-from videodit.planning.plan import (
-    DiTPlanConfig,
-    Planner,
-    VAEPlanConfig,
-    choose_checkpointing,
-    config_class,
-    make_plan,
-    plan_dtype,
-    policy_of,
-    room_of,
-)
+from videodit.planning.plan import Planner, choose_checkpointing, make_plan, plan_dtype, policy_of, room_of
+from videodit.planning.plan_config import DiTPlanConfig, VAEPlanConfig, config_class
 from videodit.planning.table import print_plan
 from videodit.planning.workload import dit_pass
 

@@ -1,10 +1,7 @@
 """`videodit plan`: what a training run needs, before a GPU is touched."""
 
 import copy
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,87 +14,14 @@ from videodit.models.checkpointing import POLICIES
 from videodit.planning.footprint import ParameterCount
 from videodit.planning.machines import GIB, Machine, find_machine
 from videodit.planning.memory import Memory, rank_memory
-from videodit.planning.workload import DiTWorkload, VAEWorkload, Workload
-from videodit.settings import group_types, leaf_types, read_yaml
+from videodit.planning.plan_config import DiTPlanConfig, PlanConfig, VAEPlanConfig
+from videodit.planning.workload import DiTWorkload, Workload
 from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_folders
 from videodit.training.run_config import RunConfig
 from videodit.training.stages import stages_of
-from videodit.training.vae_config import VAERunConfig
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: the rest is for the context, libraries and fragmentation."""
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What to plan for."""
-
-    gpus: int = 1
-    """ranks of the run"""
-    gpu: str = "h100"
-    """kind of GPU (b200, h200, h100, a100, a100-40gb, l40s, rtx4090, rtx3090, mi300x), or cpu: this machine"""
-    buckets: tuple[str, ...] = ()
-    """clip shapes FRAMESxHEIGHTxWIDTH; by default those of the config or the latents, else that of the samples"""
-    mfu: float = 0.4
-    """share of the peak speed that training is expected to reach; 0.4 is the best published for factorized attention"""
-
-    def check(self) -> None:
-        """Raises ValueError for a plan for nothing."""
-        if self.gpus < 1:
-            raise ValueError(f"gpus {self.gpus} is an empty plan: the nearest that works is 1")
-        if not 0 < self.mfu <= 1:
-            raise ValueError(f"mfu {self.mfu} is no share of the peak: use for example 0.4")
-
-
-@dataclass(frozen=True)
-class DiTPlanConfig(PlanOptions, DiTRunConfig):
-    """A DiT training run, and what to plan it for."""
-
-    text_tokens: int = 0
-    """tokens of a caption; by default as many as the text encoder reads"""
-
-    def __post_init__(self) -> None:
-        self.check()
-        _fill_in(self)
-        super().__post_init__()
-
-    def workload(self) -> Workload:
-        """What is trained."""
-        return DiTWorkload(self, self.buckets, self.text_tokens)
-
-
-@dataclass(frozen=True)
-class VAEPlanConfig(PlanOptions, VAERunConfig):
-    """A VAE training run, and what to plan it for."""
-
-    def __post_init__(self) -> None:
-        self.check()
-        _fill_in(self)
-        super().__post_init__()
-
-    def workload(self) -> Workload:
-        """What is trained."""
-        return VAEWorkload(self, self.buckets)
-
-
-PlanConfig = DiTPlanConfig | VAEPlanConfig
-
-
-def _fill_in(config: PlanConfig) -> None:
-    """A plan needs no data and writes nothing."""
-    object.__setattr__(config, "run_dir", config.run_dir or "unused")
-    if not config.data.shards and not config.stages:
-        object.__setattr__(config, "data", dataclasses.replace(config.data, shards="unused"))
-
-
-def config_class(files: Sequence[str], argv: Sequence[str] = ()) -> type[DiTPlanConfig] | type[VAEPlanConfig]:
-    """Which kind of run the config files and options describe, by the settings that only one of the two has."""
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    for file in files:
-        for name, value in read_yaml(Path(file)).items():
-            given |= {f"{name}.{key}" for key in value} if isinstance(value, dict) else {name}
-    vae, dit = (set(group_types(cls)) | set(leaf_types(cls)) for cls in (VAEPlanConfig, DiTPlanConfig))
-    return VAEPlanConfig if len(given & (vae - dit)) > len(given & (dit - vae)) else DiTPlanConfig
 
 
 def sharing_of(config: RunConfig) -> int:

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from videodit.planning.machines import GIB
 from videodit.planning.memory import DEVICE_PARTS
-from videodit.planning.plan import DiTPlanConfig, Plan
+from videodit.planning.plan import Plan
+from videodit.planning.plan_config import DiTPlanConfig
 
 
 def print_plans(plans: Sequence[Plan], console: Console | None = None) -> None:
