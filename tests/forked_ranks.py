@@ -16,8 +16,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, CLONE_NEWNET = 1, 36, 0x40000000
@@ -75,6 +76,7 @@ class Ranks:
         *,
         absent: int = 0,
         port: int = 0,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> list[Rank]:
         """`videodit ARGV` on all ranks, each in its network namespace if there are any: then each is a node.
 
@@ -88,6 +90,7 @@ class Ranks:
             out.mkdir()
             local = 0 if namespaces else rank
             env = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "MASTER_ADDR": address, "MASTER_PORT": port}
+            env |= environment
             job = {"argv": list(argv), "env": env, "out": str(out), "namespace": namespaces[rank] if namespaces else ""}
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             ranks.append(Rank(out))
@@ -114,10 +117,13 @@ def steps_of(run_dir: Path) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """The processes that a process has started; none of one that has ended meanwhile."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(child) for child in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return found
 
 

@@ -109,17 +109,17 @@ def test_two_nodes_lose_their_network(ranks: Ranks, nodes: list[str], tmp_path: 
     training.check_the_end()
 
 
-@pytest.mark.slow
-def test_one_of_two_nodes_dies(ranks: Ranks, nodes: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dying", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_one_of_two_nodes_dies(ranks: Ranks, nodes: list[str], tmp_path: Path, dying: int) -> None:
+    """The first of them has the store, by which the other learns of it."""
     training = Training(ranks, nodes, tmp_path)
-    for dying in (1, 0):  # the first node has the store
-        pair = training.start(training.run)
-        training.wait(steps_of(training.run) + SAVE_EVERY, pair)
-        pair[dying].signal(signal.SIGKILL)
-        left = pair[1 - dying]
-        assert left.wait() == 1
-        (line,) = left.lines
-        assert line.startswith(f"error: rank {dying} (") and " is gone" in line and "Traceback" not in left.stderr
+    pair = training.start(training.run)
+    training.wait(SAVE_EVERY, pair)
+    pair[dying].signal(signal.SIGKILL)
+    left = pair[1 - dying]
+    assert left.wait() == 1
+    (line,) = left.lines
+    assert line.startswith(f"error: rank {dying} (") and " is gone" in line and "Traceback" not in left.stderr
     training.check_the_end()
 
 

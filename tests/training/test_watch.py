@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -116,27 +118,56 @@ def test_before_the_ranks_have_met(ranks: Ranks, latents: Path, tmp_path: Path) 
     assert "rank 1 of 4 lost the others" in line and f"127.0.0.1:{port}" in line and "Traceback" not in other.stderr
 
 
-def test_of_a_rank_that_is_killed_in_its_first_collective(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+@contextmanager
+def in_its_first_collective(ranks: Ranks, latents: Path, run_dir: Path) -> Iterator[list[Rank]]:
     """Rank 0 reads a config.yaml that does not come to an end; rank 1 waits for what it says."""
-    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
-    os.mkfifo(tmp_path / "config.yaml")
-    first, other = ranks.start(options(tmp_path, latents), 2)
+    (run_dir / "checkpoints/step-00000001").mkdir(parents=True)
+    os.mkfifo(run_dir / "config.yaml")
+    pair, pipes = ranks.start(options(run_dir, latents), 2), []
 
     def is_read() -> bool:
         try:
-            pipes.append(os.open(tmp_path / "config.yaml", os.O_WRONLY | os.O_NONBLOCK))
+            pipes.append(os.open(run_dir / "config.yaml", os.O_WRONLY | os.O_NONBLOCK))
         except OSError:
             return False
         return True
 
-    pipes: list[int] = []
-    wait_until(is_read, lambda: first.stderr)
-    first.signal(signal.SIGKILL)
-    assert other.wait() == 1
+    wait_until(is_read, lambda: pair[0].stderr)
+    yield pair
     os.close(pipes[0])
+
+
+def test_of_a_rank_that_is_killed_in_its_first_collective(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """Before a second is over, too: rank 1 may have heard nothing of rank 0 but that it began to watch."""
+    with in_its_first_collective(ranks, latents, tmp_path) as (first, other):
+        first.signal(signal.SIGKILL)
+        assert other.wait() == 1
     (line,) = other.lines
     assert line.startswith("error: rank 0 (") and " is gone, last seen in start" in line
     assert "Traceback" not in other.stderr
+
+
+def test_a_stop_while_the_main_threads_wait_in_c(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """One waits for the disk, the other, which is told, for it: both end, with the code that is requeued on."""
+    with in_its_first_collective(ranks, latents, tmp_path) as pair:
+        pair[1].signal(signal.SIGUSR1)
+        assert [rank.wait() for rank in pair] == [143, 143]
+    assert not any(rank.lines or "Traceback" in rank.stderr for rank in pair)
+
+
+def test_a_stop_in_the_first_compile(ranks: Ranks, latents: Path, tmp_path: Path) -> None:
+    """All ranks end at once without a checkpoint, and the compiler's processes with them."""
+    run_dir, cache = tmp_path / "run", tmp_path / "cache"
+    command = [*options(run_dir, latents), "--compile=true", "--hang_timeout_s=100"]
+    pair = ranks.start(command, 2, environment={"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    wait_until(lambda: any(cache.rglob("*.cpp")), lambda: pair[0].stderr)
+    seen = [pid for rank in pair for pid in rank.family()]
+    seen += [pid for child in seen for pid in children(child)]
+    pair[1].signal(signal.SIGTERM)
+    assert [rank.wait() for rank in pair] == [143, 143], pair[0].stderr
+    wait_until(lambda: not any(map(exists, seen)))
+    assert not steps_of(run_dir) and not list(run_dir.glob("checkpoints/*"))
+    assert not any(rank.lines or "Traceback" in rank.stderr for rank in pair)
 
 
 def test_torchrun_starts_a_run_again_that_lost_a_rank(ranks: Ranks, latents: Path, tmp_path: Path) -> None:

@@ -232,8 +232,8 @@ def _as_it_is(rows: Any) -> Any:
 def _follow_parent(worker: int) -> None:
     """A worker ends when the main process does, and not before."""
     # Launchers and Ctrl-C signal the whole process tree: the main process decides, and then ends its workers itself.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         # One that waits for a disk would outlive a main process that was killed, and hold the lock of its run folder.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

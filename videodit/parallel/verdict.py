@@ -7,6 +7,8 @@ PERIOD_S = 1.0
 """Seconds between what a rank says."""
 GRACE_S = 3.5
 """Once a connection broke, a rank that says nothing for so long is gone."""
+EXIT_CODE = 1
+"""Of the ranks that a lost rank leaves behind: launchers take it for a failure, and start the run again."""
 
 _AGAIN = "start the same command again: it goes on from what was saved"
 
@@ -23,6 +25,7 @@ class Beat:
         host: its machine.
         state: "" at work, "cut off" from another rank, "failed", or "done".
         why: the error in one line, if it failed or is cut off.
+        asked: exit code with which it was asked to end; 0 if it was not.
     """
 
     number: int = 0
@@ -33,14 +36,25 @@ class Beat:
     host: str = ""
     state: str = ""
     why: str = ""
+    asked: int = 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends: line, "" if it does not; lost, the ranks that it ends for."""
+    """That the run ends; false if it does not.
+
+    Attributes:
+        line: why, for people; "" if somebody asked for it.
+        lost: the ranks that it ends for.
+        exit_code: of the ranks that end.
+    """
 
     line: str = ""
     lost: Sequence[int] = ()
+    exit_code: int = EXIT_CODE
+
+    def __bool__(self) -> bool:
+        return bool(self.line) or self.exit_code != EXIT_CODE
 
 
 class Judge:

@@ -12,18 +12,16 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from videodit.parallel.mesh import World, barrier
+from videodit.errors import LostRanks
+from videodit.parallel.mesh import World, gather_objects
 from videodit.parallel.verdict import PERIOD_S, Beat, Judge, Verdict
-
-EXIT_CODE = 1
-"""Of the ranks that a lost rank leaves behind: launchers take it for a failure, and start the run again."""
 
 _LINGER_S = 2 * PERIOD_S  # rank 0 may hold the store, from which the others have to read why they end
 
@@ -33,6 +31,7 @@ class _Place:
 
     def __init__(self) -> None:
         self.step, self.phase, self.entered, self.ticks = 0, "start", 0, 0
+        self.held, self.holding = False, threading.Lock()
 
 
 _place = _Place()
@@ -64,21 +63,40 @@ def tick(*_: object) -> None:
     _place.ticks += 1
 
 
+def hold() -> None:
+    """From here on no rank is ended because it, or another, was `asked`. Call on every rank."""
+    with _place.holding:  # for ever, if rank 0 has decided that all end
+        _place.held = True
+
+
+def _nobody_asks() -> int:
+    return 0
+
+
 @contextlib.contextmanager
-def watching(world: World, limit_s: float) -> Iterator[None]:
+def watching(world: World, limit_s: float, asked: Callable[[], int] = _nobody_asks) -> Iterator[None]:
     """Watches over the ranks while inside. Call on every rank; a run of one rank has nobody to wait for.
 
-    If another rank is lost, this process ends with EXIT_CODE, from wherever it is. One rank of a node says why.
+    If another rank is lost, this process ends with verdict.EXIT_CODE, from wherever it is. One rank of a node says why.
 
     Args:
         world: this process' place.
         limit_s: how long a rank may give no sign of life, or stay where it is while others wait for it; 0 for ever. A
             rank that has ended is noticed in seconds all the same, by the connections that break.
+        asked: gives the exit code with which this rank was asked to end, 0 as long as it was not; called from threads.
+            All ranks then end with it, from wherever they are, unless rank 0 comes to `hold` first.
+    Raises:
+        LostRanks: if a rank is gone before all have begun to watch.
     """
     if world.size == 1:
         yield
         return
-    watch = _Watch(world, limit_s or float("inf"))
+    try:
+        watch = _Watch(world, limit_s or float("inf"), asked)
+    except RuntimeError as error:  # DistError too
+        if not _is_broken_connection(error):
+            raise
+        raise LostRanks(f"rank {world.rank} of {world.size} lost the others before training: {error}") from error
     try:
         yield
     except Exception as error:
@@ -108,7 +126,7 @@ def _collectives() -> int:
 
 
 class _Watch:
-    def __init__(self, world: World, limit_s: float) -> None:
+    def __init__(self, world: World, limit_s: float, asked: Callable[[], int]) -> None:
         global _place
         _place = _Place()
         self._world = world
@@ -116,7 +134,7 @@ class _Watch:
         self._judge = Judge(world.rank, world.size, limit_s)
         self._host, self._number = socket.gethostname(), 0
         self._state, self._why = "", ""
-        self._heard: dict[int, Beat] = {}
+        self._asked = asked
         self._told = self._found = Verdict()
         self._store_lost = False
         self._closing, self._wake = threading.Event(), threading.Event()
@@ -126,7 +144,10 @@ class _Watch:
         if world.is_main:
             self._store.set("watch/verdict", "")
         self._say()
-        barrier()  # every key is there: reading one that is not would wait for it
+        # Then every key is there: reading one that is not would wait for it. And a rank that ends before its first
+        # period is over was heard once.
+        beats = gather_objects(self._here())
+        self._heard = {rank: beats[rank] for rank in self._others}
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._exchange, self._look)]
         for thread in self._threads:
             thread.start()
@@ -148,7 +169,8 @@ class _Watch:
     def _here(self) -> Beat:
         place = _place
         order = (place.entered, _collectives())
-        return Beat(self._number, place.step, place.phase, order, place.ticks, self._host, self._state, self._why)
+        state, why, asked = self._state, self._why, self._asked()
+        return Beat(self._number, place.step, place.phase, order, place.ticks, self._host, state, why, asked)
 
     def _say(self) -> None:
         self._number += 1
@@ -160,7 +182,7 @@ class _Watch:
             while True:
                 closing = self._closing.is_set()
                 self._say()
-                if self._found.line:
+                if self._found:
                     self._store.set("watch/verdict", json.dumps(asdict(self._found)))
                 if closing:
                     return
@@ -179,15 +201,27 @@ class _Watch:
             now = time.monotonic()
             clock += min(now - last, 2 * PERIOD_S)  # a process that was suspended has not listened
             last = now
-            verdict = self._told
-            if not verdict.line:
-                verdict = self._judge.look(clock, {**self._heard, self._world.rank: self._here()}, self._store_lost)
-            if verdict.line:
+            beats = {**self._heard, self._world.rank: self._here()}
+            if self._world.is_main and (code := max(beat.asked for beat in beats.values())):
+                with _place.holding:
+                    if not _place.held:
+                        self._end(Verdict(exit_code=code))
+            verdict = self._told or self._judge.look(clock, beats, self._store_lost)
+            if verdict:
                 with self._lock:
                     if not self._closing.is_set():
                         self._end(verdict)
 
     def _end(self, verdict: Verdict) -> NoReturn:
+        if verdict.line:
+            self._report(verdict)
+        if self._world.is_main:
+            self._found = verdict
+            self._wake.set()
+            time.sleep(_LINGER_S)
+        os._exit(verdict.exit_code)
+
+    def _report(self, verdict: Verdict) -> None:
         world = self._world
         first_of_node = world.rank - world.local_rank
         # Not by print or logging: whoever is stuck may hold their locks.
@@ -196,8 +230,3 @@ class _Watch:
         if world.rank in verdict.lost or (world.is_main and not verdict.lost):
             os.write(2, f"rank {world.rank} is here:\n".encode())
             faulthandler.dump_traceback(2)
-        if world.is_main:
-            self._found = verdict
-            self._wake.set()
-            time.sleep(_LINGER_S)
-        os._exit(EXIT_CODE)

@@ -73,10 +73,10 @@ class TrainingRun:
         Raises:
             UserError: if the folder is in use, cannot be written, or holds a run of another model.
         """
-        stop = StopRequest(world.is_main)
+        stop = StopRequest(world)
         # First of all: what follows waits for the other ranks.
         with stop.listening(), ExitStack() as watched:
-            watched.enter_context(watching(world, config.hang_timeout_s))
+            watched.enter_context(watching(world, config.hang_timeout_s, stop.asked))
             folders = RunFolder.open(config.run_dir, config_text, world)
             with folders as folder, RunLog.open(folder.path / "train.log", world) as log:
                 facts = {**to_dict(config), "code": code_version()} if world.is_main else {}
@@ -211,6 +211,7 @@ class TrainingRun:
             SystemExit: with the code of the signal, after a checkpoint, if a rank was told to stop.
             UserError: if too many steps in a row were skipped, and going back has not helped or cannot.
         """
+        self._stop.work_has_begun()
         self._saves.poll()
         self.step += 1
         row = self.guard.state.in_row
