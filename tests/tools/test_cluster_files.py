@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from tests.forked_ranks import free_port
 from videodit.config import parse_config
 from videodit.training.dit_config import DiTRunConfig
 
+PROGRAMS = Path(sys.executable).parent
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SBATCH = TOOLS / "slurm/train.sbatch"
 COMMAND_PROMPTS = ["a red kite", "two"]
@@ -91,11 +91,10 @@ def test_the_job_script_is_valid_bash() -> None:
     assert {"--requeue", "--signal=B:TERM@300", "--ntasks-per-node=1", "--open-mode=append"} <= set(options)
 
 
-def test_the_job_script_passes_shellcheck() -> None:
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", SBATCH], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+@pytest.mark.parametrize("script", [SBATCH, TOOLS.parent / ".ci/run"], ids=lambda script: script.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    done = subprocess.run([PROGRAMS / "shellcheck", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_job_scripts_command_is_one_that_trains() -> None:
@@ -176,6 +175,14 @@ def trainer(job: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     launcher = arguments[: arguments.index("-m")]
     assert all(option.startswith("--") and "=" in option for option in launcher)
     return container["command"] + arguments, dict(option[2:].split("=", 1) for option in launcher)
+
+
+def test_the_manifests_are_of_kubernetes_schemas() -> None:
+    """Strictly: a field that a schema does not know is refused, which a cluster would drop without a word."""
+    command = [PROGRAMS / "kubernetes-validate", "--strict", TOOLS / "kubernetes/train.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count(" passed for resource ") + done.stdout.count(" passed for resource ") == 2
 
 
 def test_the_pods_are_the_nodes(manifests: dict[str, Any]) -> None:
