@@ -32,7 +32,8 @@ def stable_hash(seed: int, epoch: int, key: str, stream: str) -> int:
 
 def sample_rng(seed: int, epoch: int, key: str, stream: str) -> np.random.Generator:
     """A numpy generator for one sample: Philox keyed by `stable_hash` (about 10 us to make)."""
-    return np.random.Generator(np.random.Philox(_Key(stable_hash(seed, epoch, key, stream))))
+    key_of_sample: Any = _Key(stable_hash(seed, epoch, key, stream))  # numpy's stub knows SeedSequence only
+    return np.random.Generator(np.random.Philox(key_of_sample))
 
 
 class _Key(ISeedSequence):

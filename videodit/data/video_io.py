@@ -17,6 +17,7 @@ import numpy as np
 
 from videodit.data import yuv
 from videodit.data.frame_convert import ToRGB, ToShardFormat, display_matrix, is_transposed
+from videodit.data.yuv_planes import Planes
 
 KEYFRAME_EVERY = 16
 _SLOWEST, _FASTEST = 0.01, 1000.0  # frames per second that a header is believed
@@ -145,7 +146,8 @@ def read_yuv(
     Raises:
         VideoError, ValueError: as `read_frames`.
     """
-    planes = map(ToShardFormat().planes, itertools.islice(_frames(source, start, stop), 0, None, stride))
+    frames = itertools.islice(_frames(source, start, stop), 0, None, stride)
+    planes: Iterator[Planes] = map(ToShardFormat().planes, frames)
     if stop is None:
         whole = list(planes)
         planes, count = iter(whole), len(whole)
