@@ -266,6 +266,8 @@ def choose_caption(captions: Captions, seed: int, epoch: int, key: str, drop: fl
     """
     if drop > 0 and sample_unit(seed, epoch, key, "caption_drop") < drop:
         return None
+    if len(captions.texts) == 1:
+        return 0
     unit = sample_unit(seed, epoch, key, "caption")
     if len(set(captions.weights)) < 2:
         return int(unit * len(captions.texts))

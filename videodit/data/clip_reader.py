@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from videodit.data import yuv
 from videodit.data.batches import Request, Rows, choose_caption
@@ -214,12 +213,13 @@ class ClipReader:
             shape = yuv.packed_shape(*bucket)
         clips = torch.empty(len(request.ids), *shape, dtype=dtype)
         rows = Rows(request, {"clip": clips}, [""] * len(request.ids))
+        pixels = clips.numpy()
         for row, index in enumerate(request.ids):
             if index == PADDING:
-                self._blank(clips[row], bucket)
+                self._blank(pixels[row], bucket)
                 continue
             try:
-                rows.cuts[row] = self._clip(index, bucket, request.epochs[row], clips[row])
+                rows.cuts[row] = self._clip(index, bucket, request.epochs[row], pixels[row])
                 key = self.shards.entries[index].key
                 captions = self.shards.weighted_captions(index)
                 number = choose_caption(captions, self.seed, request.epochs[row], key)
@@ -228,19 +228,19 @@ class ClipReader:
                 rows.failures[row] = str(error)
                 rows.fatal = str(error) if isinstance(error, ReplacedShard) else rows.fatal
                 rows.cuts.pop(row, None)
-                self._blank(clips[row], bucket)
+                self._blank(pixels[row], bucket)
         return rows
 
-    def _blank(self, row: Tensor, bucket: Bucket) -> None:
+    def _blank(self, row: np.ndarray, bucket: Bucket) -> None:
         if self._gives_packed(bucket):
             yuv.fill_black(row)
         else:
-            row.zero_()
+            row[...] = 0
 
     def _gives_packed(self, bucket: Bucket) -> bool:
         return self._in_yuv and bucket.frames > 1 and bucket.height % 2 == 0 and bucket.width % 2 == 0
 
-    def _clip(self, index: int, bucket: Bucket, epoch: int, out: Tensor) -> ClipCut:
+    def _clip(self, index: int, bucket: Bucket, epoch: int, out: np.ndarray) -> ClipCut:
         """Fills a row of `ClipBatch.frames` and says how it was cut. No more than the window is read or decoded, unless
         all of it is to be kept.
         """
@@ -250,11 +250,11 @@ class ClipReader:
         if self.statistics is not None:
             values = read_window(partial(self.shards.read, index, FIELD_EXTENSION), self._shapes[index], start, stop)
             part, corner = crop(values[::stride], bucket.height, bucket.width, rng)
-            out.copy_(torch.from_numpy(self.statistics.standardise(part)))
+            out[...] = self.statistics.standardise(part)
             return ClipCut(values.shape[1], values.shape[2], *corner, start, stride)
-        frames = self._window(index, start, stop, stride, out.numpy())
+        frames = self._window(index, start, stop, stride, out)
         if self._gives_packed(bucket):
-            height, width = frames.shape[1] * 2 // 3, frames.shape[2]
+            height, width = yuv.size(frames)
             covering = yuv.resize_to_cover(frames, bucket.height, bucket.width)
             part, corner = yuv.crop(covering, bucket.height, bucket.width, rng)
         else:
@@ -262,8 +262,8 @@ class ClipReader:
                 frames = yuv.to_pixels(torch.from_numpy(frames)[None])[0].numpy()
             height, width = frames.shape[1:3]
             part, corner = crop(resize_to_cover(frames, bucket.height, bucket.width), bucket.height, bucket.width, rng)
-        if not np.may_share_memory(part, out.numpy()):
-            out.copy_(torch.from_numpy(part))
+        if part is not out:
+            out[...] = part
         return ClipCut(height, width, *corner, start, stride)
 
     def _window(self, index: int, start: int, stop: int, stride: int, out: np.ndarray) -> np.ndarray:

@@ -39,6 +39,10 @@ def deal(streams: Sequence[int], num_streams: int, world: int, micro_batch_size:
     room = count * micro_batch_size
     of_row = np.asarray(streams)
     rows = np.flatnonzero(of_row != PADDING)
+    dealt = np.full((world, room), PADDING, dtype=np.int64)
+    if world == 1:
+        dealt[0, : len(rows)] = rows
+        return dealt.reshape(world, count, micro_batch_size)
     classes = math.gcd(world, num_streams)
     group = of_row[rows] % classes
     order = np.argsort(group, kind="stable")
@@ -46,7 +50,6 @@ def deal(streams: Sequence[int], num_streams: int, world: int, micro_batch_size:
     turn = np.arange(len(rows)) - np.searchsorted(group, group)  # among the rows of its class
     sharing = world // classes
     rank, slot = group + classes * (turn % sharing), turn // sharing
-    dealt = np.full((world, room), PADDING, dtype=np.int64)
     fits = slot < room
     dealt[rank[fits], slot[fits]] = rows[fits]
     slots, ranks = np.nonzero(dealt.T == PADDING)  # those of ranks with the fewest rows come first

@@ -151,15 +151,20 @@ class ToShardFormat:
         height, width = self._size
         if min(height, width) < 2:
             raise ValueError(f"frames of {height}x{width}: at least 2x2 is needed")
-        even = slice(height - height % 2), slice(width - width % 2)
         # Of an odd size the last row is cut off, which in a picture that is turned may be the first of its planes.
         turned_odd = matrix is not None and (height % 2 or width % 2)
         wide = needs_mapping(frame.color_trc, frame.color_primaries)
         if wide or turned_odd or not frame.format.name.startswith("yuv"):
             return None
-        y, u, v = (turn(plane, matrix) for plane in planes_of(self._to_8_bits(frame, matrix)))
-        half = slice(height // 2), slice(width // 2)
-        return (y[even], u[half], v[half]), _colorspace(frame)
+        planes = planes_of(self._to_8_bits(frame, matrix))
+        if matrix is not None:
+            y, u, v = (turn(plane, matrix) for plane in planes)
+            planes = y, u, v
+        elif height % 2 or width % 2:
+            y, u, v = planes
+            half = slice(height // 2), slice(width // 2)
+            planes = y[: height - height % 2, : width - width % 2], u[half], v[half]
+        return planes, _colorspace(frame)
 
     def _over_rgb(self, frame: av.VideoFrame) -> av.VideoFrame:
         assert self._size is not None

@@ -105,13 +105,16 @@ class LatentReader:
         shape = self.latent_shapes[request.bucket]
         height, width = shape[2:]
         size = self.window.size_in(height, width) if request.windowed else (height, width)
-        parts = {name: torch.zeros(len(request.ids), *shape[:2], *size) for name in self._parts}
+        parts = {name: torch.empty(len(request.ids), *shape[:2], *size) for name in self._parts}
         rows = Rows(request, dict(parts), [""] * len(request.ids))
         samples = self._samples(rows)
-        conditions = rows.tensors["micro_conditions"] = torch.zeros(len(request.ids), len(MICRO_CONDITIONS))
+        missing = [row for row in range(len(request.ids)) if row not in samples]
+        for values in parts.values():
+            values[missing] = 0
+        conditions = [[0.0] * len(MICRO_CONDITIONS) for _ in request.ids]
         for row in samples:
-            meta = self.shards.entries[request.ids[row]].meta
-            conditions[row] = torch.tensor(micro_conditions(meta, request.bucket))
+            conditions[row] = micro_conditions(self.shards.entries[request.ids[row]].meta, request.bucket)
+        rows.tensors["micro_conditions"] = torch.tensor(conditions)
         if request.windowed:
             rows.tensors["origin"] = torch.zeros(len(request.ids), 2, dtype=torch.int64)
             self._read_windows(rows, samples, size)

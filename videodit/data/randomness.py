@@ -6,10 +6,12 @@ so that adding a use does not change the others.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 
@@ -29,8 +31,19 @@ def stable_hash(seed: int, epoch: int, key: str, stream: str) -> int:
 
 
 def sample_rng(seed: int, epoch: int, key: str, stream: str) -> np.random.Generator:
-    """A numpy generator for one sample: Philox keyed by `stable_hash` (about 25 us to make)."""
-    return np.random.Generator(np.random.Philox(key=stable_hash(seed, epoch, key, stream)))
+    """A numpy generator for one sample: Philox keyed by `stable_hash` (about 10 us to make)."""
+    key_of_sample: Any = _Key(stable_hash(seed, epoch, key, stream))  # numpy's stub knows SeedSequence only
+    return np.random.Generator(np.random.Philox(key_of_sample))
+
+
+class _Key(ISeedSequence):
+    """Gives Philox its key. By `Philox(key=...)` it would first ask the system for a random one."""
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return np.array([self._key, 0], dtype)
 
 
 def sample_unit(seed: int, epoch: int, key: str, stream: str) -> float:

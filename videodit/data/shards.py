@@ -175,7 +175,7 @@ class ShardSet:
                 f"{self.root / entry.shard}: {entry.key}.{ext} has {size} bytes, and no more than {MAX_READ_BYTES} are "
                 "read at once: ingest it in shorter clips"
             )
-        path = self.root / entry.shard
+        path = f"{self.root}/{entry.shard}"
         try:
             if self.cache:
                 data = self.cache.read(entry.shard, offset, size)

@@ -6,19 +6,18 @@ Frames are (t, h, w, 3) uint8 RGB, full range, turned the way a player shows the
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import av
 import numpy as np
 
 from videodit.data import yuv
 from videodit.data.frame_convert import ToRGB, ToShardFormat, display_matrix, is_transposed
-
-T = TypeVar("T")
+from videodit.data.yuv_planes import Planes
 
 KEYFRAME_EVERY = 16
 _SLOWEST, _FASTEST = 0.01, 1000.0  # frames per second that a header is believed
@@ -126,7 +125,7 @@ def read_frames(source: str | Path | bytes, start: int = 0, stop: int | None = N
         VideoError: if it does not decode, or ends before `start` or `stop`.
         ValueError: if the range is negative or empty.
     """
-    return np.stack(_read(source, start, stop, ToRGB))
+    return np.stack(list(map(ToRGB(), _frames(source, start, stop))))
 
 
 def read_yuv(
@@ -141,38 +140,54 @@ def read_yuv(
     Args:
         source, start, stop: as in `read_frames`.
         stride: every how many frames to give.
-        out: filled and given back, if what was read has its shape; not written to otherwise.
+        out: filled and given back, if frames have its shape; not written to otherwise.
     Returns:
         (t, 3h/2, w) uint8, packed as in `yuv`; an odd last row or column is cut off.
     Raises:
         VideoError, ValueError: as `read_frames`.
     """
-    frames = _read(source, start, stop, lambda: ToShardFormat().planes)[::stride]
-    shape = yuv.packed_shape(len(frames), *frames[0][0].shape)
+    frames = itertools.islice(_frames(source, start, stop), 0, None, stride)
+    planes: Iterator[Planes] = map(ToShardFormat().planes, frames)
+    if stop is None:
+        whole = list(planes)
+        planes, count = iter(whole), len(whole)
+    else:
+        count = len(range(start, stop, stride))
+    # Each frame is copied as it comes: it is in the CPU's cache then, and the decoder needs few buffers.
+    first = next(planes)
+    shape = yuv.packed_shape(count, *first[0].shape)
     packed = out if out is not None and out.shape == shape else np.empty(shape, np.uint8)
     luma, chroma = yuv.split(packed)
-    for number, planes in enumerate(frames):
-        luma[number], chroma[number, 0], chroma[number, 1] = planes
+    for number, (y, u, v) in enumerate(itertools.chain([first], planes)):
+        luma[number], chroma[number, 0], chroma[number, 1] = y, u, v
     return packed
 
 
-def _read(
-    source: str | Path | bytes, start: int, stop: int | None, converter: Callable[[], Callable[[av.VideoFrame], T]]
-) -> list[T]:
-    """Frames start to stop, each as the converter gives it."""
+def _frames(source: str | Path | bytes, start: int, stop: int | None) -> Iterator[av.VideoFrame]:
+    """Frames start to stop, as they are coded."""
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"frames {start} to {stop} are no range: 0 <= start < stop")
+    count = 0
+    with _open_at(source, start) as (first, decoder):
+        for frame in itertools.islice(decoder, start - first, None if stop is None else stop - first):
+            count += 1
+            yield frame
+    if not count:
+        raise VideoError(f"ends before frame {start}" if start else "no frames")
+    if stop is not None and count < stop - start:
+        raise VideoError(f"ends after {start + count} frames, {stop} were asked for")
+
+
+@contextmanager
+def _open_at(source: str | Path | bytes, start: int) -> Iterator[tuple[int, Iterator[av.VideoFrame]]]:
+    """A decoder whose next frame is `start` or one before it: its number, and the decoder."""
     with _open(source) as (container, stream):
         found = _seek(container, stream, start)
-        frames = _collect(*found, start, stop, converter()) if found else None
-    if frames is None:  # the seek led nowhere certain
-        with _open(source) as (container, stream):
-            frames = _collect(0, _decode(container, stream), start, stop, converter())
-    if not frames:
-        raise VideoError(f"ends before frame {start}" if start else "no frames")
-    if stop is not None and len(frames) < stop - start:
-        raise VideoError(f"ends after {start + len(frames)} frames, {stop} were asked for")
-    return frames
+        if found is not None:
+            yield found
+            return
+    with _open(source) as (container, stream):  # the seek led nowhere certain
+        yield 0, _decode(container, stream)
 
 
 def sample_frames(source: str | Path | bytes, count: int) -> list[np.ndarray]:
@@ -268,29 +283,18 @@ def _seek(
     decoder = _decode(container, stream)
     if start < KEYFRAME_EVERY or not rate or not time_base:
         return 0, decoder
-    if stream.guessed_rate != rate or abs((stream.duration or 0) * time_base * rate - stream.frames) > 0.5:
+    ticks = float(1 / (rate * time_base))  # of a frame
+    if stream.guessed_rate != rate or abs((stream.duration or 0) / ticks - stream.frames) > 0.5:
         return 0, decoder  # the frame rate varies, or the container does not tell
     origin = stream.start_time or 0
-    container.seek(origin + int(start / rate / time_base), stream=stream)
+    container.seek(origin + round(start * ticks), stream=stream)
     frame = next(decoder, None)
     if frame is None or frame.pts is None:
         return None
-    number = float((frame.pts - origin) * time_base * rate)
+    number = (frame.pts - origin) / ticks
     if abs(number - round(number)) > 0.05 or not 0 <= number <= start + 0.5:
         return None
     return round(number), itertools.chain([frame], decoder)
-
-
-def _collect(
-    first: int,
-    decoder: Iterator[av.VideoFrame],
-    start: int,
-    stop: int | None,
-    convert: Callable[[av.VideoFrame], T],
-) -> list[T]:
-    """Frames start to stop of a decoder whose next frame has the number `first`."""
-    count = None if stop is None else stop - first
-    return [convert(frame) for frame in itertools.islice(decoder, start - first, count)]
 
 
 def reason(error: BaseException) -> str:

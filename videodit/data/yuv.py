@@ -39,11 +39,15 @@ def packed_shape(num_frames: int, height: int, width: int) -> tuple[int, int, in
     return num_frames, height // 2 * 3, width // 2 * 2
 
 
-def fill_black(packed: Tensor) -> None:
+def size(packed: np.ndarray) -> tuple[int, int]:
+    """(h, w) of packed frames."""
+    return packed.shape[-2] * 2 // 3, packed.shape[-1]
+
+
+def fill_black(packed: Array) -> None:
     """Makes packed frames black."""
     luma, chroma = split(packed)
-    luma.fill_(_BLACK)
-    chroma.fill_(_GRAY)
+    luma[...], chroma[...] = _BLACK, _GRAY
 
 
 def resize_to_cover(packed: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -55,13 +59,13 @@ def resize_to_cover(packed: np.ndarray, height: int, width: int) -> np.ndarray:
     Returns:
         Packed frames; `packed` itself where it fits.
     """
-    luma, chroma = split(packed)
-    h, w = luma.shape[1:]
+    h, w = size(packed)
     scale = max(height / h, width / w)
-    size = max(height, _even(h * scale)), max(width, _even(w * scale))
-    if size == (h, w):
+    covering = max(height, _even(h * scale)), max(width, _even(w * scale))
+    if covering == (h, w):
         return packed
-    resized = np.empty(packed_shape(len(packed), *size), np.uint8)
+    resized = np.empty(packed_shape(len(packed), *covering), np.uint8)
+    luma, chroma = split(packed)
     for plane, out in zip((luma[:, None], chroma), split(resized), strict=True):
         pixels = F.interpolate(torch.from_numpy(plane), size=out.shape[-2:], mode="bilinear", antialias=True)
         out[:] = pixels.numpy().reshape(out.shape)
@@ -82,17 +86,16 @@ def crop(
     Raises:
         ValueError: if frames are smaller.
     """
-    luma, chroma = split(packed)
-    h, w = luma.shape[1:]
+    h, w = size(packed)
+    if (h, w) == (height, width):
+        return packed, (0, 0)
     if h < height or w < width:
         raise ValueError(f"frames of {h}x{w} are smaller than the bucket's {height}x{width}")
     rows, columns = (h - height) // 2, (w - width) // 2  # of chroma, that stand out
     top = rows // 2 if rng is None else int(rng.integers(rows + 1))
     left = columns // 2 if rng is None else int(rng.integers(columns + 1))
-    if (h, w) == (height, width):
-        return packed, (0, 0)
     part = np.empty(packed_shape(len(packed), height, width), np.uint8)
-    out_luma, out_chroma = split(part)
+    (luma, chroma), (out_luma, out_chroma) = split(packed), split(part)
     out_luma[:] = luma[:, 2 * top : 2 * top + height, 2 * left : 2 * left + width]
     out_chroma[:] = chroma[:, :, top : top + height // 2, left : left + width // 2]
     return part, (2 * top, 2 * left)

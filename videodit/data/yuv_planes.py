@@ -26,13 +26,16 @@ _SMALL = 240  # short side below which a picture is not halved any more: noise g
 
 def planes_of(frame: av.VideoFrame) -> Planes:
     """Luma (h, w) and chroma (h / 2, w / 2) twice of a yuv420p frame, uint8 views into it."""
-    y, u, v = map(_rows, frame.planes)
+    height, width = frame.height, frame.width
+    half = (height + 1) // 2, (width + 1) // 2
+    y, u, v = map(_rows, frame.planes, ((height, width), half, half))
     return y, u, v
 
 
-def _rows(plane: av.video.plane.VideoPlane) -> np.ndarray:
-    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, abs(plane.line_size))  # type: ignore[call-overload]
-    return rows[:: 1 if plane.line_size > 0 else -1, : plane.width]  # below 0, the last row is first in memory
+def _rows(plane: av.video.plane.VideoPlane, shape: tuple[int, int]) -> np.ndarray:
+    pitch: int = plane.line_size
+    first = 0 if pitch > 0 else (1 - shape[0]) * pitch  # below 0, the last row is first in memory
+    return np.ndarray(shape, np.uint8, plane, first, (pitch, 1))  # type: ignore[arg-type]  # which is a buffer
 
 
 def frame_of(planes: Planes) -> av.VideoFrame:
