@@ -12,7 +12,7 @@ from videodit import __version__
 from videodit.config import Argument, parse_command, parse_config
 from videodit.early_stop import end_at_once
 from videodit.errors import REFUSALS, LostRanks, UserError
-from videodit.progress import show_progress
+from videodit.progress import counted, show_progress
 
 EXIT_DONE, EXIT_LOST_RANKS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -57,11 +57,15 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
         result = run(given["src"], given["out"], config, progress)
     for setting, (clips, example) in result.filtered.items():
         print(f"{setting} leaves out {clips}, such as {example}")
-    if config.dry_run:
-        for reason, count in result.reasons.items():
-            print(f"{count} left out: {reason}")
+    for reason, count in result.reasons.items():
+        print(f"{count} left out: {reason}")
+    if result.uncaptioned:
+        names = result.uncaptioned
+        print(f"{counted(len(names), 'video')} without a caption, such as {names[0]}: the file's name is read as one")
     start = "dry run, nothing is written: " if config.dry_run else ""
-    print(f"{start}{result.accepted} videos to {result.clips} clips in {given['out']}; {result.rejected} rejected")
+    see = f": see {given['out']}/rejects.jsonl" if result.reasons and not config.dry_run else ""
+    made = f"{counted(result.accepted, 'video')} to {counted(result.clips, 'clip')} in {given['out']}"
+    print(f"{start}{made}; {result.rejected} rejected{see}")
 
 
 def inspect(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -98,7 +102,7 @@ def encode(argv: Sequence[str], prog: str, summary: str) -> None:
     with show_progress("encode clips", speaks) as progress:
         count = encode_clips(config, progress)
     if speaks:
-        print(f"{count} clips encoded in {config.out}")
+        print(f"{counted(count, 'clip')} encoded in {config.out}")
 
 
 def generate(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -187,7 +191,7 @@ VERBS = {
 
 def help_text() -> str:
     """List the verbs, each with its sentence."""
-    rows = "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+    rows = "\n".join(f"  {name:<11} {verb.summary}" for name, verb in VERBS.items())
     return (
         "usage: videodit VERB [--config FILE.yaml] [--key value ...]\n\n"
         f"Train text-to-video models, from raw videos to clips made from prompts.\n\nverbs:\n{rows}\n\n"

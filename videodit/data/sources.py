@@ -60,6 +60,8 @@ class Source:
     """(offset, size) within the tar; None for a file of its own."""
     state: FileState | None = None
     """Of a file that is not on this machine, or of a zarr array."""
+    captioned: bool = True
+    """Whether something is said of it, so that `captions` are not only its name."""
 
     @property
     def is_image(self) -> bool:
@@ -163,8 +165,9 @@ def _complete(source: Source, root: str, images: bool) -> Source:
             problem = "no such file"
         except UserError as error:
             problem = str(error)
-    captions = source.captions if source.captions.texts else Captions([_stem_caption(source.name)])
-    return replace(source, captions=captions, problem=printable(problem), state=where)
+    captioned = bool(source.captions.texts)
+    captions = source.captions if captioned else Captions([_stem_caption(source.name)])
+    return replace(source, captions=captions, problem=printable(problem), state=where, captioned=captioned)
 
 
 def _local_problem(path: str) -> str:
@@ -260,14 +263,19 @@ def _with_sidecar(video: Found, files: Mapping[str, Found] | None = None) -> Sou
 
 def _from_table(table: str) -> Iterator[Source]:
     sources: dict[str, Source] = {}
+    is_csv = split_suffix(table)[1].lower() in (".csv", ".tsv")
     for line, row in table_rows(table):
         column = next((name for name in _PATH_COLUMNS if row.get(name)), None)
         if column is None:
+            if not row:  # "," as spreadsheets leave it below a table
+                continue
+            names = ", ".join(map(str, row))
+            hint = " (columns are separated by commas)" if ";" in names else ""
             raise UserError(
-                f"{table}, line {line} has no path: a column 'path' is needed, "
-                f"there are {', '.join(map(str, row)) or 'none'}"
+                f"{table}, line {line} has no path: a column 'path' is needed and filled in on each line; "
+                f"this one has {names}{hint}"
             )
-        path = plain(str(row[column]))
+        path = plain(str(row[column]).strip() if is_csv else str(row[column]))
         if not is_remote(path) and not os.path.isabs(path):
             path = beside(table, path)
         there = is_remote(path) or os.path.isfile(path) or (path.endswith(ZARR) and os.path.isdir(path))

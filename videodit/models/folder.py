@@ -52,10 +52,18 @@ def load_config(config_class: type, folder: str | Path) -> Any:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json; make one with videodit export")
+        inside = next((name for name in ("vae", "model") if (Path(folder) / name / "config.json").is_file()), None)
+        fix = f"give {Path(folder) / inside}" if inside else "make one with videodit export"
+        raise UserError(f"{folder} is not a model folder: it has no config.json; {fix}")
     try:
         values = json.loads(path.read_text())
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        known = {field.name for field in dataclasses.fields(config_class)}
+        if other := [key for key in values if key not in known]:
+            kind = config_class.__name__.removesuffix("Config")
+            raise UserError(
+                f"{path} does not describe a {config_class.__name__}: it has {other[0]}; give the folder of a {kind}"
+            )
         return config_class(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe a {config_class.__name__}: {error}") from None

@@ -179,6 +179,11 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
             f"run videodit encode with --text_encoder {config.text_encoder}, or leave it out"
         )
     config = _follow_init(config, frozen, names)
+    if not config.vae and not (Path(manifest["vae"]) / "config.json").is_file():
+        raise UserError(
+            f"data.shards {names} was made by the VAE {manifest['vae']}, which is not there, seen from {Path.cwd()}: "
+            "say where it is, --vae FOLDER"
+        )
     vae = load_vae(config.vae or manifest["vae"])
     if config.init and vae.config.latent_channels != config.model.in_channels:
         raise UserError(

@@ -51,10 +51,18 @@ def stages_of(config: ConfigT) -> list[Stage[ConfigT]]:
     stages: list[Stage[ConfigT]] = []
     before = 0
     for number, values in enumerate(config.stages, 1):
+        _known(config, values, number)
         steps = stage_steps(values, number)
         stages.append(Stage(number, before, _with_settings(config, values, number, steps)))
         before += steps
     return stages
+
+
+def _known(config: "RunConfig", values: Mapping[str, Any], number: int) -> None:
+    known = ("steps", *config.stage_settings)
+    other = next((key for key in values if str(key).split(".")[0] not in known), None)
+    if other is not None:
+        raise ValueError(f"stage {number}: {other} is not a setting of stages: these are {', '.join(known)}")
 
 
 def stage_steps(values: Mapping[str, Any], number: int) -> int:
@@ -70,10 +78,7 @@ def stage_steps(values: Mapping[str, Any], number: int) -> int:
 
 
 def _with_settings(config: ConfigT, values: Mapping[str, Any], number: int, steps: int) -> ConfigT:
-    name, known = f"stage {number}", ("steps", *config.stage_settings)
-    other = next((key for key in values if str(key).split(".")[0] not in known), None)
-    if other is not None:
-        raise ValueError(f"{name}: {other} is not a setting of stages: these are {', '.join(known)}")
+    name = f"stage {number}"
     values = {key: value for key, value in values.items() if key != "steps"}
     base = to_dict(config) | {"stages": [], "max_steps": steps, "seed": config.seed + number - 1}
     try:

@@ -31,6 +31,8 @@ class VAERunConfig(RunConfig):
         super().__post_init__()
         if not self.data.shards and not self.stages:
             raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit ingest writes it")
+        if self.eval_clips < 1:
+            raise ValueError(f"eval_clips {self.eval_clips} is below 1: use a positive number")
         if self.stages:
             stages_of(self)
 
