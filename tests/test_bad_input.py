@@ -98,6 +98,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "dit: no heads": ("{dit} --model.num_heads 0", ["model.num_heads 0", "use 1 or more"]),
     "dit: no MLP": ("{dit} --model.mlp_ratio -1", ["model.mlp_ratio -1", "use for example 4"]),
     "dit: rope": ("{dit} --model.rope_theta 0", ["model.rope_theta 0", "use for example 10000"]),
+    "dit: slow samples": ("{dit} --sampling.fps -1", ["sampling.fps -1.0 is negative"]),
+    "dit: shift": ("{dit} --sampling.shift 0", ["sampling.shift 0.0 is not positive", "1 is no shift"]),
     "dit: pattern": ("{dit} --model.pattern sx", ["model.pattern 'sx'", "s, t, f"]),
     "dit: run_dir below a file": ("{dit} --run_dir {text}/run", ["{text}/run", "choose another run_dir"]),
     # ---- encode
@@ -129,6 +131,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "generate: no such prompts": ("{generate} --prompts {gone}", ["--prompts {gone}", "No such file"]),
     "generate: prompts are a folder": ("{generate} --prompts {empty}", ["--prompts {empty}"]),
     "generate: prompts are no text": ("{generate} --prompts {model}/dit/model.safetensors", ["--prompts {model}/dit"]),
+    "generate: Latin-1": ("{generate} --prompts {latin}", ["{latin} is no UTF-8 text: save it as UTF-8"]),
+    "generate: seed": ("{generate} --prompt x --seed 99999999999999999999", ["--seed 9999", "more than 64 bits"]),
+    "generate: a part": ("{generate} --model {model}/dit --prompt x", ["no model_index.json; give {model}"]),
+    "generate: a run": ("{generate} --model {young_run} --prompt x", ["videodit export {young_run} --out MODEL"]),
     "generate: empty prompts": ("{generate} --prompts {blank}", ["no prompt", "--prompts FILE"]),
     "generate: frames": ("{generate} --prompt x --num_frames 16", ["num_frames 16", "4k+1", "nearest is 17"]),
     "generate: no frames": ("{generate} --prompt x --num_frames 0", ["num_frames 0", "4k+1", "nearest is 1"]),
@@ -156,6 +162,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "evaluate: out below a file": ("evaluate --model {model} --out {text}/x", ["{text}/x", "choose another"]),
     "evaluate: nothing matches": ("evaluate --videos {empty} --reference {videos}", ["{empty}", "{videos}"]),
     "export: no run": ("export {gone} --out {new}", ["{gone} is not a run folder", "config.yaml"]),
+    "export: onto videos": ("export {young_run} --out {videos}", ["{videos} holds other files, such as a.mp4"]),
     "export: no checkpoint": ("export {young_run} --out {new}", ["{young_run} has no checkpoint yet", "save_every"]),
     "demo: out below a file": ("demo --out {text}/demo", ["{text}/demo", "choose another"]),
     "demo: no recipe": ("demo --out {new} --vae_config {gone}.yaml", ["no recipe {gone}.yaml", "--vae_config"]),
@@ -199,7 +206,9 @@ FRESH = ["ingest: no such folder", "vae: no such shards", "generate: no such mod
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders and files, good and bad, by name; and the start of the verbs' command lines with good values."""
     root = tmp_path_factory.mktemp("places")
-    names = "gone new empty text videos damaged_videos blank typo wrong_type no_yaml shards vae_folder latents model"
+    names = (
+        "gone new empty text videos damaged_videos blank latin typo wrong_type no_yaml shards vae_folder latents model"
+    )
     at = {name: root / name for name in names.split()}
     for name in ("empty", "videos", "damaged_videos"):
         at[name].mkdir()
@@ -209,6 +218,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, text in {"text": "x", "blank": " \n\n", "typo": "max_step: 3", "no_yaml": "a: [1"}.items():
         at[name].write_text(text)
     at["wrong_type"].write_text("seed: many")
+    at["latin"].write_bytes("café".encode("latin-1"))
     tiny.make_shards(at["shards"])
     tiny.make_vae(at["vae_folder"])
     tiny.make_latents(at["latents"], at["shards"], at["vae_folder"])

@@ -82,7 +82,9 @@ def train_vae(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.training.vae_trainer import train_vae as run
 
     example = "videodit train vae --config configs/vae_demo.yaml --data.shards runs/a/shards --run_dir runs/a/vae"
-    run(parse_config(VAERunConfig, argv, prog, summary, example))
+    folder = run(parse_config(VAERunConfig, argv, prog, summary, example))
+    if _speaks():
+        print(f"VAE folder: {folder}")
 
 
 def train_dit(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -90,7 +92,9 @@ def train_dit(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.training.dit_trainer import train_dit as run
 
     example = "videodit train dit --config configs/dit_demo.yaml --data.shards runs/a/latents --run_dir runs/a/dit"
-    run(parse_config(DiTRunConfig, argv, prog, summary, example))
+    folder = run(parse_config(DiTRunConfig, argv, prog, summary, example))
+    if _speaks():
+        print(f"run folder: {folder}; its model folder: videodit export {folder} --out MODEL")
 
 
 def encode(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -98,10 +102,9 @@ def encode(argv: Sequence[str], prog: str, summary: str) -> None:
 
     example = "videodit encode --data.shards runs/a/shards --vae runs/a/vae/model --out runs/a/latents"
     config = parse_config(EncodeConfig, argv, prog, summary, example)
-    speaks = os.environ.get("RANK", "0") == "0"  # torchrun starts this once a rank
-    with show_progress("encode clips", speaks) as progress:
+    with show_progress("encode clips", _speaks()) as progress:
         count = encode_clips(config, progress)
-    if speaks:
+    if _speaks():
         print(f"{counted(count, 'clip')} encoded in {config.out}")
 
 
@@ -266,6 +269,10 @@ def entry() -> NoReturn:
     if mesh is not None:
         mesh.leave(code)
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun starts this once a rank
 
 
 def _report(message: str) -> int:

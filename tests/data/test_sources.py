@@ -235,6 +235,16 @@ def test_what_json_lacks_is_kept_as_text_or_costs_its_row(tmp_path: Path) -> Non
     "objects can", "x" * 300: "no such file"}  # fmt: skip
 
 
+def test_sidecars_as_windows_writes_them(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"{name}.mp4" for name in "abc"))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa dog\r\n")
+    (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf{"caption": "a cat"}\r\n')
+    (tmp_path / "c.txt").write_bytes("ein Hündchen".encode("latin-1"))
+    a, b, c = list_sources(tmp_path)
+    assert (a.captions, b.captions) == (Captions(["a dog"]), Captions(["a cat"]))
+    assert (a.problem, b.problem, c.problem) == ("", "", "caption file c.txt is no UTF-8 text")
+
+
 def test_a_table_as_spreadsheets_write_it(tmp_path: Path) -> None:
     """Spaces around names and paths, a byte order mark, Windows line ends, rows of commas below."""
     touch(tmp_path / "a b.mp4", tmp_path / "c.mp4")

@@ -234,7 +234,7 @@ def _member(tar: BinaryIO, span: tuple[int, int]) -> str:
     if span[1] > _SIDECAR_BYTES:
         raise ValueError(f"{span[1]} bytes are too many for a caption")
     tar.seek(span[0])
-    return tar.read(span[1]).decode("utf-8")
+    return tar.read(span[1]).decode("utf-8-sig")
 
 
 def _with_sidecar(video: Found, files: Mapping[str, Found] | None = None) -> Source:
@@ -246,9 +246,11 @@ def _with_sidecar(video: Found, files: Mapping[str, Found] | None = None) -> Sou
             continue
         try:
             found = files[name] if files else Found(beside(video.address, name))
-            text = read_small(found, _SIDECAR_BYTES).decode("utf-8")
+            text = read_small(found, _SIDECAR_BYTES).decode("utf-8-sig")
         except FileNotFoundError:
             continue
+        except UnicodeDecodeError:
+            return replace(source, problem=f"caption file {name} is no UTF-8 text")
         except (OSError, ValueError, UserError) as error:
             return replace(source, problem=f"caption file {name} cannot be read: {error}")
         if name.endswith(".txt"):

@@ -19,6 +19,21 @@ WEIGHTS_NAME = "model.safetensors"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+_MADE = ("README.md", "config.json", WEIGHTS_NAME, "model_index.json", "dit", "vae", "text_encoder")
+
+
+def check_out(out: Path) -> None:
+    """Refuses a folder that holds something else than a model, which would be mixed with it, or lost.
+
+    Raises:
+        UserError: names the first of the other files.
+    """
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    other = [name for name in there if name.removesuffix(".part") not in _MADE]
+    if other or there == ["README.md"]:
+        raise UserError(f"--out {out} holds other files, such as {(other or there)[0]}: choose another folder")
+
+
 def save_model(model: nn.Module, config: Any, folder: str | Path) -> None:
     """Writes a model's config (a dataclass) and weights; bit-exact.
 

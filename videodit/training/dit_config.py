@@ -9,7 +9,7 @@ from videodit.data.buckets import FRAMES_PER_LATENT, Bucket, nearest_size, parse
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest, read_manifests
-from videodit.data.mixture import local_folders
+from videodit.data.mixture import local_folders, open_shards
 from videodit.errors import UserError
 from videodit.flow.loss import Weighting
 from videodit.flow.noise_level import NoiseLevelConfig
@@ -24,6 +24,15 @@ from videodit.models.text import ByteTextConfig
 from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
 from videodit.training.run_config import RunConfig
 from videodit.training.stages import stages_of
+
+
+@dataclass(frozen=True)
+class RunSampling(SamplingDefaults):
+    """How a run draws its samples."""
+
+    fps: float = 0.0
+    """frames per second of the files that are written, and of the clips that a model with micro_conditioning makes; 0
+    for those of the latents"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class DiTRunConfig(RunConfig):
     """torch.compile each block"""
     kernels: str = "torch"
     """on a GPU: torch, or triton for fused kernels of norms, RoPE and temporal attention (benchmarks/kernels.py)"""
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    sampling: RunSampling = field(default_factory=RunSampling)
     """how samples are drawn, in training and from the export; sizes follow the latents"""
     prompts: tuple[str, ...] = ()
     """prompts of the samples drawn in training, with averaged weights"""
@@ -201,8 +210,15 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
         model=dataclasses.replace(config.model, in_channels=vae.config.latent_channels, text_dim=text_dim),
         text_encoder=(config.text_encoder or frozen["source"]) if frozen else None,
         text_max_length=frozen.get("max_length", 0),
-        sampling=dataclasses.replace(config.sampling, num_frames=frames, height=height, width=width),
+        sampling=dataclasses.replace(
+            config.sampling, num_frames=frames, height=height, width=width, fps=config.sampling.fps or _rate(config)
+        ),
     )
+
+
+def _rate(config: DiTRunConfig) -> float:
+    """Frames a second of the last stage's latents."""
+    return open_shards(stages_of(config)[-1].config.data).columns.usual_fps() or SamplingDefaults.fps
 
 
 def check_patch(patch_size: tuple[int, int, int], manifest: dict[str, Any], vae: str, folder: str) -> None:

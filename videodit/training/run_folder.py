@@ -47,7 +47,12 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: str | Path, config_text: str, world: World, *, fixed_keys: Sequence[str] = ("model", "seed")
+        cls,
+        path: str | Path,
+        config_text: str,
+        world: World,
+        *,
+        fixed_keys: Sequence[str] = ("model", "text", "flow", "seed"),
     ) -> "RunFolder":
         """Makes the folder, locks it, and, for a run that begins, writes config.yaml. Call on every rank.
 
