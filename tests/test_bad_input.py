@@ -23,7 +23,7 @@ from videodit.training.run_folder import RunFolder
 CASES: dict[str, tuple[str, list[str]]] = {
     # ---- ingest
     "ingest: no such folder": ("ingest {gone} --out {new}", ["{gone}", "no such file or folder", "give a folder"]),
-    "ingest: no videos": ("ingest {empty} --out {new}", ["{empty} has no videos", ".mp4"]),
+    "ingest: no videos": ("ingest {empty} --out {new}", ["{empty} has no videos", ".mp4", "pictures need --images"]),
     "ingest: another kind of file": ("ingest {text} --out {new}", ["{text}", ".csv"]),
     "ingest: nothing decodes": (
         "ingest {damaged_videos} --out {new}",
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "vae: range": ("{vae} --max_steps 0", ["max_steps 0", "use a positive number"]),
     "vae: frames": ("{vae} --data.buckets 16x32x32", ["16x32x32", "not 4k+1", "nearest that fits is 17x32x32"]),
     "vae: size": ("{vae} --data.buckets 9x30x44", ["9x30x44", "8", "nearest that fits is 9x32x40"]),
-    "vae: empty size": ("{vae} --data.buckets 9x0x32", ["9x0x32", "no height or no width", "fits is 9x8x32"]),
+    "vae: empty size": ("{vae} --data.buckets 9x0x32", ["9x0x32", "no height or no width", "for example 17x64x64"]),
     "vae: typo in a stage": (
         "{vae} --stages [{{steps:1,bucket:[9x32x32]}}]",
         ["stage 1: bucket is not a setting of stages: these are steps, "],
@@ -162,7 +162,6 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "evaluate: out below a file": ("evaluate --model {model} --out {text}/x", ["{text}/x", "choose another"]),
     "evaluate: nothing matches": ("evaluate --videos {empty} --reference {videos}", ["{empty}", "{videos}"]),
     "export: no run": ("export {gone} --out {new}", ["{gone} is not a run folder", "config.yaml"]),
-    "export: onto videos": ("export {young_run} --out {videos}", ["{videos} holds other files, such as a.mp4"]),
     "export: no checkpoint": ("export {young_run} --out {new}", ["{young_run} has no checkpoint yet", "save_every"]),
     "demo: out below a file": ("demo --out {text}/demo", ["{text}/demo", "choose another"]),
     "demo: no recipe": ("demo --out {new} --vae_config {gone}.yaml", ["no recipe {gone}.yaml", "--vae_config"]),
@@ -181,6 +180,7 @@ DISK_CASES: dict[str, tuple[str, list[str]]] = {
     "encode: full": ("{encode} --out {full}/latents", ["no space left", "{full}/latents", "free some space"]),
     "generate: full": ("{generate} --prompt x --out {full}/x", ["no space left", "{full}/x/00000-x.mp4", "free"]),
     "export: full": ("export {dit_run} --out {full}/model", ["no space left", "{full}/model", "free some space"]),
+    "export: onto videos": ("export {dit_run} --out {videos}", ["{videos} holds other files, such as a.mp4"]),
     "export: out below a file": ("export {dit_run} --out {text}/model", ["{text}/model", "choose another"]),
     "export: too small": ("export {dit_run} --out {small}/model", ["{small}/model", "free some space"]),
     "inspect: full": ("{inspect} --out {full}/page.html", ["no space left", "{full}/page.html", "free some space"]),

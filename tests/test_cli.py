@@ -81,9 +81,12 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str], monkey
     fields = dataclasses.fields(configs()[verb])
     made = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
     for key, default in leaves(made):
-        shown = "null" if default is None else default
+        shown = "null" if default is None else list(default) if isinstance(default, tuple) else default
+        shown = str(shown).lower() if isinstance(shown, bool) else shown
         doc, _, facts = rows[key].partition(" (type: ")
-        assert len(doc.split()) >= 1 and not doc.startswith("(") and facts.endswith(f", default: {shown})"), rows[key]
+        ending = f", default: {shown})" if shown != "" else ")"
+        assert len(doc.split()) >= 1 and not doc.startswith("(") and facts.endswith(ending), rows[key]
+        assert not re.search(r"Literal|tuple|\bint\b|\bfloat\b|\bstr\b|\bbool\b|default: \)", facts), facts
 
 
 def test_module_and_version() -> None:

@@ -264,10 +264,10 @@ def test_help_shows_doc_type_and_default_of_each_setting(capsys: pytest.CaptureF
     text = " ".join(capsys.readouterr().out.split())
     for part in (
         "Train it.",
-        "--run_dir RUN_DIR Folder of the run. (required, type: str)",
-        "--seed SEED Seed of everything random. (type: int, default: 0)",
-        "--optim.lr LR Peak learning rate. (type: float, default: 0.0005)",
-        "--prompts [ITEM,...] Prompts to sample. (type: list[str], default: [])",
+        "--run_dir RUN_DIR Folder of the run. (required, type: text)",
+        "--seed SEED Seed of everything random. (type: a whole number, default: 0)",
+        "--optim.lr LR Peak learning rate. (type: a number, default: 0.0005)",
+        "--prompts [ITEM,...] Prompts to sample. (type: a list [a, b, ...], each text, default: [])",
         "--config",
         "videodit train --run_dir a",
     ):

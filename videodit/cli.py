@@ -105,7 +105,7 @@ def encode(argv: Sequence[str], prog: str, summary: str) -> None:
     with show_progress("encode clips", _speaks()) as progress:
         count = encode_clips(config, progress)
     if _speaks():
-        print(f"{counted(count, 'clip')} encoded in {config.out}")
+        print(f"{counted(count, 'clip')} encoded in {config.out}, as {', '.join(config.data.buckets)}")
 
 
 def generate(argv: Sequence[str], prog: str, summary: str) -> None:

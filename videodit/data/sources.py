@@ -128,8 +128,8 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
     except OSError as error:
         raise user_error(error, error.filename or given) from error
     if not found:
-        kinds = " ".join(sorted(suffixes))
-        raise UserError(f"{given} has no videos: {kinds} are looked for, also in the folders and tars in it")
+        kinds, hint = " ".join(sorted(suffixes)), "" if images else "; pictures need --images"
+        raise UserError(f"{given} has no videos: {kinds} are looked for, also in the folders and tars in it{hint}")
     if any(source.is_zarr for source in found):
         require_zarr()
     unknown = any(is_remote(source.path) and not source.state for source in found)

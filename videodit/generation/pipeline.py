@@ -193,7 +193,10 @@ class TextToVideo:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model folder; model_index.json last, so that a folder with it is whole."""
         folder = Path(folder)
-        (folder / INDEX_NAME).unlink(missing_ok=True)
+        try:
+            (folder / INDEX_NAME).unlink(missing_ok=True)
+        except OSError as error:
+            raise user_error(error, folder) from None
         self.model.dit.save_pretrained(folder / "dit")
         self.vae.save_pretrained(folder / "vae")
         self.text_encoder.save_pretrained(folder / "text_encoder")

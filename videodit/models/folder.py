@@ -28,7 +28,7 @@ def check_out(out: Path) -> None:
     Raises:
         UserError: names the first of the other files.
     """
-    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    there = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.is_dir() else []
     other = [name for name in there if name.removesuffix(".part") not in _MADE]
     if other or there == ["README.md"]:
         raise UserError(f"--out {out} holds other files, such as {(other or there)[0]}: choose another folder")

@@ -33,10 +33,10 @@ def export_run(run_dir: str | Path, out: str | Path, ema_length: float | None = 
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give the run_dir of a training run")
-    check_out(out)
     checkpoint = load_latest(run_dir)
     if checkpoint is None:
         raise UserError(f"{run_dir} has no checkpoint yet: train for at least save_every steps")
+    check_out(out)
     facts: dict[str, Any] = {"run": run_dir, "step": checkpoint.step, "average": checkpoint.state["ema_profiles"][0]}
     weights = None
     if ema_length is not None:

@@ -51,14 +51,13 @@ def stages_of(config: ConfigT) -> list[Stage[ConfigT]]:
     stages: list[Stage[ConfigT]] = []
     before = 0
     for number, values in enumerate(config.stages, 1):
-        _known(config, values, number)
         steps = stage_steps(values, number)
         stages.append(Stage(number, before, _with_settings(config, values, number, steps)))
         before += steps
     return stages
 
 
-def _known(config: "RunConfig", values: Mapping[str, Any], number: int) -> None:
+def _check_names(config: "RunConfig", values: Mapping[str, Any], number: int) -> None:
     known = ("steps", *config.stage_settings)
     other = next((key for key in values if str(key).split(".")[0] not in known), None)
     if other is not None:
@@ -197,8 +196,10 @@ def settled(config: "RunConfig") -> int:
     """The steps of the whole run: the sum of its stages'.
 
     Raises:
-        ValueError: if a stage has none, or max_steps is given and another number.
+        ValueError: if a stage has none, or what no stage has, or max_steps is given and another number.
     """
+    for number, values in enumerate(config.stages, 1):
+        _check_names(config, values, number)
     total = sum(stage_steps(values, number) for number, values in enumerate(config.stages, 1))
     default = next(field.default for field in dataclasses.fields(config) if field.name == "max_steps")
     if config.max_steps not in (total, default):

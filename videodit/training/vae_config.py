@@ -19,7 +19,8 @@ class VAERunConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """clips to train on"""
     eval_shards: str | None = None
-    """shards of held-out clips; their PSNR is measured every sample_every steps, at the size of the last stage"""
+    """shards of held-out clips: every sample_every steps their PSNR is measured, and four are rebuilt into samples/, at
+    the size of the last stage; without them, neither is done"""
     eval_clips: int = 32
     """how many of them"""
     model: VAEConfig = field(default_factory=VAEConfig)
