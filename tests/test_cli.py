@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,6 +154,16 @@ def test_one_rank_a_machine_prints(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli.main(["xxxxxxxx"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_while_the_command_ends_is_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal, sys; from videodit.cli import entry; sys.argv = ['videodit', '--version'];"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); entry()"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -265,6 +266,8 @@ def entry() -> NoReturn:
         if not isinstance(end.code, int):
             raise
         code = end.code
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, another Ctrl-C would be a traceback
     mesh = sys.modules.get("videodit.parallel.mesh")  # not imported by verbs that need no processes
     if mesh is not None:
         mesh.leave(code)

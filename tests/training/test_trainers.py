@@ -589,6 +589,16 @@ def test_the_model_is_told_where_its_window_lies(latents: Path, tmp_path: Path) 
         replace(config, crop=LatentCropConfig((3, 2)))
 
 
+def test_latents_of_another_vae_are_refused(shards: Path, latents: Path, tmp_path: Path) -> None:
+    """Encoded anew into the same folder, say, after the VAE was trained on."""
+    run = train_dit(dit_config(tmp_path / "run", latents, max_steps=1))
+    other = VideoVAE(tiny.VAE)
+    other.save_pretrained(tmp_path / "vae")
+    again = tiny.make_latents(tmp_path / "latents", shards, tmp_path / "vae")
+    with pytest.raises(UserError, match="VAE of data.shards: .*, but run_dir .*: give it the latents that it began"):
+        train_dit(dit_config(run, again, max_steps=2))
+
+
 def test_samples_play_as_fast_as_the_latents(tmp_path: Path) -> None:
     shards = tiny.make_shards(tmp_path / "shards", num_clips=2, frames=(33,))
     clips = DataConfig(shards=str(shards), buckets=[tiny.BUCKET], fps=2.0)

@@ -216,6 +216,14 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
     )
 
 
+def latent_encoders(config: DiTRunConfig) -> dict[str, Any]:
+    """Hashes of the VAE and the text encoder that made a run's latents, as its folder keeps them."""
+    manifest = read_manifests(latent_folders(config))
+    assert manifest is not None  # `follow_latents` has looked at it
+    made = manifest["fingerprint"]
+    return {"VAE of data.shards": made.get("vae"), "text encoder of data.shards": made.get("text_encoder")}
+
+
 def _rate(config: DiTRunConfig) -> float:
     """Frames a second of the last stage's latents."""
     return open_shards(stages_of(config)[-1].config.data).columns.usual_fps() or SamplingDefaults.fps
