@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,6 +301,13 @@ class TextToVideo:
             conditions=conditions,
         )
         clips = self.vae.decode(latents.float())
+        for prompt, good in zip(prompts, clips.isfinite().flatten(1).all(1).tolist()):
+            if not good:
+                warnings.warn(
+                    f"the clip of {prompt[:60]!r} has values that are not finite, and shows nothing: lower "
+                    "guidance_scale, use dtype fp32, or look at the run that trained the model",
+                    stacklevel=2,
+                )
         return (self.statistics.restore(clips) if self.statistics else to_pixels(clips)).cpu().numpy()
 
 
