@@ -23,9 +23,12 @@ from videodit.training.run_folder import RunFolder
 CASES: dict[str, tuple[str, list[str]]] = {
     # ---- ingest
     "ingest: no such folder": ("ingest {gone} --out {new}", ["{gone}", "no such file or folder", "give a folder"]),
-    "ingest: no videos": ("ingest {empty} --out {new}", ["{empty} has no videos", ".mp4"]),
+    "ingest: no videos": ("ingest {empty} --out {new}", ["{empty} has no videos", ".mp4", "pictures need --images"]),
     "ingest: another kind of file": ("ingest {text} --out {new}", ["{text}", ".csv"]),
-    "ingest: nothing decodes": ("ingest {damaged_videos} --out {new}", ["none of the 1 videos", "rejects.jsonl"]),
+    "ingest: nothing decodes": (
+        "ingest {damaged_videos} --out {new}",
+        ["none of the 1 video of", "a.mp4 for one: cannot be opened", "rejects.jsonl"],
+    ),
     "ingest: onto itself": ("ingest {videos} --out {videos}", ["--out {videos}", "another folder"]),
     "ingest: out below a file": ("ingest {videos} --out {text}/shards", ["{text}/shards", "choose another"]),
     "ingest: out cannot be made": ("ingest {videos} --out /proc/videodit", ["/proc/videodit", "choose another"]),
@@ -36,15 +39,34 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "vae: no shards": ("train vae --run_dir {new}", ["data.shards is not set", "--data.shards"]),
     "vae: no such shards": ("{vae} --data.shards {gone}", ["{gone}", "no such folder", "videodit ingest"]),
     "vae: empty shards": ("{vae} --data.shards {empty}", ["{empty} has no samples"]),
+    "vae: a tar": (
+        "{vae} --data.shards {shards}/shard-000000.tar",
+        ["is a file: give the folder of the shards, {shards}"],
+    ),
+    "vae: latents for clips": ("{vae} --data.shards {latents}", ["{latents} holds latents, no clips"]),
+    "vae: run_dir of shards": (
+        "{vae} --run_dir {shards}",
+        ["run_dir {shards} holds shards, no run", "another run_dir"],
+    ),
+    "vae: no held-out clips": ("{vae} --eval_clips 0", ["eval_clips 0 is below 1"]),
+    "vae: seed": ("{vae} --seed 99999999999999999999", ["seed 99999999999999999999 has more than 64 bits"]),
+    "vae: negative loss": ("{vae} --loss.l1 -1", ["loss.l1 -1.0 is no weight", "0 or more"]),
+    "vae: no loss": ("{vae} --loss.l1 0", ["loss.l1 and loss.mse are both 0"]),
     "vae: no such eval shards": ("{vae} --eval_shards {gone}", ["{gone}", "no such folder"]),
     "vae: no such config": ("{vae} --config {gone}.yaml", ["no such config file: {gone}.yaml"]),
     "vae: typo": ("{vae} --optim.lrr 0.1", ["--optim.lrr", "did you mean --optim.lr?"]),
+    "vae: a DiT's setting": ("{vae} --model.hidden_size 64", ["unknown setting --model.hidden_size: --help lists"]),
     "vae: typo in the file": ("{vae} --config {typo}", ["{typo}", "max_step", "did you mean max_steps?"]),
     "vae: type in the file": ("{vae} --config {wrong_type}", ["{wrong_type}", "seed 'many'", "a whole number"]),
     "vae: no YAML": ("{vae} --config {no_yaml}", ["{no_yaml} line 1", "not valid YAML"]),
     "vae: range": ("{vae} --max_steps 0", ["max_steps 0", "use a positive number"]),
     "vae: frames": ("{vae} --data.buckets 16x32x32", ["16x32x32", "not 4k+1", "nearest that fits is 17x32x32"]),
     "vae: size": ("{vae} --data.buckets 9x30x44", ["9x30x44", "8", "nearest that fits is 9x32x40"]),
+    "vae: empty size": ("{vae} --data.buckets 9x0x32", ["9x0x32", "no height or no width", "for example 17x64x64"]),
+    "vae: typo in a stage": (
+        '{vae} --stages [{{"steps":1,"bucket":["9x32x32"]}}]',
+        ["stage 1: bucket is not a setting of stages: these are steps, "],
+    ),
     "vae: no bucket": ("{vae} --data.buckets 9by32", ["9by32", "FRAMESxHEIGHTxWIDTH"]),
     "vae: clips too short": ("{vae} --data.buckets 17x32x32", ["9 frames", "17x32x32", "shorter bucket"]),
     "vae: few clips": ("{vae} --global_batch_size 9", ["{shards} has 8 clips", "global_batch_size 9", "to 8 or less"]),
@@ -76,10 +98,17 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "dit: no heads": ("{dit} --model.num_heads 0", ["model.num_heads 0", "use 1 or more"]),
     "dit: no MLP": ("{dit} --model.mlp_ratio -1", ["model.mlp_ratio -1", "use for example 4"]),
     "dit: rope": ("{dit} --model.rope_theta 0", ["model.rope_theta 0", "use for example 10000"]),
+    "dit: slow samples": ("{dit} --sampling.fps -1", ["sampling.fps -1.0 is negative"]),
+    "dit: shift": ("{dit} --sampling.shift 0", ["sampling.shift 0.0 is not positive", "1 is no shift"]),
     "dit: pattern": ("{dit} --model.pattern sx", ["model.pattern 'sx'", "s, t, f"]),
     "dit: run_dir below a file": ("{dit} --run_dir {text}/run", ["{text}/run", "choose another run_dir"]),
     # ---- encode
     "encode: no such vae": ("{encode} --vae {gone}", ["{gone}", "config.json"]),
+    "encode: a DiT for a VAE": ("{encode} --vae {model}/dit", ["VAEConfig: it has ", "give the folder of a VAE"]),
+    "encode: a model for a VAE": ("{encode} --vae {model}", ["{model} is not a model folder", "give {model}/vae"]),
+    "encode: multiple": ("{encode} --multiple 0", ["multiple 0 is below 1: use for example 8"]),
+    "encode: no shards": ("encode --vae {vae_folder} --out {new}", ["data.shards is not set", "--data.shards FOLDER"]),
+    "encode: latents for clips": ("{encode} --data.shards {latents}", ["{latents} holds latents, no clips"]),
     "encode: vae without weights": ("{encode} --vae {bare_vae}", ["{bare_vae} has no weights", "model.safetensors"]),
     "encode: truncated vae": ("{encode} --vae {cut_vae}", ["{cut_vae}/model.safetensors", "truncated", "copy it"]),
     "encode: no such shards": ("{encode} --data.shards {gone}", ["{gone}", "no such folder"]),
@@ -102,6 +131,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "generate: no such prompts": ("{generate} --prompts {gone}", ["--prompts {gone}", "No such file"]),
     "generate: prompts are a folder": ("{generate} --prompts {empty}", ["--prompts {empty}"]),
     "generate: prompts are no text": ("{generate} --prompts {model}/dit/model.safetensors", ["--prompts {model}/dit"]),
+    "generate: Latin-1": ("{generate} --prompts {latin}", ["{latin} is no UTF-8 text: save it as UTF-8"]),
+    "generate: seed": ("{generate} --prompt x --seed 99999999999999999999", ["--seed 9999", "more than 64 bits"]),
+    "generate: a part": ("{generate} --model {model}/dit --prompt x", ["no model_index.json; give {model}"]),
+    "generate: a run": ("{generate} --model {young_run} --prompt x", ["videodit export {young_run} --out MODEL"]),
     "generate: empty prompts": ("{generate} --prompts {blank}", ["no prompt", "--prompts FILE"]),
     "generate: frames": ("{generate} --prompt x --num_frames 16", ["num_frames 16", "4k+1", "nearest is 17"]),
     "generate: no frames": ("{generate} --prompt x --num_frames 0", ["num_frames 0", "4k+1", "nearest is 1"]),
@@ -114,7 +147,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "generate: device": ("{generate} --prompt x --device gpu", ["'gpu'", "auto, cpu, cuda"]),
     "generate: out is a file": ("{generate} --prompt x --out {text}", ["{text}", "choose another"]),
     "generate: out below a file": ("{generate} --prompt x --out {text}/x", ["{text}/x", "choose another"]),
-    # ---- inspect, evaluate, export, import, demo
+    # ---- plan, inspect, evaluate, export, import, demo
+    "plan: tokens": ("plan --text_tokens -1", ["text_tokens -1", "use 0 for as many as the encoder reads"]),
     "inspect: no such shards": ("inspect {gone}", ["{gone}", "no such folder", "videodit ingest"]),
     "inspect: empty shards": ("inspect {empty}", ["{empty} has no samples"]),
     "inspect: no such config": ("inspect {shards} --like {gone}", ["like {gone}", "give its YAML or its folder"]),
@@ -146,6 +180,7 @@ DISK_CASES: dict[str, tuple[str, list[str]]] = {
     "encode: full": ("{encode} --out {full}/latents", ["no space left", "{full}/latents", "free some space"]),
     "generate: full": ("{generate} --prompt x --out {full}/x", ["no space left", "{full}/x/00000-x.mp4", "free"]),
     "export: full": ("export {dit_run} --out {full}/model", ["no space left", "{full}/model", "free some space"]),
+    "export: onto videos": ("export {dit_run} --out {videos}", ["{videos} holds other files, such as a.mp4"]),
     "export: out below a file": ("export {dit_run} --out {text}/model", ["{text}/model", "choose another"]),
     "export: too small": ("export {dit_run} --out {small}/model", ["{small}/model", "free some space"]),
     "inspect: full": ("{inspect} --out {full}/page.html", ["no space left", "{full}/page.html", "free some space"]),
@@ -171,7 +206,9 @@ FRESH = ["ingest: no such folder", "vae: no such shards", "generate: no such mod
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders and files, good and bad, by name; and the start of the verbs' command lines with good values."""
     root = tmp_path_factory.mktemp("places")
-    names = "gone new empty text videos damaged_videos blank typo wrong_type no_yaml shards vae_folder latents model"
+    names = (
+        "gone new empty text videos damaged_videos blank latin typo wrong_type no_yaml shards vae_folder latents model"
+    )
     at = {name: root / name for name in names.split()}
     for name in ("empty", "videos", "damaged_videos"):
         at[name].mkdir()
@@ -181,6 +218,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, text in {"text": "x", "blank": " \n\n", "typo": "max_step: 3", "no_yaml": "a: [1"}.items():
         at[name].write_text(text)
     at["wrong_type"].write_text("seed: many")
+    at["latin"].write_bytes("café".encode("latin-1"))
     tiny.make_shards(at["shards"])
     tiny.make_vae(at["vae_folder"])
     tiny.make_latents(at["latents"], at["shards"], at["vae_folder"])

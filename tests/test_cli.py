@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,9 +82,12 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str], monkey
     fields = dataclasses.fields(configs()[verb])
     made = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
     for key, default in leaves(made):
-        shown = "null" if default is None else default
+        shown = "null" if default is None else list(default) if isinstance(default, tuple) else default
+        shown = str(shown).lower() if isinstance(shown, bool) else shown
         doc, _, facts = rows[key].partition(" (type: ")
-        assert len(doc.split()) >= 1 and not doc.startswith("(") and facts.endswith(f", default: {shown})"), rows[key]
+        ending = f", default: {shown})" if shown != "" else ")"
+        assert len(doc.split()) >= 1 and not doc.startswith("(") and facts.endswith(ending), rows[key]
+        assert not re.search(r"Literal|tuple|\bint\b|\bfloat\b|\bstr\b|\bbool\b|default: \)", facts), facts
 
 
 def test_module_and_version() -> None:
@@ -150,6 +154,16 @@ def test_one_rank_a_machine_prints(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli.main(["xxxxxxxx"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_while_the_command_ends_is_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal, sys; from videodit.cli import entry; sys.argv = ['videodit', '--version'];"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); entry()"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -234,10 +234,14 @@ def test_a_required_setting_is_named() -> None:
         ("run_dir: 1", ["run_dir", "1", "quoted"]),
         ("run_dir: a\nsecond: {shards: [1]}", ["second.shards", "[1]", "text"]),
         ("run_dir: a\ndata: {class_path: os.system}", ["data.class_path"]),
-        ("run_dir: a\nrun_dir: b", ["run_dir is there twice"]),
+        ("run_dir: a\nseed: 3\nrun_dir: b", ["line 3", "run_dir is there twice"]),
+        ("optim:\n\tlr: 3", ["line 2", "indented by a tab: use spaces"]),
+        ("run_dir: a\n---\nseed: 3", ["line 2", "second document", "remove the line ---"]),
+        ("run_dir: \x01", ["YAML", "special characters are not allowed"]),
+        ("run_dir", ["holds only 'run_dir'", "key: value"]),
         ("run_dir: [", ["line 1", "YAML"]),
         ("- run_dir", ["list", "key: value"]),
-        ("run_dir: !!python/object/apply:os.system [ls]", ["line 1", "YAML"]),
+        ("run_dir: !!python/object/apply:os.system [ls]", ["line 1", "YAML", "os.system' is no plain value"]),
     ],
 )
 def test_each_mistake_in_a_file_is_one_line_that_names_it(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -260,10 +264,10 @@ def test_help_shows_doc_type_and_default_of_each_setting(capsys: pytest.CaptureF
     text = " ".join(capsys.readouterr().out.split())
     for part in (
         "Train it.",
-        "--run_dir RUN_DIR Folder of the run. (required, type: str)",
-        "--seed SEED Seed of everything random. (type: int, default: 0)",
-        "--optim.lr LR Peak learning rate. (type: float, default: 0.0005)",
-        "--prompts [ITEM,...] Prompts to sample. (type: list[str], default: [])",
+        "--run_dir RUN_DIR Folder of the run. (required, type: text)",
+        "--seed SEED Seed of everything random. (type: a whole number, default: 0)",
+        "--optim.lr LR Peak learning rate. (type: a number, default: 0.0005)",
+        "--prompts [ITEM,...] Prompts to sample. (type: a list [a, b, ...], each text, default: [])",
         "--config",
         "videodit train --run_dir a",
     ):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from videodit.progress import PLAIN_INTERVAL_S, Progress, show_progress
+from videodit.progress import PLAIN_INTERVAL_S, Progress, duration, show_progress
 
 
 def test_a_line_an_interval_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +27,7 @@ def test_a_resumed_run_is_not_taken_for_a_fast_one(capsys: pytest.CaptureFixture
         progress.update(900)
         now = PLAIN_INTERVAL_S
         progress.update(910)
-    assert capsys.readouterr().err == f"train dit: 910/1000, {9 * PLAIN_INTERVAL_S:.0f} s left,\n"
+    assert capsys.readouterr().err == f"train dit: 910/1000, {9 * PLAIN_INTERVAL_S:.0f} s left\n"
 
 
 def test_each_stage_has_a_rate_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +41,12 @@ def test_each_stage_has_a_rate_of_its_own(capsys: pytest.CaptureFixture[str]) ->
             now += 40
             progress.update(done, total=6)
     left = [line.split(", ")[1] for line in capsys.readouterr().err.splitlines() if " left" in line]
-    assert left == ["100 s left,", "20 s left,", "16 s left,"]
+    assert left == ["100 s left", "20 s left", "16 s left"]
+
+
+def test_a_long_time_is_not_told_in_seconds() -> None:
+    times = {0.4: "0 s", 599: "599 s", 601: "10 min", 35999: "600 min", 36000: "10.0 h", 345600: "4.0 days"}
+    assert {seconds: duration(seconds) for seconds in times} == times
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from videodit.errors import UserError
 from videodit.training.checkpoint import FOLDER, Checkpoint, steps_in
-from videodit.training.run_folder import differences, read_metrics
+from videodit.training.run_folder import KINDS, differences, read_metrics
 
 FIGURES = ("train/loss", "train/mse", "train/grad_norm", "data/digest")
 LISTED = 5  # parameters that differ most
@@ -154,7 +154,7 @@ def compare_weights(a: Path, b: Path, step: int, rtol: float) -> tuple[Finding, 
         differ = int((x != y).sum())
         largest = float(gap.max() / torch.maximum(x.abs(), y.abs()).max()) if differ else 0.0
         parameters.append(Finding(name, count, differ, _number(largest)))
-    apart = _number(math.sqrt(square_gap / square_size)) if square_gap else 0.0
+    apart = _number(math.sqrt(square_gap / square_size) if square_size else math.inf) if square_gap else 0.0
     compared, differ = (sum(getattr(found, name) for found in parameters) for name in ("compared", "differ"))
     return Finding("weights", compared, differ, apart, step if apart > rtol else None), parameters
 
@@ -194,7 +194,11 @@ def compare(a: Path, b: Path, rtol: float) -> int:
         UserError: for folders that cannot be compared.
     """
     runs = [read_steps(run) for run in (a, b)]
-    settings = differences("", *(read_config(run) for run in (a, b)))
+    configs = [read_config(run) for run in (a, b)]
+    kinds = [KINDS["prompts" in config] for config in configs]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{a} is a run of {kinds[0]}, {b} of {kinds[1]}: give two of one kind")
+    settings = differences("", *configs)
     findings = compare_steps(*runs, rtol)
     print(f"A {a}\nB {b}")
     print_table("steps", findings)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from videodit import __version__
 from videodit.config import Argument, parse_command, parse_config
 from videodit.early_stop import end_at_once
 from videodit.errors import REFUSALS, LostRanks, UserError
-from videodit.progress import show_progress
+from videodit.progress import counted, show_progress
 
 EXIT_DONE, EXIT_LOST_RANKS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -57,11 +58,15 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
         result = run(given["src"], given["out"], config, progress)
     for setting, (clips, example) in result.filtered.items():
         print(f"{setting} leaves out {clips}, such as {example}")
-    if config.dry_run:
-        for reason, count in result.reasons.items():
-            print(f"{count} left out: {reason}")
+    for reason, count in result.reasons.items():
+        print(f"{count} left out: {reason}")
+    if result.uncaptioned:
+        names = result.uncaptioned
+        print(f"{counted(len(names), 'video')} without a caption, such as {names[0]}: the file's name is read as one")
     start = "dry run, nothing is written: " if config.dry_run else ""
-    print(f"{start}{result.accepted} videos to {result.clips} clips in {given['out']}; {result.rejected} rejected")
+    see = f": see {given['out']}/rejects.jsonl" if result.reasons and not config.dry_run else ""
+    made = f"{counted(result.accepted, 'video')} to {counted(result.clips, 'clip')} in {given['out']}"
+    print(f"{start}{made}; {result.rejected} rejected{see}")
 
 
 def inspect(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -78,7 +83,9 @@ def train_vae(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.training.vae_trainer import train_vae as run
 
     example = "videodit train vae --config configs/vae_demo.yaml --data.shards runs/a/shards --run_dir runs/a/vae"
-    run(parse_config(VAERunConfig, argv, prog, summary, example))
+    folder = run(parse_config(VAERunConfig, argv, prog, summary, example))
+    if _speaks():
+        print(f"VAE folder: {folder}")
 
 
 def train_dit(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -86,7 +93,9 @@ def train_dit(argv: Sequence[str], prog: str, summary: str) -> None:
     from videodit.training.dit_trainer import train_dit as run
 
     example = "videodit train dit --config configs/dit_demo.yaml --data.shards runs/a/latents --run_dir runs/a/dit"
-    run(parse_config(DiTRunConfig, argv, prog, summary, example))
+    folder = run(parse_config(DiTRunConfig, argv, prog, summary, example))
+    if _speaks():
+        print(f"run folder: {folder}; its model folder: videodit export {folder} --out MODEL")
 
 
 def encode(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -94,11 +103,10 @@ def encode(argv: Sequence[str], prog: str, summary: str) -> None:
 
     example = "videodit encode --data.shards runs/a/shards --vae runs/a/vae/model --out runs/a/latents"
     config = parse_config(EncodeConfig, argv, prog, summary, example)
-    speaks = os.environ.get("RANK", "0") == "0"  # torchrun starts this once a rank
-    with show_progress("encode clips", speaks) as progress:
+    with show_progress("encode clips", _speaks()) as progress:
         count = encode_clips(config, progress)
-    if speaks:
-        print(f"{count} clips encoded in {config.out}")
+    if _speaks():
+        print(f"{counted(count, 'clip')} encoded in {config.out}, as {', '.join(config.data.buckets)}")
 
 
 def generate(argv: Sequence[str], prog: str, summary: str) -> None:
@@ -187,7 +195,7 @@ VERBS = {
 
 def help_text() -> str:
     """List the verbs, each with its sentence."""
-    rows = "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+    rows = "\n".join(f"  {name:<11} {verb.summary}" for name, verb in VERBS.items())
     return (
         "usage: videodit VERB [--config FILE.yaml] [--key value ...]\n\n"
         f"Train text-to-video models, from raw videos to clips made from prompts.\n\nverbs:\n{rows}\n\n"
@@ -258,10 +266,16 @@ def entry() -> NoReturn:
         if not isinstance(end.code, int):
             raise
         code = end.code
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, another Ctrl-C would be a traceback
     mesh = sys.modules.get("videodit.parallel.mesh")  # not imported by verbs that need no processes
     if mesh is not None:
         mesh.leave(code)
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun starts this once a rank
 
 
 def _report(message: str) -> int:

@@ -207,7 +207,23 @@ def _plain_parser(cls: type) -> jsonargparse.ArgumentParser:
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Each setting with its type and default; description and example as they are written."""
+    """Each setting with its type in words and its default, if it has one; description and example as they are."""
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        hint = getattr(action, "_typehint", None) or action.type
+        if hint is None:
+            return None
+        return describe(hint).replace(" (quoted, in YAML)", "").replace(" such as 0.5 or 1e-3", "")
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text: str = super()._get_help_string(action)
+        if action.default == "":
+            return text.replace(", default: %(default)s", "")
+        if isinstance(action.default, bool):
+            return text.replace("%(default)s", str(action.default).lower())
+        if isinstance(action.default, tuple):
+            return text.replace("%(default)s", str(_plain(action.default)))
+        return text
 
 
 def _print_help(cls: type, prog: str, description: str, example: str, arguments: Sequence[Argument]) -> None:

@@ -13,6 +13,20 @@ Report = Callable[[int, int], None]  # (done, in all)
 PLAIN_INTERVAL_S = 15.0
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 clip", "14 clips"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people, in the unit that suits it: "90 s", "25 min", "13.5 h", "6.2 days"."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    if seconds < 10 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 96 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 class Progress:
     """`with Progress("train dit", max_steps) as progress: progress.update(step, "loss 0.31")`.
 
@@ -63,7 +77,8 @@ class Progress:
             self._live.update(self._task, completed=done, total=self.total or None, text=text)
         if self.enabled and (done == self.total or self._clock() - self._last_line >= PLAIN_INTERVAL_S):
             self._last_line = self._clock()
-            line = f"{self.label}: {done}/{self.total}{self._left(done)} {text}".rstrip()
+            left = self._left(done)
+            line = f"{self.label}: {done}/{self.total}{left}{',' if left and text else ''} {text}".rstrip()
             if self._live is None:
                 print(line, file=sys.stderr, flush=True)
             if self._note is not None:
@@ -78,7 +93,7 @@ class Progress:
         advanced = done - (self._first_done or 0)
         if not advanced or done >= self.total:
             return ""
-        return f", {(self.total - done) * (self._clock() - self._started) / advanced:.0f} s left,"
+        return f", {duration((self.total - done) * (self._clock() - self._started) / advanced)} left"
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:

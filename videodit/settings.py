@@ -115,10 +115,13 @@ def check_key(cls: type, key: str, origin: str = "", also: Sequence[str] = ()) -
         raise UserError(f"{where}{spell(key)} is a group of settings: set one of them, for example {spell(example)}")
     candidates = [*leaves, *also, *group_types(cls)]
     last = {candidate: candidate.rsplit(".", 1)[-1] for candidate in candidates}
-    name = key.rsplit(".", 1)[-1]
+    group, _, name = key.rpartition(".")
+    beside = {last[c]: c for c in candidates if c.rpartition(".")[0] == group}
+    elsewhere = [c for c in candidates if c not in beside.values()]
     near = (
         [c for c in candidates if last[c] == name]  # the right name in the wrong group
-        or difflib.get_close_matches(key, candidates, n=1, cutoff=0.7)
+        or [beside[n] for n in difflib.get_close_matches(name, beside, n=1, cutoff=0.6)]
+        or difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)
         or [c for c in candidates if difflib.get_close_matches(name, [last[c]], cutoff=0.75)]
     )
     advice = f"did you mean {spell(near[0])}?" if near else "--help lists the settings"
@@ -158,9 +161,10 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1 and key != "<<"), None)
+        twice = next((at for at, key in enumerate(keys) if key in keys[:at] and key != "<<"), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice} is there twice", node.start_mark)
+            mark = node.value[twice][0].start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"{keys[twice]} is there twice", mark)
         return super().construct_mapping(node, deep)
 
 
@@ -200,13 +204,25 @@ def read_yaml(path: Path) -> Values:
     except UnicodeDecodeError:
         raise UserError(f"cannot read config file {path}: it is not UTF-8 text") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "check its syntax"
-        raise UserError(f"{path}{line} is not valid YAML: {problem}") from None
+        raise UserError(f"{path}{_yaml_problem(error)}") from None
     if values is not None and not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, not settings: write one `key: value` a line")
+        kind = "a list" if isinstance(values, list) else f"only {str(values)[:40]!r}"
+        raise UserError(f"{path} holds {kind}, not settings: write one `key: value` a line")
     return values or {}
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Where and why a text is no YAML, and what to do."""
+    mark = getattr(error, "problem_mark", None)
+    line = f" line {mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or " ".join(str(getattr(error, "reason", "check its syntax")).split())
+    if "'\\t'" in problem:
+        problem = "it is indented by a tab: use spaces"
+    elif problem == "but found another document":
+        problem = "a second document begins here: remove the line ---"
+    elif "could not determine a constructor for the tag" in problem:
+        problem = f"{problem.rpartition(' ')[2]} is no plain value: write text, a number, true, false, a list or keys"
+    return f"{line} is not valid YAML: {problem}"
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------

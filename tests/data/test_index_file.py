@@ -15,7 +15,7 @@ from videodit.data.columns import Columns
 from videodit.data.index_file import COLUMNS, open_folder
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.loader import LatentLoader
-from videodit.data.shards import INDEX, ShardSet
+from videodit.data.shards import INDEX, Entry, ShardSet
 from videodit.errors import UserError
 
 CLIPS = 23  # in shards of 4
@@ -147,3 +147,11 @@ def test_columns_of_some_samples_are_as_if_there_were_no_others(folder: Path) ->
         n: s.tolist() for n, s in made.sizes.items()
     }
     assert list(islice(taken.keys, 2, 4)) == made.keys[2:4]
+
+
+def test_the_usual_rate_is_that_of_half_the_clips_without_pictures() -> None:
+    facts = [{"fps": 24.0}, {"fps": 30.0}, {"fps": 60.0, "num_frames": 9}, {}, {"fps": 1.0, "num_frames": 1}]
+    facts += [{"fps": 1.0, "bucket": "1x32x32"}] * 4
+    entries = [Entry(str(n), "a.tar", {}, meta) for n, meta in enumerate(facts)]
+    assert Columns.of(entries).usual_fps() == 30.0
+    assert Columns.of(entries[3:]).usual_fps() == 0.0

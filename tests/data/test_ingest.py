@@ -273,6 +273,7 @@ def test_dry_run_counts_reasons_and_encodes_nothing(
         "1 left out: caption file",
         "1 left out: cannot be opened",
         "1 left out: N frames, shorter than min_frames N",
+        "3 videos without a caption, such as clip.0.mp4: the file's name is read as one",
         f"dry run, nothing is written: 5 videos to 3 clips in {tmp_path / 'out'}; 2 rejected",
     ]
 
@@ -299,7 +300,9 @@ def test_sizes(tmp_path: Path) -> None:
 def test_no_usable_video(tmp_path: Path) -> None:
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "a.mp4").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="none of the 1 videos .* see .*rejects.jsonl"):
+    with pytest.raises(
+        UserError, match="none of the 1 video .*, a.mp4 for one: cannot be opened: .* see .*rejects.jsonl"
+    ):
         ingest(tmp_path / "v", tmp_path / "out", ONE)
     assert "cannot be opened" in (tmp_path / "out" / "rejects.jsonl").read_text()
 

@@ -23,6 +23,8 @@ def work(item, beat):
         raise ValueError("two\\nlines")
     if item == "memory":
         bytearray(1 << 36)
+    if item == "library":
+        raise ImportError("decoder.so: failed to map segment from shared object")
     if item == "user":
         raise UserError("disk full")
     if item[0] == "!":
@@ -63,7 +65,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_faults_cost_their_item(work) -> None:
-    chunks = [["a", "crash", "b", "raise"], [], ["exit", "c"], ["memory", "d"], ["hang"], ["e"]]
+    chunks = [["a", "crash", "b", "raise"], [], ["exit", "c"], ["memory", "library", "d"], ["hang"], ["e"]]
     chunks.append(["long", "f"])
     limits = {"stall_limit_s": 3, "time_limit_s": 4, "max_memory_gb": 16}
     results = list(run_isolated(work, chunks, workers=2, **limits))
@@ -74,6 +76,7 @@ def test_faults_cost_their_item(work) -> None:
         Failure("ValueError: two"),
         Failure("decoding ended with exit code 7"),
         "cc",
+        Failure("needs more than 16 GB of memory"),
         Failure("needs more than 16 GB of memory"),
         "dd",
         Failure("no progress for 3 s"),

@@ -170,8 +170,8 @@ def test_dry_run_asks_and_writes_nothing(videos: Path, models: ModelsConfig, tmp
 @pytest.mark.parametrize(
     ("kind", "make", "message"),
     [
-        ("match", lambda folder: None, "models.match .* is no folder"),
-        ("match", lambda folder: folder.mkdir(), "not a folder with config.json"),
+        ("match", lambda folder: None, "models.match .* is no folder with config.json"),
+        ("match", lambda folder: folder.mkdir(), "models.match .* is no folder with config.json"),
         ("match", vision_models.save_scorer, "is a ViTModel without get_image_features: give a folder of CLIP"),
         ("aesthetic", lambda folder: vision_models.save_scorer(folder, 3), "has 3 outputs: a model with one"),
         ("aesthetic", vision_models.save_clip, "lacks .* weights"),

@@ -37,7 +37,7 @@ def test_folder_with_sidecars(tmp_path: Path) -> None:
     assert list_sources(tmp_path) == [
         Source(str(tmp_path / "a/c.MKV"), Captions(["one", "two"]), {"spec": {"n": 1}}, "a/c.MKV"),
         Source(str(tmp_path / "b.mp4"), Captions(["a dog"]), {}, "b.mp4"),
-        Source(str(tmp_path / "two_red-cats.mov"), Captions(["two red cats"]), {}, "two_red-cats.mov"),
+        Source(str(tmp_path / "two_red-cats.mov"), Captions(["two red cats"]), {}, "two_red-cats.mov", captioned=False),
     ]
 
 
@@ -185,8 +185,10 @@ def test_a_bad_sidecar_costs_its_video_only(tmp_path: Path, text: str) -> None:
         (
             "list.csv",
             "name,caption\na.mp4,x\n",
-            "line 2 has no path: a column 'path' is needed, there are name, caption",
+            "line 2 has no path: a column 'path' is needed .* this one has name, caption",
         ),
+        ("list.csv", "path;caption\na.mp4;x\n", "line 2 has no path: .*separated by commas"),
+        ("list.csv", "path,caption\n,x\n", "line 2 has no path: .*filled in on each line; this one has caption"),
         ("list.csv", "path,caption\n", "has no videos"),
         ("list.jsonl", '{"path": "a.mp4"}\n{oops\n', "line 2 is no JSON"),
         ("list.jsonl", "[1]\n", "line 1: an object"),
@@ -231,6 +233,25 @@ def test_what_json_lacks_is_kept_as_text_or_costs_its_row(tmp_path: Path) -> Non
     problems = {name: source.problem for name, source in found.items() if source.problem}
     assert problems == {"b.mp4": "line 2 of the table: a value of type bytes cannot be kept: text, numbers, lists and "
     "objects can", "x" * 300: "no such file"}  # fmt: skip
+
+
+def test_sidecars_as_windows_writes_them(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"{name}.mp4" for name in "abc"))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa dog\r\n")
+    (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf{"caption": "a cat"}\r\n')
+    (tmp_path / "c.txt").write_bytes("ein Hündchen".encode("latin-1"))
+    a, b, c = list_sources(tmp_path)
+    assert (a.captions, b.captions) == (Captions(["a dog"]), Captions(["a cat"]))
+    assert (a.problem, b.problem, c.problem) == ("", "", "caption file c.txt is no UTF-8 text")
+
+
+def test_a_table_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    """Spaces around names and paths, a byte order mark, Windows line ends, rows of commas below."""
+    touch(tmp_path / "a b.mp4", tmp_path / "c.mp4")
+    (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbf path , caption\r\n a b.mp4 , one \r\nc.mp4,\r\n,,\r\n,\r\n")
+    one, other = list_sources(tmp_path / "list.csv")
+    assert (one.name, one.captions, one.captioned, one.problem) == ("a b.mp4", Captions(["one"]), True, "")
+    assert (other.name, other.captions, other.captioned, other.problem) == ("c.mp4", Captions(["c"]), False, "")
 
 
 def test_a_row_with_a_bad_caption_costs_its_video_only(tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def test_probe_says_what_was_written(fps: float) -> None:
     assert info.fps == pytest.approx(fps, rel=1e-5) and info.duration_s == pytest.approx(20 / fps, rel=1e-3)
 
 
+def test_a_frame_a_day_is_written_as_slowly_as_a_file_can_say() -> None:
+    assert encode_mp4(counter(3), 1 / 86400) == encode_mp4(counter(3), 1 / 1001) != encode_mp4(counter(3), 1 / 1000)
+    assert len(read_frames(encode_mp4(counter(3), 1 / 86400))) == 3
+
+
 def test_odd_last_row_and_column_are_cut_off() -> None:
     frames = np.zeros((2, 33, 49, 3), np.uint8)
     frames[:, 32:], frames[:, :, 48:] = 255, 255

@@ -108,7 +108,7 @@ def test_the_same_prompt_with_another_seed_is_another_clip(model: str, tmp_path:
 
 
 def test_prompts_from_a_file(model: str, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n  a star \n\nein Kreis größer\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeff  a star \r\n\nein Kreis größer\n", encoding="utf-8")
     paths = generate(config(model, tmp_path, prompt=["first"], prompts=str(tmp_path / "prompts.txt")))
     prompts = [json.loads(path.with_suffix(".json").read_text())["prompt"] for path in paths]
     assert prompts == ["first", "a star", "ein Kreis größer"]
@@ -144,7 +144,7 @@ def test_mistakes_are_one_line_for_the_user(model: str, tmp_path: Path, changes:
 
 def test_a_file_of_prompts_that_is_no_text(model: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(UserError, match="cannot read --prompts"):
+    with pytest.raises(UserError, match="prompts.txt is no UTF-8 text: save it as UTF-8"):
         generate(config(model, tmp_path, prompts=str(tmp_path / "prompts.txt")))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -278,3 +279,12 @@ def test_the_index_is_plain_json(tmp_path: Path) -> None:
 def test_prompts_that_are_no_list_of_prompts_are_refused(prompts: str | list[str]) -> None:
     with pytest.raises(ValueError, match="give a list of one or more prompts"):
         PIPE(prompts)
+
+
+def test_a_clip_that_is_not_finite_is_said_to_be_so() -> None:
+    options = {"num_frames": 5, "height": 32, "width": 16, "num_steps": 1}
+    with pytest.warns(UserWarning, match="the clip of 'blue' has values that are not finite"):
+        PIPE(["blue"], guidance_scale=1e38, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PIPE(["blue"], **options)

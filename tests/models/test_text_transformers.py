@@ -132,7 +132,7 @@ def cut_weights(size: int) -> Callable[[Path], None]:
 FAULTS = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "is not a folder with config.json"),
     "half a config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-    "another model": (rewrite(model_type="bert"), "is a 'bert': give one of clip, clip_text_model, t5, umt5"),
+    "another model": (rewrite(model_type="bert"), "is a bert: give one of clip, clip_text_model, t5, umt5"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded: .*model.safetensors"),
     "weights cut": (cut_weights(-10), "cannot be loaded"),
     "weights cut in the header": (cut_weights(10), "cannot be loaded"),

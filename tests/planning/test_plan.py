@@ -130,8 +130,9 @@ def test_an_impossible_plan_is_one_line(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_too_large_a_run_is_refused_with_the_nearest_that_fits(tmp_path: Path) -> None:
-    large = {"model.hidden_size": 2048, "model.num_heads": 16, "model.depth": 8}
+@pytest.mark.parametrize("compiled", [False, True])
+def test_too_large_a_run_is_refused_with_the_nearest_that_fits(compiled: bool, tmp_path: Path) -> None:
+    large = {"model.hidden_size": 2048, "model.num_heads": 16, "model.depth": 8, "compile": compiled}
     large |= {"sampling.height": 1024, "sampling.width": 1024}
     config = small(tmp_path, gpu="rtx4090", gpus=8, micro_batch_size=4, **large)
     with pytest.raises(UserError) as refused:

@@ -184,6 +184,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.yaml").unlink(), "config.yaml cannot be read"),
     "torn config": (lambda folder: (folder / "config.yaml").write_text("a: ["), "config.yaml cannot be read"),
     "empty config": (lambda folder: (folder / "config.yaml").write_text(""), "config.yaml has no settings"),
+    "other kind": (lambda folder: (folder / "config.yaml").write_text("model: 1"), "give two of one kind"),
     "damaged checkpoint": (damage_checkpoint, "rank-00000.safetensors is damaged"),
     "other steps": (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 9, "train/loss": 1}'), "no step is"),
 }

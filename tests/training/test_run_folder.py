@@ -48,6 +48,25 @@ def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
     assert "lr: 2" in (tmp_path / "config.yaml").read_text()
 
 
+def test_a_run_of_the_other_kind_and_another_seed_are_refused(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, "model: 1\nseed: 0\nprompts: []", ALONE).close()
+    (tmp_path / "checkpoints" / "step-00000010").mkdir()
+    with pytest.raises(UserError, match="holds a run of train dit, this is train vae: choose another run_dir"):
+        RunFolder.open(tmp_path, "model: 2\nseed: 0", ALONE)
+    with pytest.raises(UserError, match="seed is 1, but .* was trained with 0: set seed back to 0"):
+        RunFolder.open(tmp_path, "model: 1\nseed: 1\nprompts: []", ALONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("index.jsonl", "shards"), ("latents.json", "latents"), ("model_index.json", "a model")]
+)
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"run_dir .* holds {what}, no run: choose another run_dir"):
+        RunFolder.open(tmp_path, "model: 1", ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_frozen_values_may_change_only_before_the_first_checkpoint(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "model: 1", ALONE) as run:
         run.freeze("batches.json", {"17x64x64": 8, "1x64x64": 32}, "clips a step", "set batch sizes and data back")

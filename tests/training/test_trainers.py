@@ -33,6 +33,7 @@ from videodit.data.video_io import read_frames
 from videodit.errors import UserError
 from videodit.flow.noise_level import GIVEN_BELOW, NoiseLevelConfig
 from videodit.flow.path import Parameterization
+from videodit.generation.encode import EncodeConfig, encode_clips
 from videodit.generation.generate import GenerateConfig, generate
 from videodit.generation.pipeline import RowNoise, read_parameterization
 from videodit.models.level_error import KNOTS
@@ -40,7 +41,7 @@ from videodit.planning.workload import DiTWorkload
 from videodit.training import checkpoint_writer, vae_trainer
 from videodit.training import tracker as tracker_module
 from videodit.training.checkpoint import load_latest, read_full, steps_in
-from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.dit_config import DiTRunConfig, RunSampling, follow_latents
 from videodit.training.dit_model import build_model
 from videodit.training.dit_trainer import make_noisy, train_dit
 from videodit.training.export import export_run
@@ -586,6 +587,26 @@ def test_the_model_is_told_where_its_window_lies(latents: Path, tmp_path: Path) 
     message = r"crop.size \[3, 2\] is not divided by the 2x2 of model.patch_size: use for example \[2, 2\]"
     with pytest.raises(ValueError, match=message):
         replace(config, crop=LatentCropConfig((3, 2)))
+
+
+def test_latents_of_another_vae_are_refused(shards: Path, latents: Path, tmp_path: Path) -> None:
+    """Encoded anew into the same folder, say, after the VAE was trained on."""
+    run = train_dit(dit_config(tmp_path / "run", latents, max_steps=1))
+    other = VideoVAE(tiny.VAE)
+    other.save_pretrained(tmp_path / "vae")
+    again = tiny.make_latents(tmp_path / "latents", shards, tmp_path / "vae")
+    with pytest.raises(UserError, match="VAE of data.shards: .*, but run_dir .*: give it the latents that it began"):
+        train_dit(dit_config(run, again, max_steps=2))
+
+
+def test_samples_play_as_fast_as_the_latents(tmp_path: Path) -> None:
+    shards = tiny.make_shards(tmp_path / "shards", num_clips=2, frames=(33,))
+    clips = DataConfig(shards=str(shards), buckets=[tiny.BUCKET], fps=2.0)
+    latents, vae = tmp_path / "latents", tiny.make_vae(tmp_path / "vae")
+    encode_clips(EncodeConfig(str(vae), str(latents), clips, device="cpu"))
+    config = DiTRunConfig(run_dir="unused", data=LatentDataConfig(shards=str(latents)))
+    assert follow_latents(config).sampling.fps == 2.0
+    assert follow_latents(replace(config, sampling=RunSampling(fps=12.0))).sampling.fps == 12.0
 
 
 def test_the_last_share_of_the_steps_draws_late_noise(latents: Path, tmp_path: Path) -> None:

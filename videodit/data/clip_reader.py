@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ FIELD_EXTENSION = "npy"
 PIXELS = ("yuv", "rgb")
 
 log = logging.getLogger(__name__)
+
+
+@cache  # several loaders of a run may find the same
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ class ClipReader:
     ) -> None:
         self.shards, self.config, self.seed, self.random_crop = shards, config, seed, random_crop
         self.statistics = statistics
+        if "safetensors" in shards.columns.sizes:
+            raise UserError(f"{shards.name} holds latents, no clips: give the shards that they were made of")
         channels, known = field_channels(shards), len(statistics.mean) if statistics else None
         if channels != known:
             here, there = ("videos" if n is None else f"fields of {n} channels" for n in (channels, known))
@@ -202,7 +209,7 @@ class ClipReader:
             )
         if grouping.dropped:
             small = "shorter" if self.statistics is None else "shorter or smaller"
-            log.warning("%d of %d clips are %s than every bucket: left out", len(grouping.dropped), len(sizes), small)
+            _warn_once(f"{len(grouping.dropped)} of {len(sizes)} clips are {small} than every bucket: left out")
         return grouping
 
     def __getitem__(self, request: Request) -> Rows:

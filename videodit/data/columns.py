@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from videodit.data.buckets import is_image
+
 if TYPE_CHECKING:
     from videodit.data.shards import Entry
 
@@ -82,6 +84,12 @@ class Columns:
                 column.append(_number(entry.meta.get(name)))
         numbers = {name: np.array(column, dtype=np.float64) for name, column in facts.items()}
         return cls(keys, *shards.column(), *buckets.column(), sizes.columns(), numbers)
+
+    def usual_fps(self) -> float:
+        """The median rate of the clips that are no pictures, in frames a second; 0 if none of them says its rate."""
+        images = [number for number, name in enumerate(self.bucket_names) if is_image(name)]
+        moving = (self.facts["num_frames"] != 1) & ~np.isin(self.buckets, images) & (self.facts["fps"] > 0)
+        return float(np.median(self.facts["fps"][moving])) if moving.any() else 0.0
 
     def take(self, rows: np.ndarray) -> "Columns":
         """Some of the samples, as if there were no others.

@@ -35,6 +35,7 @@ from videodit.data.shards import INDEX, PART, Entry, ShardSet
 from videodit.data.sources import Source, list_sources
 from videodit.data.storage import is_remote, plain
 from videodit.errors import UserError, user_error
+from videodit.progress import counted
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class IngestResult:
     """Wall time."""
     reasons: dict[str, int] = field(default_factory=dict)
     """How often each reason is given for a source or scene that no filter left out, the most frequent first."""
+    uncaptioned: list[str] = field(default_factory=list)
+    """Sources that have only their file's name for a caption."""
     up_to_date: bool = False
     """The shards were there already, made of the same sources with the same config."""
 
@@ -172,10 +175,11 @@ def ingest(
     progress = progress or (lambda done, total: None)
     work = partial(_run, sources, config=config, record=record, finished=out, progress=progress)
     marked = partial(_marked, config=config, models=models, progress=progress)
+    named = [] if not config.models.reads_captions else [s.name for s in sources if not (s.captioned or s.problem)]
     try:
         if config.dry_run:
             counts, filtered, reasons = _rehearse(out, record, work, marked)
-            return _result(counts, filtered, started, reasons)
+            return _result(counts, filtered, started, reasons, named)
         with FolderLock(out, "--out") as lock:
             lock.hold_alone()
             earlier = earlier_run(out, record)
@@ -191,8 +195,10 @@ def ingest(
             if earlier:
                 counts, filtered = _mark_again(out, earlier, marked)
             if not counts["clips"] and not filtered:
+                first = read_rejects(out)[0]
                 raise UserError(
-                    f"none of the {len(sources)} videos of {src} gave a clip: see {out / REJECTS} for the reasons"
+                    f"none of the {counted(len(sources), 'video')} of {src} gave a clip, {first['source']} for one: "
+                    f"{first['reason']}; see {out / REJECTS} for the rest"
                 )
             write_json(out / RECORD, record | counts | marks | {"complete": True})
             clear_scraps(out)  # of an interrupted run with other sources
@@ -204,7 +210,7 @@ def ingest(
                 )
     except OSError as error:
         raise user_error(error, error.filename or out) from error
-    return _result(counts, filtered, started, reject_reasons(out), up_to_date)
+    return _result(counts, filtered, started, reject_reasons(out), named, up_to_date)
 
 
 Progress = Callable[[int, int], None]
@@ -218,10 +224,11 @@ def _result(
     filtered: dict[str, Stage],
     started: float,
     reasons: dict[str, int],
+    named: list[str],
     up_to_date: bool = False,
 ) -> IngestResult:
     done = counts["accepted"], counts["rejected"], counts["clips"]
-    return IngestResult(*done, filtered, time.monotonic() - started, reasons, up_to_date)
+    return IngestResult(*done, filtered, time.monotonic() - started, reasons, named, up_to_date)
 
 
 def _rehearse(
@@ -311,7 +318,7 @@ def _run(
     log.close()
     if not writer.entries and (out / INDEX).is_file():
         raise UserError(
-            f"none of the {len(sources)} videos gave a clip, the shards in {out} stay as they are: see "
+            f"none of the {counted(len(sources), 'video')} gave a clip, the shards in {out} stay as they are: see "
             f"{out / (REJECTS + PART)} for the reasons"
         )
     # From here to the end an interruption costs the earlier set, and nothing that was cut.

@@ -234,7 +234,10 @@ def _work(function: Callable[[Any, Beat], Any], pipe: Connection, max_memory_gb:
                 except MemoryError:
                     message = "result", Failure(f"needs more than {max_memory_gb:g} GB of memory")
                 except Exception as error:
-                    message = "result", Failure(f"{type(error).__name__}: {error}".splitlines()[0])
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    if isinstance(error, ImportError) and "failed to map segment" in reason:  # the loader's MemoryError
+                        reason = f"needs more than {max_memory_gb:g} GB of memory"
+                    message = "result", Failure(reason)
                 pipe.send(message)
                 last = time.monotonic()
     except (EOFError, OSError):

@@ -1,12 +1,13 @@
 """Which models look at clips in ingest, and how."""
 
+import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from videodit.data.files_fingerprint import files_fingerprint
 from videodit.data.shards import json_bytes, sha256_hex
-from videodit.errors import UserError
+from videodit.errors import MissingExtra, UserError
 
 SCORES = frozenset(["text_match", "aesthetic"])
 """Names of the models' scores in the index."""
@@ -45,6 +46,11 @@ class ModelsConfig:
         if not 0 < self.caption_weight < float("inf"):
             raise ValueError(f"models.caption_weight is {self.caption_weight}: a number above 0 is needed")
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether training reads the captions that clips came with."""
+        return self.keep_captions or not self.caption
+
     def record(self) -> dict[str, Any]:
         """What the index depends on: the models' contents and how they are used; nothing without models.
 
@@ -63,8 +69,12 @@ class ModelsConfig:
         folder = getattr(self, kind)
         if not folder:
             return ""
-        if not Path(folder).is_dir():
-            raise UserError(f"models.{kind} {folder} is no folder: give a local transformers folder")
+        if not (Path(folder) / "config.json").is_file():
+            raise UserError(
+                f"models.{kind} {folder} is no folder with config.json: give a local folder of the transformers library"
+            )
+        if importlib.util.find_spec("transformers") is None:  # said before hours of decoding
+            raise MissingExtra("transformers", "text")
         used: list[Any] = [files_fingerprint(folder, _FILES), self.frames]
         if kind == "caption":
             used += [self.caption_prompt, self.caption_tokens]

@@ -36,7 +36,7 @@ class Mp4Encoder:
         if not (fps > 0 and math.isfinite(fps)):
             raise ValueError(f"fps is {fps}: a positive number is needed")
         self.height, self.width, self.num_frames = height - height % 2, width - width % 2, 0
-        self._rate = Fraction(fps).limit_denominator(1001)
+        self._rate = Fraction(fps).limit_denominator(1001) or Fraction(1, 1001)  # of weather, once a day
         self._buffer = io.BytesIO()
         self._to_yuv = ToYUV()
         # bitexact keeps library versions out of the file

@@ -131,6 +131,8 @@ class ShardSet:
         """
         root = Path(root)
         if not root.is_dir():
+            if root.is_file():
+                raise UserError(f"{root} is a file: give the folder of the shards, {root.parent}")
             raise UserError(f"{root}: no such folder of shards: make it with 'videodit ingest SRC --out {root}'")
         if (root / INDEX).is_file():
             entries = read_index(root / INDEX)
@@ -143,7 +145,8 @@ class ShardSet:
         used = [entry for entry in entries if dropped or not entry.dropped]
         if not used:
             raise UserError(
-                f"{root} has no samples: nothing passed ingest (see rejects.jsonl), or it is no folder of shards"
+                f"{root} has no samples: nothing passed ingest (see rejects.jsonl), or it is no folder of shards, as "
+                "'videodit ingest SRC --out SHARDS' makes one of videos"
             )
         return cls(root, used, stamps=check_local_sizes(root, shard_ends(entries)))
 

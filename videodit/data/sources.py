@@ -60,6 +60,8 @@ class Source:
     """(offset, size) within the tar; None for a file of its own."""
     state: FileState | None = None
     """Of a file that is not on this machine, or of a zarr array."""
+    captioned: bool = True
+    """Whether something is said of it, so that `captions` are not only its name."""
 
     @property
     def is_image(self) -> bool:
@@ -126,8 +128,8 @@ def list_sources(src: str | Path, exclude: Iterable[str | Path] = (), *, images:
     except OSError as error:
         raise user_error(error, error.filename or given) from error
     if not found:
-        kinds = " ".join(sorted(suffixes))
-        raise UserError(f"{given} has no videos: {kinds} are looked for, also in the folders and tars in it")
+        kinds, hint = " ".join(sorted(suffixes)), "" if images else "; pictures need --images"
+        raise UserError(f"{given} has no videos: {kinds} are looked for, also in the folders and tars in it{hint}")
     if any(source.is_zarr for source in found):
         require_zarr()
     unknown = any(is_remote(source.path) and not source.state for source in found)
@@ -163,8 +165,9 @@ def _complete(source: Source, root: str, images: bool) -> Source:
             problem = "no such file"
         except UserError as error:
             problem = str(error)
-    captions = source.captions if source.captions.texts else Captions([_stem_caption(source.name)])
-    return replace(source, captions=captions, problem=printable(problem), state=where)
+    captioned = bool(source.captions.texts)
+    captions = source.captions if captioned else Captions([_stem_caption(source.name)])
+    return replace(source, captions=captions, problem=printable(problem), state=where, captioned=captioned)
 
 
 def _local_problem(path: str) -> str:
@@ -231,7 +234,7 @@ def _member(tar: BinaryIO, span: tuple[int, int]) -> str:
     if span[1] > _SIDECAR_BYTES:
         raise ValueError(f"{span[1]} bytes are too many for a caption")
     tar.seek(span[0])
-    return tar.read(span[1]).decode("utf-8")
+    return tar.read(span[1]).decode("utf-8-sig")
 
 
 def _with_sidecar(video: Found, files: Mapping[str, Found] | None = None) -> Source:
@@ -243,9 +246,11 @@ def _with_sidecar(video: Found, files: Mapping[str, Found] | None = None) -> Sou
             continue
         try:
             found = files[name] if files else Found(beside(video.address, name))
-            text = read_small(found, _SIDECAR_BYTES).decode("utf-8")
+            text = read_small(found, _SIDECAR_BYTES).decode("utf-8-sig")
         except FileNotFoundError:
             continue
+        except UnicodeDecodeError:
+            return replace(source, problem=f"caption file {name} is no UTF-8 text")
         except (OSError, ValueError, UserError) as error:
             return replace(source, problem=f"caption file {name} cannot be read: {error}")
         if name.endswith(".txt"):
@@ -260,14 +265,19 @@ def _with_sidecar(video: Found, files: Mapping[str, Found] | None = None) -> Sou
 
 def _from_table(table: str) -> Iterator[Source]:
     sources: dict[str, Source] = {}
+    is_csv = split_suffix(table)[1].lower() in (".csv", ".tsv")
     for line, row in table_rows(table):
         column = next((name for name in _PATH_COLUMNS if row.get(name)), None)
         if column is None:
+            if not row:  # "," as spreadsheets leave it below a table
+                continue
+            names = ", ".join(map(str, row))
+            hint = " (columns are separated by commas)" if ";" in names else ""
             raise UserError(
-                f"{table}, line {line} has no path: a column 'path' is needed, "
-                f"there are {', '.join(map(str, row)) or 'none'}"
+                f"{table}, line {line} has no path: a column 'path' is needed and filled in on each line; "
+                f"this one has {names}{hint}"
             )
-        path = plain(str(row[column]))
+        path = plain(str(row[column]).strip() if is_csv else str(row[column]))
         if not is_remote(path) and not os.path.isabs(path):
             path = beside(table, path)
         there = is_remote(path) or os.path.isfile(path) or (path.endswith(ZARR) and os.path.isdir(path))

@@ -13,7 +13,7 @@ from videodit.errors import MissingExtra, UserError
 def table_rows(table: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The rows of a .csv, .tsv, .jsonl or .parquet file, here or elsewhere, with the number of the line.
 
-    A cell that holds a JSON list is that list, empty ones are left out.
+    A cell that holds a JSON list is that list, empty ones are left out; spaces around the names of a CSV's columns are.
 
     Raises:
         OSError: if it cannot be read.
@@ -28,6 +28,7 @@ def table_rows(table: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         with open_file(table) as data, io.TextIOWrapper(data, encoding="utf-8-sig", newline="") as file:
             if kind != ".jsonl":
                 reader = csv.DictReader(file, dialect="excel-tab" if kind == ".tsv" else "excel")
+                reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
                 for row in reader:
                     yield reader.line_num, {name: _listed(value) for name, value in row.items() if name and value}
                 return
@@ -40,7 +41,7 @@ def table_rows(table: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
                         )
                     yield line, record
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table} is no UTF-8 table: {error}") from error
+        raise UserError(f"{table} is no UTF-8 table ({error}): save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{table}, line {line} is no JSON: {getattr(error, 'msg', error)}") from error
 

@@ -82,7 +82,9 @@ class EncodeConfig:
         for name in ("vae", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set: give --{name} FOLDER")
-        for name, usual in (("text_max_length", 128), ("batch_size", 8), ("clips_per_shard", 1000)):
+        if not self.data.shards:
+            raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit ingest writes it")
+        for name, usual in (("text_max_length", 128), ("batch_size", 8), ("clips_per_shard", 1000), ("multiple", 8)):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1: use for example {usual}")
         if self.hang_timeout_s < 0:

@@ -77,6 +77,8 @@ class GenerateConfig:
             raise ValueError("--model is missing: give a model folder, as videodit export writes it")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size {self.batch_size} is below 1: use for example 8")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} has more than 64 bits: use for example 0")
         if self.fps is not None and not self.fps > 0:
             raise ValueError(f"--fps {self.fps} is not positive: use for example 8")
 
@@ -158,9 +160,13 @@ def _prompts(config: GenerateConfig) -> list[str]:
     prompts = list(config.prompt)
     if config.prompts is not None:
         try:
-            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prompts {config.prompts}: {error}") from None
+            lines = Path(config.prompts).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"--prompts {config.prompts} is no UTF-8 text: save it as UTF-8, one prompt a line"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read --prompts {config.prompts}: {error.strerror or error}") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT (as often as you like) or --prompts FILE with one a line")

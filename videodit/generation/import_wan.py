@@ -6,8 +6,8 @@ from typing import Any
 
 from videodit.errors import UserError
 from videodit.flow.path import Parameterization
-from videodit.generation.pipeline import INDEX_NAME, SamplingDefaults, TextToVideo
-from videodit.models.folder import write_readme
+from videodit.generation.pipeline import SamplingDefaults, TextToVideo
+from videodit.models.folder import check_out, write_readme
 from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.text_transformers import TransformersTextEncoder
 from videodit.models.vae_wan import WanVAE
@@ -42,6 +42,7 @@ def import_wan(src: str | Path, out: str | Path, pattern: str = "f") -> Path:
     if (src / "transformer_2").is_dir():
         raise UserError(f"{src} has two transformers (Wan 2.2): only Wan 2.1 text-to-video models can be imported")
     dit = read_wan_transformer(src / "transformer", pattern)
+    check_out(out)
     vae = WanVAE.from_pretrained(src / "vae")
     if vae.config.latent_channels != dit.config.in_channels:
         raise UserError(
@@ -55,7 +56,6 @@ def import_wan(src: str | Path, out: str | Path, pattern: str = "f") -> Path:
     defaults = SamplingDefaults(
         num_frames=81, height=480, width=832, fps=16.0, num_steps=50, guidance_scale=5.0, shift=_shift(src)
     )
-    (out / INDEX_NAME).unlink(missing_ok=True)  # until it is whole again
     TextToVideo(TextToVideoModel(dit, None), vae, encoder, Parameterization(), defaults).save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in dit.parameters())
     write_readme(out, "import wan", {"source": src, "pattern": pattern, "parameters of the DiT": parameters})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,10 @@ class SamplingDefaults:
             raise ValueError(f"sampling.sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
         if self.num_steps < 1:
             raise ValueError(f"sampling.num_steps {self.num_steps} is below 1: use for example 20")
+        if not self.fps >= 0:
+            raise ValueError(f"sampling.fps {self.fps} is negative: use for example 8")
+        if not self.shift > 0:
+            raise ValueError(f"sampling.shift {self.shift} is not positive: 1 is no shift, 3 moves towards noise")
         for name, least in {"original_height": 1, "original_width": 1, "crop_top": 0, "crop_left": 0}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"sampling.{name} {value} is below {least}: give pixels")
@@ -79,7 +84,12 @@ def _read_index(folder: Path) -> tuple[Parameterization, SamplingDefaults]:
     if not folder.is_dir():
         raise UserError(f"no such model folder: {folder}; make one with videodit export RUN --out {folder}")
     if not path.is_file():
-        raise UserError(f"{folder} is not a model folder: it has no {INDEX_NAME}; make one with videodit export")
+        fix = "make one with videodit export"
+        if (folder / "config.yaml").is_file():
+            fix = f"make one of this run with videodit export {folder} --out MODEL"
+        elif (folder.parent / INDEX_NAME).is_file():
+            fix = f"give {folder.parent}"
+        raise UserError(f"{folder} is not a model folder: it has no {INDEX_NAME}; {fix}")
     try:
         index = json.loads(path.read_text())
         return Parameterization(**index["parameterization"]), SamplingDefaults(**index["sampling"])
@@ -184,6 +194,10 @@ class TextToVideo:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model folder; model_index.json last, so that a folder with it is whole."""
         folder = Path(folder)
+        try:
+            (folder / INDEX_NAME).unlink(missing_ok=True)
+        except OSError as error:
+            raise user_error(error, folder) from None
         self.model.dit.save_pretrained(folder / "dit")
         self.vae.save_pretrained(folder / "vae")
         self.text_encoder.save_pretrained(folder / "text_encoder")
@@ -287,6 +301,13 @@ class TextToVideo:
             conditions=conditions,
         )
         clips = self.vae.decode(latents.float())
+        for prompt, good in zip(prompts, clips.isfinite().flatten(1).all(1).tolist()):
+            if not good:
+                warnings.warn(
+                    f"the clip of {prompt[:60]!r} has values that are not finite, and shows nothing: lower "
+                    "guidance_scale, use dtype fp32, or look at the run that trained the model",
+                    stacklevel=2,
+                )
         return (self.statistics.restore(clips) if self.statistics else to_pixels(clips)).cpu().numpy()
 
 

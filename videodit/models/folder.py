@@ -19,6 +19,21 @@ WEIGHTS_NAME = "model.safetensors"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+_MADE = ("README.md", "config.json", WEIGHTS_NAME, "model_index.json", "dit", "vae", "text_encoder")
+
+
+def check_out(out: Path) -> None:
+    """Refuses a folder that holds something else than a model, which would be mixed with it, or lost.
+
+    Raises:
+        UserError: names the first of the other files.
+    """
+    there = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.is_dir() else []
+    other = [name for name in there if name.removesuffix(".part") not in _MADE]
+    if other or there == ["README.md"]:
+        raise UserError(f"--out {out} holds other files, such as {(other or there)[0]}: choose another folder")
+
+
 def save_model(model: nn.Module, config: Any, folder: str | Path) -> None:
     """Writes a model's config (a dataclass) and weights; bit-exact.
 
@@ -52,10 +67,18 @@ def load_config(config_class: type, folder: str | Path) -> Any:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json; make one with videodit export")
+        inside = next((name for name in ("vae", "model") if (Path(folder) / name / "config.json").is_file()), None)
+        fix = f"give {Path(folder) / inside}" if inside else "make one with videodit export"
+        raise UserError(f"{folder} is not a model folder: it has no config.json; {fix}")
     try:
         values = json.loads(path.read_text())
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        known = {field.name for field in dataclasses.fields(config_class)}
+        if other := [key for key in values if key not in known]:
+            kind = config_class.__name__.removesuffix("Config")
+            raise UserError(
+                f"{path} does not describe a {config_class.__name__}: it has {other[0]}; give the folder of a {kind}"
+            )
         return config_class(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe a {config_class.__name__}: {error}") from None

@@ -56,9 +56,8 @@ class TransformersTextEncoder:
         except (ValueError, TypeError) as error:
             raise UserError(f"{Path(source) / 'config.json'} is damaged ({error}): copy the folder again") from None
         if model_type not in _ENCODER_CLASSES:
-            raise UserError(
-                f"text encoder {source} is a {model_type!r}: give one of {', '.join(sorted(_ENCODER_CLASSES))}"
-            )
+            kind = f"a {model_type}" if model_type else "no model of the transformers library"
+            raise UserError(f"text encoder {source} is {kind}: give one of {', '.join(sorted(_ENCODER_CLASSES))}")
         # transformers would go on with an empty vocabulary, or with random weights: both are refused here.
         tokenizer = tokenizer_folder(source)
         if tokenizer is None:

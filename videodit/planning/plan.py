@@ -294,6 +294,8 @@ class Planner:
         first = 0 if policy == "auto" else self.workload.policies.index(policy)
         while micro:
             for p in self.workload.policies[first:]:
+                if p == "attention" and isinstance(self.config, DiTRunConfig) and self.config.compile:
+                    continue  # train dit would refuse it
                 for stage in self.stages:
                     choice = self.choice(stage, p, micro, offload)
                     if stage >= max(self.config.zero_stage, int(offload)) and choice.memory.total <= room:

@@ -41,6 +41,8 @@ class DiTPlanConfig(PlanOptions, DiTRunConfig):
 
     def __post_init__(self) -> None:
         self.check()
+        if self.text_tokens < 0:
+            raise ValueError(f"text_tokens {self.text_tokens} is below 0: use 0 for as many as the encoder reads")
         _fill_in(self)
         super().__post_init__()
 

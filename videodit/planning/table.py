@@ -10,6 +10,7 @@ from videodit.planning.machines import GIB
 from videodit.planning.memory import DEVICE_PARTS
 from videodit.planning.plan import Plan
 from videodit.planning.plan_config import DiTPlanConfig
+from videodit.progress import duration
 
 
 def print_plans(plans: Sequence[Plan], console: Console | None = None) -> None:
@@ -20,11 +21,8 @@ def print_plans(plans: Sequence[Plan], console: Console | None = None) -> None:
             console.print(f"stage {number} of {len(plans)}: {plan.config.data.name}", highlight=False)
         print_plan(plan, console)
     if len(plans) > 1:
-        hours = sum(plan.seconds for plan in plans) / 3600
-        steps, gpus = sum(plan.config.max_steps for plan in plans), plans[0].config.gpus
-        console.print(
-            f"all stages, {steps:,} steps: {hours / 24:,.2f} days, {hours * gpus:,.1f} GPU-hours", highlight=False
-        )
+        steps, seconds = (sum(values) for values in zip(*((plan.config.max_steps, plan.seconds) for plan in plans)))
+        console.print(f"all stages, {steps:,} steps: {_time(seconds, plans[0].config.gpus)}", highlight=False)
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -54,11 +52,17 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             f"({size * config.gpus:,.1f} GiB over all {config.gpus}); checkpoints' copies come on top",
             highlight=False,
         )
-    hours = plan.seconds / 3600
     console.print(
-        f"{config.max_steps:,} steps: {hours / 24:,.2f} days, {hours * config.gpus:,.1f} GPU-hours "
+        f"{config.max_steps:,} steps: {_time(plan.seconds, config.gpus)} "
         f"at {config.mfu:.0%} MFU (an assumption: --mfu)",
         highlight=False,
+    )
+
+
+def _time(seconds: float, gpus: int) -> str:
+    hours = seconds * gpus / 3600
+    return (
+        f"{duration(seconds)}, {hours:,.1f} GPU-hours" if hours >= 1 else f"{duration(seconds)}, {hours:.2g} GPU-hours"
     )
 
 

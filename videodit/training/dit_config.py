@@ -9,7 +9,7 @@ from videodit.data.buckets import FRAMES_PER_LATENT, Bucket, nearest_size, parse
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest, read_manifests
-from videodit.data.mixture import local_folders
+from videodit.data.mixture import local_folders, open_shards
 from videodit.errors import UserError
 from videodit.flow.loss import Weighting
 from videodit.flow.noise_level import NoiseLevelConfig
@@ -24,6 +24,15 @@ from videodit.models.text import ByteTextConfig
 from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
 from videodit.training.run_config import RunConfig
 from videodit.training.stages import stages_of
+
+
+@dataclass(frozen=True)
+class RunSampling(SamplingDefaults):
+    """How a run draws its samples."""
+
+    fps: float = 0.0
+    """frames per second of the files that are written, and of the clips that a model with micro_conditioning makes; 0
+    for those of the latents"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class DiTRunConfig(RunConfig):
     """torch.compile each block"""
     kernels: str = "torch"
     """on a GPU: torch, or triton for fused kernels of norms, RoPE and temporal attention (benchmarks/kernels.py)"""
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    sampling: RunSampling = field(default_factory=RunSampling)
     """how samples are drawn, in training and from the export; sizes follow the latents"""
     prompts: tuple[str, ...] = ()
     """prompts of the samples drawn in training, with averaged weights"""
@@ -179,6 +188,11 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
             f"run videodit encode with --text_encoder {config.text_encoder}, or leave it out"
         )
     config = _follow_init(config, frozen, names)
+    if not config.vae and not (Path(manifest["vae"]) / "config.json").is_file():
+        raise UserError(
+            f"data.shards {names} was made by the VAE {manifest['vae']}, which is not there, seen from {Path.cwd()}: "
+            "say where it is, --vae FOLDER"
+        )
     vae = load_vae(config.vae or manifest["vae"])
     if config.init and vae.config.latent_channels != config.model.in_channels:
         raise UserError(
@@ -196,8 +210,23 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
         model=dataclasses.replace(config.model, in_channels=vae.config.latent_channels, text_dim=text_dim),
         text_encoder=(config.text_encoder or frozen["source"]) if frozen else None,
         text_max_length=frozen.get("max_length", 0),
-        sampling=dataclasses.replace(config.sampling, num_frames=frames, height=height, width=width),
+        sampling=dataclasses.replace(
+            config.sampling, num_frames=frames, height=height, width=width, fps=config.sampling.fps or _rate(config)
+        ),
     )
+
+
+def latent_encoders(config: DiTRunConfig) -> dict[str, Any]:
+    """Hashes of the VAE and the text encoder that made a run's latents, as its folder keeps them."""
+    manifest = read_manifests(latent_folders(config))
+    assert manifest is not None  # `follow_latents` has looked at it
+    made = manifest["fingerprint"]
+    return {"VAE of data.shards": made.get("vae"), "text encoder of data.shards": made.get("text_encoder")}
+
+
+def _rate(config: DiTRunConfig) -> float:
+    """Frames a second of the last stage's latents."""
+    return open_shards(stages_of(config)[-1].config.data).columns.usual_fps() or SamplingDefaults.fps
 
 
 def check_patch(patch_size: tuple[int, int, int], manifest: dict[str, Any], vae: str, folder: str) -> None:

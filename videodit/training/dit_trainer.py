@@ -32,7 +32,7 @@ from videodit.planning.machines import device_memory
 from videodit.planning.plan import choose_checkpointing
 from videodit.planning.workload import DiTWorkload
 from videodit.training.clip_seconds import ClipSeconds
-from videodit.training.dit_config import DiTRunConfig, follow_latents
+from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_encoders
 from videodit.training.dit_model import (
     build_model,
     compile_blocks,
@@ -78,6 +78,8 @@ def train_dit(config: DiTRunConfig) -> Path:
         if config.compile:
             compile_blocks(model.dit, exchanging=mesh.sequence is not None)
         run.start(model)
+        encoders = latent_encoders(config) if world.is_main else {}
+        run.folder.freeze("encoders.json", encoders, fix="give it the latents that it began with")
         if config.lora.rank:
             facts = frozen_facts(config) if world.is_main else {}
             run.folder.freeze("frozen.json", facts)

@@ -7,7 +7,7 @@ import yaml
 
 from videodit.config import load_yaml
 from videodit.errors import UserError
-from videodit.models.folder import write_readme
+from videodit.models.folder import check_out, write_readme
 from videodit.training.checkpoint import load_latest
 from videodit.training.dit_config import DiTRunConfig, latent_names
 from videodit.training.dit_model import export_dit
@@ -36,6 +36,7 @@ def export_run(run_dir: str | Path, out: str | Path, ema_length: float | None = 
     checkpoint = load_latest(run_dir)
     if checkpoint is None:
         raise UserError(f"{run_dir} has no checkpoint yet: train for at least save_every steps")
+    check_out(out)
     facts: dict[str, Any] = {"run": run_dir, "step": checkpoint.step, "average": checkpoint.state["ema_profiles"][0]}
     weights = None
     if ema_length is not None:

@@ -130,7 +130,11 @@ class TrainingRun:
     def _say_where(self, again: int) -> None:
         """Tells the user from where a run goes on that has been started before."""
         repeated = f"; {again} later steps are made again" if again else ""
-        if self.step:
+        if self.step and not self.running:
+            most = self.config.max_steps
+            more = f", more than max_steps {most}" if self.step > most else ""
+            self._progress.say(f"all {self.step} steps were there already{more}: for further ones raise max_steps")
+        elif self.step:
             self._progress.say(f"goes on from step {self.step} of {self.config.max_steps}{repeated}")
         elif again:
             self._progress.say(f"no checkpoint was written yet, so it starts from step 0; {again} steps are made again")

@@ -87,6 +87,8 @@ class RunConfig:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1: use a positive number")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} has more than 64 bits: use for example 0")
         for name, things in (
             ("sample_every", "samples"),
             ("keep_every", "checkpoints beside the newest"),

@@ -18,6 +18,16 @@ from videodit.training.checkpoint import FOLDER, steps_in
 from videodit.training.durable import write_durably
 
 EVALUATED = "samples/.evaluated"
+KINDS = {False: "train vae", True: "train dit"}
+"""Verb of a run by whether its config has prompts."""
+OTHERS = {
+    "ingest.json": "shards",
+    "index.jsonl": "shards",
+    "latents.json": "latents",
+    "model_index.json": "a model",
+    "model.safetensors": "a model",
+}
+"""Files of folders that are no run folders, and what they hold."""
 SKIPPED = "skipped.jsonl"
 """Name of the list of skipped steps."""
 
@@ -37,7 +47,12 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: str | Path, config_text: str, world: World, *, fixed_keys: Sequence[str] = ("model",)
+        cls,
+        path: str | Path,
+        config_text: str,
+        world: World,
+        *,
+        fixed_keys: Sequence[str] = ("model", "text", "flow", "seed"),
     ) -> "RunFolder":
         """Makes the folder, locks it, and, for a run that begins, writes config.yaml. Call on every rank.
 
@@ -50,6 +65,9 @@ class RunFolder:
         path, lock, problem = Path(path), None, ""
         if world.is_main:
             try:
+                other = next((what for name, what in OTHERS.items() if (path / name).is_file()), None)
+                if other:
+                    raise UserError(f"run_dir {path} holds {other}, no run: choose another run_dir")
                 for folder in (path, path / FOLDER, path / "samples"):
                     folder.mkdir(parents=True, exist_ok=True)
                 lock = _lock(path)
@@ -260,6 +278,9 @@ def _check_config(path: Path, text: str, fixed_keys: Sequence[str]) -> None:
     file = path / "config.yaml"
     if file.exists():
         old, new = _read_kept(file, yaml.safe_load), yaml.safe_load(text) or {}
+        kinds = [KINDS["prompts" in config] for config in (old, new)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"run_dir {path} holds a run of {kinds[0]}, this is {kinds[1]}: choose another run_dir")
         for key in fixed_keys:
             for name, before, after in differences(key, old.get(key), new.get(key)):
                 raise UserError(

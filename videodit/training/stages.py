@@ -57,6 +57,13 @@ def stages_of(config: ConfigT) -> list[Stage[ConfigT]]:
     return stages
 
 
+def _check_names(config: "RunConfig", values: Mapping[str, Any], number: int) -> None:
+    known = ("steps", *config.stage_settings)
+    other = next((key for key in values if str(key).split(".")[0] not in known), None)
+    if other is not None:
+        raise ValueError(f"stage {number}: {other} is not a setting of stages: these are {', '.join(known)}")
+
+
 def stage_steps(values: Mapping[str, Any], number: int) -> int:
     """The steps of a stage.
 
@@ -70,10 +77,7 @@ def stage_steps(values: Mapping[str, Any], number: int) -> int:
 
 
 def _with_settings(config: ConfigT, values: Mapping[str, Any], number: int, steps: int) -> ConfigT:
-    name, known = f"stage {number}", ("steps", *config.stage_settings)
-    other = next((key for key in values if str(key).split(".")[0] not in known), None)
-    if other is not None:
-        raise ValueError(f"{name}: {other} is not a setting of stages: these are {', '.join(known)}")
+    name = f"stage {number}"
     values = {key: value for key, value in values.items() if key != "steps"}
     base = to_dict(config) | {"stages": [], "max_steps": steps, "seed": config.seed + number - 1}
     try:
@@ -192,8 +196,10 @@ def settled(config: "RunConfig") -> int:
     """The steps of the whole run: the sum of its stages'.
 
     Raises:
-        ValueError: if a stage has none, or max_steps is given and another number.
+        ValueError: if a stage has none, or what no stage has, or max_steps is given and another number.
     """
+    for number, values in enumerate(config.stages, 1):
+        _check_names(config, values, number)
     total = sum(stage_steps(values, number) for number, values in enumerate(config.stages, 1))
     default = next(field.default for field in dataclasses.fields(config) if field.name == "max_steps")
     if config.max_steps not in (total, default):

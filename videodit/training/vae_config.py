@@ -19,7 +19,8 @@ class VAERunConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """clips to train on"""
     eval_shards: str | None = None
-    """shards of held-out clips; their PSNR is measured every sample_every steps, at the size of the last stage"""
+    """shards of held-out clips: every sample_every steps their PSNR is measured, and four are rebuilt into samples/, at
+    the size of the last stage; without them, neither is done"""
     eval_clips: int = 32
     """how many of them"""
     model: VAEConfig = field(default_factory=VAEConfig)
@@ -31,6 +32,8 @@ class VAERunConfig(RunConfig):
         super().__post_init__()
         if not self.data.shards and not self.stages:
             raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit ingest writes it")
+        if self.eval_clips < 1:
+            raise ValueError(f"eval_clips {self.eval_clips} is below 1: use a positive number")
         if self.stages:
             stages_of(self)
 

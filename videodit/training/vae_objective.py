@@ -19,6 +19,13 @@ class VAELossConfig:
     kl: float = 1e-6
     """KL divergence of the posterior from a standard normal, in nats per latent value"""
 
+    def __post_init__(self) -> None:
+        for name in ("l1", "mse", "kl"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"loss.{name} {getattr(self, name)} is no weight: use 0 or more")
+        if not self.l1 and not self.mse:
+            raise ValueError("loss.l1 and loss.mse are both 0, so that nothing rebuilds the clips: use for example 1")
+
 
 class VAEObjective(torch.nn.Module):
     """The VAE with its loss, as one module: clips in, losses per clip out."""

@@ -19,7 +19,7 @@ from videodit.data.loader import ClipLoader, clips_in_order
 from videodit.data.mixture import open_shards
 from videodit.data.mp4 import write_mp4
 from videodit.data.randomness import sample_noise
-from videodit.data.transforms import to_pixels
+from videodit.data.transforms import frame_stride, to_pixels
 from videodit.errors import UserError
 from videodit.evaluation.reconstruction import psnr
 from videodit.models.vae import VideoVAE
@@ -66,12 +66,14 @@ def train_vae(config: VAERunConfig) -> Path:
         loader.use_seconds(functools.partial(_measure_stage, run, times))
         run.accept(loader.sizes, loader.settings, free=loader.endings_after(run.step))
         times.freeze(free=loader.endings_after(run.step))
-        held_out = None
+        held_out, fps = None, 8.0
         if config.eval_shards is not None:
             eval_data = dataclasses.replace(stages[-1].config.data, shards=config.eval_shards, weights=[])
             held_out = _first_clips(config, eval_data, config.eval_clips)
+            rate = open_shards(eval_data).columns.usual_fps()
+            fps = rate / frame_stride(rate, eval_data.fps) if rate else 8.0
         if run.evaluation_was_cut() and held_out is not None:
-            _reconstruct(run, held_out, fps=8.0)
+            _reconstruct(run, held_out, fps)
         while run.running:
             stage, plan, batches, keys = loader.read(run.step + 1, run.next_data_step)
             total = run.total_weight(batches)
@@ -88,7 +90,7 @@ def train_vae(config: VAERunConfig) -> Path:
                 flops=micro_batch_tokens(batches, clip_flops.get(plan.bucket, 0), world.size),
             )
             if run.due(config.sample_every) and held_out is not None:
-                _reconstruct(run, held_out, fps=8.0)
+                _reconstruct(run, held_out, fps)
         run.finish()
         newest = load_latest(config.run_dir)
         if world.is_main and newest is not None:
