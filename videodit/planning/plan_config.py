@@ -43,6 +43,9 @@ class DiTPlanConfig(PlanOptions, DiTRunConfig):
         self.check()
         _fill_in(self)
         super().__post_init__()
+        most = self.text_max_length if self.text_encoder else self.text.max_words
+        if self.text_tokens < 0 or 0 < most < self.text_tokens:
+            raise ValueError(f"text_tokens {self.text_tokens} is not in 0 to {most}, which the text encoder reads")
 
     def workload(self) -> Workload:
         """What is trained."""
