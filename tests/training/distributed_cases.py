@@ -6,7 +6,6 @@ or traceback to FOLDER/report.json.
 
 import contextlib
 import dataclasses
-import gc
 import io
 import json
 import math
@@ -402,23 +401,20 @@ def save_for_one_rank(world: World, folder: str) -> None:
 
 
 def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
-    """Between backward pass and step a rank holds what `rank_memory` says, to a tenth."""
-    gc.collect()
-    before = storages()  # kept, so that no address is given to another
-    module = nn.Sequential(*(nn.Linear(400, 400) for _ in range(8)))  # matrices that ZeRO-3 does shard
+    """At most, in backward, a rank holds what `rank_memory` says, to a tenth; buckets of one size left out of both."""
     offload, name = name == "offload", "adamw" if name == "offload" else name
     options: dict[str, Any] = {"zero_stage": stage, "dtype": dtype, "max_steps": 9, "offload": offload}
-    engine = Engine(module, toy.optim_config(name), world=world, **options)
-    ema = PowerEMA(engine.slices())
-    for step in (1, 2):
-        if step == 2:
-            engine.step(1)
-        engine.backward(engine(torch.randn(2, 400, dtype=engine.dtype)).float().square().mean())
+    with LiveBytes(meta=False) as live:
+        module = nn.Sequential(*(nn.Linear(400, 400) for _ in range(8)))  # matrices that ZeRO-3 does shard
+        engine = Engine(module, toy.optim_config(name), world=world, **options)
+        ema = PowerEMA(engine.slices())
+        for micro in (1, 2, 3):
+            if micro == 2:
+                engine.step(1)
+            live.peak = live.now
+            engine.backward(engine(torch.randn(2, 400, dtype=engine.dtype)).float().square().mean())
     if stage == 0 and not world.is_main:
         return  # the plan is for the fullest rank, which has the averages
-    gc.collect()
-    new = [storage.nbytes() for key, storage in storages().items() if key not in before]
-    mine = sum(size for size in new if size < BUCKET_BYTES)
     planned = rank_memory(
         count_parameters(module) if stage < 3 else ParameterCount(8 * 400 * 401, 8 * 400, plain=8 * 400),
         0.0,
@@ -429,23 +425,9 @@ def memory_as_planned(world: World, stage: int, dtype: str, name: str) -> None:
         ema_profiles=len(ema.profiles),
         offload=offload,
     ).in_one_place()
-    bucket = BUCKET_BYTES if stage in (1, 3) else 0
-    gathered = 2 if dtype == "bf16" else 4  # ZeRO-3 may still hold, or have freed, what it gathered
-    slack = gathered * 8 * 400 * 400 if stage == 3 else 0
-    ratio = (planned.total - bucket - slack) / mine
-    assert abs(ratio - 1) < 0.1, (ratio, planned, mine)
-
-
-def storages() -> dict[int, torch.UntypedStorage]:
-    """Every storage that a tensor or a gradient has, by its address."""
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            grad = thing.grad if thing.is_leaf else None
-            for tensor in (thing, grad):
-                if tensor is not None:
-                    found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-    return found
+    bucket = max(size for size in (0, BUCKET_BYTES // 2, BUCKET_BYTES) if size < planned.gradients)
+    ratio = (planned.total - bucket) / (live.peak - bucket)
+    assert abs(ratio - 1) < 0.1, (ratio, planned, live.peak)
 
 
 def sharded_from_the_start(world: World, dtype: str, name: str) -> None:
