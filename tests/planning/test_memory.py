@@ -1,4 +1,4 @@
-"""A plan's total against what a training process holds at most in a step: every tensor, with our engine, on one rank."""
+"""A plan's total against the most that a training process holds in a step: every tensor, our engine, one rank."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -82,7 +82,7 @@ def rank_memory(
     part = total / ranks
     reducing = BUCKET_BYTES if ranks > 1 and not (bf16 and zero_stage == 1 and not offload) else 0
     bucket = min(total, BUCKET)
-    copies = _copies_while_reducing(zero_stage, alone=ranks == 1, bf16=bf16) * bucket
+    copies = float(_copies_while_reducing(zero_stage, alone=ranks == 1, bf16=bf16) * bucket)
     if zero_stage == 2 and ranks > 1:
         copies += size * BUCKET  # of its own each time
     # The first bucket is full, or all is in it, when backward has let go of as large a part of the activations.
