@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models.tiny import tiny_dit
 from videodit.kernels import choice
 from videodit.kernels.gpu import norm_modulate as gpu_norm_modulate
 from videodit.kernels.gpu import norm_rope as gpu_norm_rope
@@ -18,6 +21,7 @@ from videodit.kernels.norm_rope import norm_rope_reference
 from videodit.kernels.temporal_attention import temporal_attention_reference
 from videodit.models.dit import DiTConfig, VideoDiT
 from videodit.models.rope import rope_table
+from videodit.training.dit_model import compile_blocks
 
 TOLERANCE = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 
@@ -202,6 +206,36 @@ class Traffic:
         self.loads.clear()
         self.stores.clear()
         return counts
+
+
+def test_compiled_blocks_keep_them_as_single_operations(triton_kernels: None) -> None:
+    """A block is one graph, forward and backward, in which each kernel is a node: nothing traces into it."""
+    torch._dynamo.reset()
+    plain, model = tiny_dit(), tiny_dit()
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    compile_blocks(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))  # with fullgraph
+    given = (random(1, 4, 3, 4, 4), random(1, 3), random(1, 5, 12), torch.ones(1, 5, dtype=torch.bool))
+    outs = [each(*given) for each in (plain, model)]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+    for out in outs:
+        out.square().mean().backward()
+    for one, other in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+    found = [
+        {name.removesuffix(".default"): names.count(name) for name in names if name.startswith("videodit.")}
+        for names in graphs
+    ]
+    spatial = {"videodit.norm_modulate": 1, "videodit.norm_rope": 2, "videodit.residual_norm_modulate": 2}
+    temporal = {
+        "videodit.norm_modulate": 1, "videodit.temporal_attention": 1, "videodit.residual_norm_modulate": 1,
+    }  # fmt: skip
+    back = [{f"{name}_backward": count for name, count in kind.items()} for kind in (temporal, spatial)]
+    assert found == [spatial, temporal, *back]
 
 
 def test_elements_moved_are_those_of_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ from tests.models.tiny import tiny_dit
 from videodit.training.dit_model import compile_blocks
 
 
-def step(model: torch.nn.Module, seed: int, hw: int = 4) -> Tensor:
+def step(model: torch.nn.Module, seed: int, hw: int = 4, t: int = 3, words: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    latents, sigma = torch.randn(2, 4, 3, hw, hw, generator=generator), torch.rand(2, 3, generator=generator)
-    text, mask = torch.randn(2, 5, 12, generator=generator), torch.arange(5) < torch.tensor([[3], [5]])
+    latents, sigma = torch.randn(2, 4, t, hw, hw, generator=generator), torch.rand(2, t, generator=generator)
+    text = torch.randn(2, words, 12, generator=generator)
+    mask = torch.arange(words) < torch.tensor([[max(words - 2, 1)], [words]])
     model.zero_grad()
     out = model(latents, sigma, text, mask)
     out.square().mean().backward()
@@ -41,3 +42,30 @@ def test_one_graph_a_kind_and_none_anew_in_later_steps(changes: dict, policy: st
     step(model, 4, hw=8)
     step(model, 5)
     assert counter.frame_count == count
+
+
+def test_captions_and_clips_of_any_length_make_few_graphs() -> None:
+    """The second length of a kind makes a graph for all others; a single frame or word is one of its own."""
+    torch._dynamo.reset()
+    plain, model = tiny_dit().train(), tiny_dit().train()
+    counter = CompileCounter()
+    compile_blocks(model, backend=counter)
+    kinds = 2  # of which one reads the text
+
+    def new_graphs(**sizes: int) -> int:
+        before = counter.frame_count
+        torch.testing.assert_close(step(model, 1, **sizes), step(plain, 1, **sizes), rtol=1e-4, atol=1e-4)
+        return counter.frame_count - before
+
+    assert new_graphs(words=5) == kinds
+    assert new_graphs(words=3) == 1
+    assert [new_graphs(words=words) for words in (7, 2, 64, 5, 3)] == [0] * 5  # within a bucket
+    assert new_graphs(t=6) == kinds
+    assert [new_graphs(t=t, words=words) for t, words in ((2, 4), (9, 6), (3, 5))] == [0] * 3
+    assert new_graphs(hw=8) <= kinds
+    assert [new_graphs(hw=hw, t=t, words=words) for hw, t, words in ((6, 4, 9), (10, 2, 3), (4, 3, 5))] == [0] * 3
+    # Images, and captions without a word: more than the 8 graphs that torch allows by itself, where it gives up.
+    single = [{"t": 1, "hw": 8}, {"t": 1, "hw": 4, "words": 7}, {"words": 1}, {"t": 1, "words": 1}]
+    assert sum(new_graphs(**sizes) for sizes in single) <= 4 * kinds
+    assert counter.frame_count > 8
+    assert [new_graphs(**sizes) for sizes in (*single, {"t": 1, "hw": 6, "words": 9})] == [0] * 5

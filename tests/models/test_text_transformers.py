@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.tiny import tiny_dit
+from videodit import cli
 from videodit.errors import UserError
 from videodit.models.text_folder import load_text_encoder
 from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.text_transformers import TransformersTextEncoder
+from videodit.planning.plan_config import DiTPlanConfig
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -111,6 +115,25 @@ def test_the_dit_takes_the_features(encoders: dict[str, TransformersTextEncoder]
     latents, sigma = torch.randn(1, 4, 2, 4, 4), torch.rand(1)
     out = [model(latents, sigma, encoders["t5"].encode([caption])) for caption in ("red circle", "left")]
     assert (out[0] - out[1]).abs().max() > 1e-4
+
+
+@every_kind
+def test_a_plan_counts_a_caption_as_it_is_read(
+    kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        assert TransformersTextEncoder(folders[kind], 6).encode(["a small red circle moves left"]).mask.sum() == 6
+    config = DiTPlanConfig(text_encoder=str(folders[kind]), text_tokens=6)
+    assert config.workload().caption_flops() == counter.get_total_flops() > 0
+    if kind == "clip":  # which has no more positions
+        longer = DiTPlanConfig(text_encoder=str(folders[kind]), text_tokens=50)
+        assert longer.workload().caption_flops() == counter.get_total_flops()
+    assert DiTPlanConfig(text_encoder=str(tmp_path / "on_the_cluster")).workload().caption_flops() == 0
+    path = tmp_path / "config.yaml"
+    path.write_text("model:\n  hidden_size: 32\n  depth: 1\n  num_heads: 2\n  pattern: s\n  text_dim: 12\n")
+    options = ["--text_encoder", str(folders[kind]), "--text_tokens", "6", "--buckets", "1x64x64", "--gpu", "h100"]
+    assert cli.main(["plan", "--config", str(path), *options]) == 0
+    assert f"takes {counter.get_total_flops():.3e} FLOPs a caption, once" in " ".join(capsys.readouterr().out.split())
 
 
 def rewrite(**changes: object) -> Callable[[Path], None]:

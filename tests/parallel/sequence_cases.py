@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.tiny import tiny_dit
@@ -20,6 +22,7 @@ from videodit.models.local import LocalBlock
 from videodit.models.token_layout import WHOLE, TokenLayout
 from videodit.parallel.mesh import gather_objects, init_process, leave, shutdown
 from videodit.parallel.sequence import SplitTokens, exchange, split_layout
+from videodit.training.dit_model import compile_blocks
 
 # What does not divide by 2 or 4: frames, positions, heads.
 CASES: dict[str, dict[str, Any]] = {
@@ -167,6 +170,28 @@ def layouts_are_values() -> None:
     assert layout.axis != other.axis and layout.switch("s", torch.zeros(1, 1, 8, 2))[0] is layout
 
 
+def compiled_blocks_are_whole_graphs() -> None:
+    """With the switches between them, blocks are one graph a kind, and one more for captions of any length."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, model = tiny_dit().train(), tiny_dit().train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(model, exchanging=True, backend=counter)
+    latents, sigma, text, mask = inputs((5, 6, 10))
+    layout = split_layout(dist.group.WORLD, 5, 15)
+    for words in (5, 4, 3):
+        outs = []
+        for each in (plain, model):
+            each.zero_grad()
+            outs.append(each(latents, sigma, text[:, :words], mask[:, :words], layout=layout))
+            (outs[-1] - latents).square().mean().backward()
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+        for one, other in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+    assert not counters["graph_break"], counters["graph_break"]
+    assert counter.frame_count == 3, counter.frame_count
+
+
 def run(function: Any, **options: Any) -> str:
     try:
         function(**options)
@@ -189,6 +214,8 @@ if __name__ == "__main__":
         layouts_are_values,
     ):
         report[extra.__name__] = run(extra)
+    if world.size == 2:  # compiling takes each rank many seconds
+        report["compiled_blocks_are_whole_graphs"] = run(compiled_blocks_are_whole_graphs)
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(report))
     shutdown()

@@ -37,3 +37,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str
 @pytest.mark.parametrize("name", [*CASES, *EXTRA])
 def test_on_ranks(name: str, ranks: int, reports: dict[int, dict[str, str]]) -> None:
     assert not reports[ranks][name], reports[ranks][name]
+
+
+def test_compiled_on_two_ranks(reports: dict[int, dict[str, str]]) -> None:
+    assert not reports[2]["compiled_blocks_are_whole_graphs"], reports[2]["compiled_blocks_are_whole_graphs"]

@@ -1,28 +1,36 @@
 """A plan's FLOPs and activations against the real model on real tensors."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from videodit.data.clip_reader import DataConfig
+from videodit.data.latent_reader import LatentDataConfig
 from videodit.kernels.norm_modulate import norm_modulate_reference
 from videodit.kernels.norm_rope import norm_rope_reference
 from videodit.models import layers
 from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.lora import LoRAConfig
+from videodit.models.text import ByteTextConfig
+from videodit.models.text_to_video import TextToVideoModel
 from videodit.models.vae import VAEConfig
 from videodit.planning.footprint import LiveBytes, activation_bytes, count_flops, live_bytes, step_flops
-from videodit.planning.workload import VAEWorkload, dit_pass
+from videodit.planning.workload import DiTWorkload, VAEWorkload, dit_pass
+from videodit.training.dit_config import DiTRunConfig
 from videodit.training.vae_config import VAERunConfig
 
 SHAPE = {"in_channels": 4, "hidden_size": 48, "num_heads": 2, "text_dim": 16, "frequency_dim": 32}
 
 
-def dit(policy: str = "none", **changes) -> VideoDiT:
-    model = VideoDiT(DiTConfig(**{**SHAPE, "depth": 2, **changes}))
-    model.checkpointing = policy
+def dit(policy: str = "none", **changes) -> TextToVideoModel:
+    """Of frozen text features."""
+    model = TextToVideoModel(VideoDiT(DiTConfig(**{**SHAPE, "depth": 2, **changes})), None)
+    model.dit.checkpointing = policy
     return model
 
 
@@ -41,6 +49,31 @@ def test_flops_are_those_of_the_real_model(changes: dict) -> None:
     planned = step_flops(lambda: dit(**changes), run)
     assert planned == count_flops(dit(**changes), run) > 0
     assert step_flops(lambda: dit("attention", **changes), run) == planned  # no product is computed again
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_flops_of_the_text_encoder_are_those_of_the_real_model_on_captions(lora: int) -> None:
+    """Trained or frozen beside LoRA, and its gradient goes through the DiT's keys and values."""
+    text = ByteTextConfig(dim=24, buckets=64, depth=2, num_heads=2, max_words=9)
+    shape = DiTConfig(
+        **{**SHAPE, "depth": 2}
+    )  # its text_dim is not the encoder's: a run's follows it, so does a plan's
+    config = DiTRunConfig(run_dir="unused", data=LatentDataConfig(shards="unused"), model=shape, text=text)
+    if lora:
+        config = replace(config, init="unused", lora=LoRAConfig(rank=lora))
+    workload = DiTWorkload(config, ["13x64x64"])
+    model = workload._build("none")
+
+    def run(model: nn.Module) -> None:
+        captions = ["one two three four five six seven eight", "nine"]  # and the empty word before
+        model(torch.zeros(2, 4, 4, 8, 8), torch.zeros(2, 4), captions).square().mean().backward()
+
+    assert 2 * workload.shape_flops((4, 4, 8, 8), "none") == count_flops(model, run)
+    alone = TextToVideoModel(model.dit, None)
+    dit_only = count_flops(alone, partial(dit_pass, shape=(2, 4, 4, 8, 8), text_tokens=9))
+    layers = 2 * 9 * text.depth * (24 * text.dim**2 + 4 * text.dim * 9)  # forward, of two captions of nine words
+    into_text = 2 * 9 * 2 * shape.hidden_size * text.dim  # backward from the projection to the features
+    assert count_flops(model, run) - dit_only == (layers if lora else 3 * layers + into_text)
 
 
 def test_flops_follow_the_closed_form_of_a_factorized_pair() -> None:
@@ -75,7 +108,7 @@ def test_activations_are_within_a_tenth_of_what_the_real_model_holds(
 ) -> None:
     run = partial(dit_pass, shape=(1, 4, t, hw, hw), text_tokens=7)
 
-    def build() -> VideoDiT:
+    def build() -> TextToVideoModel:
         return dit(policy, hidden_size=d, depth=depth)
 
     planned = activation_bytes(build, run, torch.float32, on_cpu=True)

@@ -17,6 +17,7 @@ from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import VideoDiT
 from videodit.models.lora import add_lora
 from videodit.models.text import ByteTextEncoder
+from videodit.models.text_to_video import TextToVideoModel
 from videodit.planning.footprint import ParameterCount, step_flops
 from videodit.planning.machines import GIB, find_machine
 from videodit.planning.memory import rank_memory
@@ -115,6 +116,7 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--gpus", "6", "--sequence_parallel", "4"], "sequence_parallel 4 does not divide 6 GPUs: .* --gpus 8"),
         (["--gpu", "h300"], "--gpu 'h300' is not known: use cpu or one of b200, h200"),
         (["--mfu", "40"], "mfu 40.0 is no share"),
+        (["--text_tokens", "65"], "text_tokens 65 is more than the 64 that the text encoder reads"),
         (["--buckets", "18x64x64"], "18x64x64.*the nearest that fits is 17x64x64"),
         (["--buckets", "17x64x72"], "9 latents of width are not divided by the 2 of model.patch_size.*nearest"),
         (["--compile", "--checkpointing", "attention"], "checkpointing attention does not go with compile: use full"),
@@ -196,7 +198,11 @@ def test_steps_on_windows_are_counted_as_such(tmp_path: Path) -> None:
     assert (full.steps, part.steps, part.tokens) == (250, 750, full.tokens / 4)
     assert full.step_s == whole.buckets[0].step_s
     run = partial(dit_pass, shape=(1, 16, 5, 4, 4), text_tokens=mixed.config.text.max_words)
-    assert part.step_flops == part.clips * step_flops(lambda: VideoDiT(mixed.config.model), run) < full.step_flops / 2
+
+    def build() -> TextToVideoModel:
+        return TextToVideoModel(VideoDiT(mixed.config.model), ByteTextEncoder(mixed.config.text))
+
+    assert part.step_flops == part.clips * step_flops(build, run) < full.step_flops / 2
     assert mixed.seconds == pytest.approx(250 * full.step_s + 750 * part.step_s)
     small_clips = make_plan(small(tmp_path, buckets=["17x32x32"], **windows))  # no larger than a window
     assert [row.name for row in small_clips.buckets] == ["17x32x32"]

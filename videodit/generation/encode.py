@@ -37,7 +37,7 @@ from videodit.data.shards import json_bytes, sha256_hex
 from videodit.device import choose_device
 from videodit.errors import UserError
 from videodit.generation.clip_encoder import ClipEncoder, embed_captions
-from videodit.models.text_transformers import TransformersTextEncoder, tokenizer_folder
+from videodit.models.text_transformers import MAX_LENGTH, TransformersTextEncoder, tokenizer_folder
 from videodit.models.vae_folder import load_vae
 from videodit.parallel.mesh import World, broadcast_object, gather_objects, on_main, patient_group, process_group
 from videodit.parallel.watch import enter, tick, watching
@@ -71,7 +71,7 @@ class EncodeConfig:
     text_encoder: str | None = None
     """folder of a frozen transformers text encoder (T5, UMT5, CLIP) that reads the captions; by default none, and the
     DiT trains its own byte-level encoder"""
-    text_max_length: int = 128
+    text_max_length: int = MAX_LENGTH
     """tokens that the text encoder reads of a caption; the rest is cut"""
     device: str = "auto"
     """auto, cpu or cuda"""
@@ -84,7 +84,12 @@ class EncodeConfig:
                 raise ValueError(f"{name} is not set: give --{name} FOLDER")
         if not self.data.shards:
             raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit ingest writes it")
-        for name, usual in (("text_max_length", 128), ("batch_size", 8), ("clips_per_shard", 1000), ("multiple", 8)):
+        for name, usual in (
+            ("text_max_length", MAX_LENGTH),
+            ("batch_size", 8),
+            ("clips_per_shard", 1000),
+            ("multiple", 8),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1: use for example {usual}")
         if self.hang_timeout_s < 0:

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from videodit.errors import MissingExtra, UserError
 from videodit.models.text import TextFeatures
 
 REFERENCE_NAME = "reference.json"
+MAX_LENGTH = 128
+"""Tokens that are read of a caption unless something else is said."""
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
 # Encoder-only classes by config.model_type: AutoModel would build T5's decoder too.
 _ENCODER_CLASSES = {
@@ -40,24 +43,12 @@ class TransformersTextEncoder:
     def __init__(
         self,
         source: str | Path,
-        max_length: int = 128,
+        max_length: int = MAX_LENGTH,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        try:
-            import transformers
-        except ImportError:
-            raise MissingExtra("transformers", "text") from None
+        transformers, encoder_class = _find(source)
         self.source = str(source)
-        if not (Path(source) / "config.json").is_file():
-            raise UserError(f"text encoder {source} is not a folder with config.json: give a local transformers folder")
-        try:
-            model_type = dict(json.loads((Path(source) / "config.json").read_text())).get("model_type")
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{Path(source) / 'config.json'} is damaged ({error}): copy the folder again") from None
-        if model_type not in _ENCODER_CLASSES:
-            kind = f"a {model_type}" if model_type else "no model of the transformers library"
-            raise UserError(f"text encoder {source} is {kind}: give one of {', '.join(sorted(_ENCODER_CLASSES))}")
         # transformers would go on with an empty vocabulary, or with random weights: both are refused here.
         tokenizer = tokenizer_folder(source)
         if tokenizer is None:
@@ -68,7 +59,7 @@ class TransformersTextEncoder:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
             model: Any
             with no_progress_bar(transformers.utils.logging):
-                model, loaded = getattr(transformers, _ENCODER_CLASSES[model_type]).from_pretrained(
+                model, loaded = encoder_class.from_pretrained(
                     source, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -78,8 +69,7 @@ class TransformersTextEncoder:
             raise UserError(
                 f"text encoder {source} lacks {len(missing)} weights, {missing[0]} for one: copy the folder again"
             )
-        positions = getattr(model.config, "max_position_embeddings", None)  # CLIP has 77, T5 any number
-        self.max_length = min(max_length, positions or max_length)
+        self.max_length = readable_length(model, max_length)
         self._model = model.eval().requires_grad_(False).to(device)
         self._device = torch.device(device)
 
@@ -104,6 +94,41 @@ class TransformersTextEncoder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps({"source": self.source, "max_length": self.max_length}, indent=2)
         (Path(folder) / REFERENCE_NAME).write_text(text + "\n")
+
+
+def _find(source: str | Path) -> tuple[Any, Any]:
+    """The transformers library, and its class for the encoder of a folder."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra("transformers", "text") from None
+    if not (Path(source) / "config.json").is_file():
+        raise UserError(f"text encoder {source} is not a folder with config.json: give a local transformers folder")
+    try:
+        model_type = dict(json.loads((Path(source) / "config.json").read_text())).get("model_type")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{Path(source) / 'config.json'} is damaged ({error}): copy the folder again") from None
+    if model_type not in _ENCODER_CLASSES:
+        kind = f"a {model_type}" if model_type else "no model of the transformers library"
+        raise UserError(f"text encoder {source} is {kind}: give one of {', '.join(sorted(_ENCODER_CLASSES))}")
+    return transformers, getattr(transformers, _ENCODER_CLASSES[model_type])
+
+
+def empty_encoder(source: str | Path) -> nn.Module:
+    """The encoder of a folder with the shapes of its config.json and no weights, on torch's default device.
+
+    Raises:
+        MissingExtra: if transformers is not installed.
+        UserError: if the folder is no encoder that we know.
+    """
+    _, encoder_class = _find(source)
+    encoder: nn.Module = encoder_class(encoder_class.config_class.from_pretrained(source, local_files_only=True))
+    return encoder.eval().requires_grad_(False)
+
+
+def readable_length(encoder: Any, max_length: int) -> int:
+    """Tokens that it reads of a caption: CLIP has positions for 77, T5 for any number."""
+    return int(min(max_length, getattr(encoder.config, "max_position_embeddings", None) or max_length))
 
 
 @contextmanager

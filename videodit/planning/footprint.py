@@ -53,13 +53,17 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, from when they are made until they are freed.
 
+    Args:
+        meta: whether those on the meta device count, which hold nothing.
+
     Attributes:
         peak: most that was alive at once.
         now: alive now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, meta: bool = True) -> None:
         super().__init__()
+        self._meta = meta
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -70,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and (self._meta or tensor.device.type != "meta"):
                 self._count(tensor.untyped_storage())
         return out
 

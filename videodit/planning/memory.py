@@ -11,8 +11,10 @@ import torch
 from videodit.planning.footprint import ParameterCount
 from videodit.training.blockwise import BLOCK
 
-BUCKET_BYTES = 4 * 50_000_000
-"""The engine's reduce_bucket_size, in fp32."""
+BUCKET = 50_000_000
+"""The engine's reduce_bucket_size, in elements."""
+BUCKET_BYTES = 4 * BUCKET
+"""The same in fp32."""
 EIGHT_BIT = 2 * (1 + 4 / BLOCK)
 """Bytes of a parameter's two moments in 8-bit codes, with their scales."""
 GATHERED = 1_000_000_000
@@ -26,7 +28,7 @@ class Memory:
     weights: float
     """as the module holds them, with what ZeRO-3 gathers"""
     gradients: float
-    """and the buckets they are reduced in"""
+    """and the buckets they are reduced in, with the copies made there that need more than backward has set free"""
     optimizer: float
     """fp32 master weights and moments"""
     ema: float
@@ -61,7 +63,7 @@ def rank_memory(
     ema_profiles: int,
     offload: bool = False,
 ) -> Memory:
-    """What one rank holds between the backward pass and the optimizer step.
+    """Most that one rank holds in a step of several micro batches: in the last backward pass.
 
     Args:
         parameters: of the module; frozen ones have weights and nothing else.
@@ -78,7 +80,13 @@ def rank_memory(
     bf16 = dtype == torch.bfloat16
     size = 2 if bf16 else 4
     part = total / ranks
-    reducing = BUCKET_BYTES if ranks > 1 else 0
+    reducing = BUCKET_BYTES if ranks > 1 and not (bf16 and zero_stage == 1 and not offload) else 0
+    bucket = min(total, BUCKET)
+    copies = float(_copies_while_reducing(zero_stage, alone=ranks == 1, bf16=bf16) * bucket)
+    if zero_stage == 2 and ranks > 1:
+        copies += size * BUCKET  # of its own each time
+    # The first bucket is full, or all is in it, when backward has let go of as large a part of the activations.
+    copies = max(0.0, copies - activations * bucket / total)
     moments = 12.0 if optimizer == "muon" and not bf16 and zero_stage == 1 else 8.0
     if optimizer == "adamw8bit":
         moments = (8 * parameters.plain + EIGHT_BIT * (total - parameters.plain)) / total
@@ -96,9 +104,19 @@ def rank_memory(
         whole = parameters.small + min(total - parameters.small, GATHERED) if ranks > 1 else 0
         gathered = min(frozen, GATHERED - min(whole, GATHERED)) if ranks > 1 else 0
         weights = size * (part + whole + frozen / ranks + gathered)
-        return Memory(weights, 4.0 * part + reducing, states, ema, activations, host)
+        return Memory(weights, 4.0 * part + reducing + copies, states, ema, activations, host)
     if zero_stage == 2:
-        gradients = 0.0 if offload and not bf16 else 4.0 * part
+        gradients = copies + (0.0 if offload and not bf16 else 4.0 * part)
         return Memory(size * (total + frozen), gradients, states, ema, activations, host)
     gradients = (4.0 + 2.0) * total if bf16 and not offload else 4.0 * total
     return Memory(size * (total + frozen), gradients + reducing, states, ema, activations, host)
+
+
+def _copies_while_reducing(zero_stage: int, *, alone: bool, bf16: bool) -> int:
+    """Bytes for each element of a bucket that is on its way, beside what stays: gradients as autograd makes them, their
+    fp32 copies, and at stage 3 what is sent and received."""
+    if zero_stage == 3 and alone:
+        return 14 if bf16 else 12
+    if zero_stage == 2 and alone:
+        return 8
+    return (6 if bf16 else 4) if zero_stage >= 2 else 0

@@ -84,6 +84,7 @@ class Plan:
         parameters: trainable ones.
         buckets: clip shapes.
         choices: every ZeRO stage with every checkpointing policy, at the config's micro batch.
+        caption_flops: of a frozen text encoder's pass over one caption, which is in no step; 0 where there is none.
     """
 
     config: PlanConfig
@@ -92,6 +93,7 @@ class Plan:
     parameters: ParameterCount
     buckets: list[BucketPlan]
     choices: list[Choice]
+    caption_flops: int = 0
 
     @property
     def room(self) -> float:
@@ -248,7 +250,8 @@ class Planner:
         config = self.config
         assert isinstance(config, (DiTPlanConfig, VAEPlanConfig))
         choices = [self.choice(stage, p, self.micro) for stage in self.stages for p in self.workload.policies]
-        plan = Plan(config, machine, self.dtype, self.parameters, [], choices)
+        captions = self.workload.caption_flops() if isinstance(self.workload, DiTWorkload) else 0
+        plan = Plan(config, machine, self.dtype, self.parameters, [], choices, captions)
         policy = plan.chosen.checkpointing
         speed = machine.peak_flops * config.mfu
         tokens = {bucket.name: self.workload.tokens(bucket) for bucket in self.workload.buckets}

@@ -41,10 +41,13 @@ class DiTPlanConfig(PlanOptions, DiTRunConfig):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.text_tokens < 0:
-            raise ValueError(f"text_tokens {self.text_tokens} is below 0: use 0 for as many as the encoder reads")
         _fill_in(self)
         super().__post_init__()
+        if self.text_tokens < 0:
+            raise ValueError(f"text_tokens {self.text_tokens} is below 0: use 0 for as many as the encoder reads")
+        most = self.text_max_length if self.text_encoder else self.text.max_words
+        if 0 < most < self.text_tokens:
+            raise ValueError(f"text_tokens {self.text_tokens} is more than the {most} that the text encoder reads")
 
     def workload(self) -> Workload:
         """What is trained."""

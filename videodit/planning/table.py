@@ -44,6 +44,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(_steps(plan))
     if config.batch_by == "time" and len(plan.buckets) > 1:
         console.print("batch_by time: clips/step by FLOPs, which stand for the time that a run measures when it begins")
+    if plan.caption_flops:
+        console.print(
+            f"the frozen text encoder takes {plan.caption_flops:.3e} FLOPs a caption, once, in videodit encode: "
+            "not in the steps",
+            highlight=False,
+        )
     console.print(_memory(plan))
     if plan.chosen.memory.host:
         size = plan.chosen.memory.host / GIB

@@ -4,8 +4,9 @@ Legend: b clips, c t h w latent channels, frames, rows and columns, l text token
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,9 @@ from videodit.models.checkpointing import POLICIES
 from videodit.models.dit import VideoDiT
 from videodit.models.lora import add_lora
 from videodit.models.micro_conditioning import MICRO_CONDITIONS
-from videodit.models.text import ByteTextEncoder
+from videodit.models.text import MAX_WORD_BYTES, ByteTextEncoder, TextFeatures, word_grams
+from videodit.models.text_to_video import TextToVideoModel
+from videodit.models.text_transformers import MAX_LENGTH, empty_encoder, readable_length
 from videodit.models.vae import VAEConfig, VideoVAE
 from videodit.models.vae_folder import VideoAutoencoderConfig, load_vae
 from videodit.planning.footprint import ParameterCount, activation_bytes, count_parameters, step_flops
@@ -75,7 +78,7 @@ class Workload(Protocol):
 
 
 class DiTWorkload:
-    """The DiT, and the byte-level text encoder that is trained with it (its parameters; its FLOPs are left out).
+    """The DiT, and the byte-level text encoder that is trained with it; a frozen one has no part in a step.
 
     Args:
         config: of the run.
@@ -89,16 +92,14 @@ class DiTWorkload:
 
     def __init__(self, config: DiTRunConfig, buckets: Sequence[str] = (), text_tokens: int = 0) -> None:
         self.config = config
-        self.text_tokens = text_tokens or (config.text_max_length if config.text_encoder else config.text.max_words)
+        frozen = config.text_max_length or MAX_LENGTH  # as the latents say, if they are there
+        self.text_tokens = text_tokens or (frozen if config.text_encoder else config.text.max_words)
         self._shapes = dict(_latent_shapes(config, buckets))
         self.buckets: Sequence[Bucket] = list(self._shapes)
 
     def parameters(self) -> ParameterCount:
         with torch.device("meta"):
-            parts: list[nn.Module] = [self._build("none")]
-            if not self.config.text_encoder:
-                parts.append(ByteTextEncoder(self.config.text).requires_grad_(not self.config.lora.rank))
-        return count_parameters(nn.ModuleList(parts))
+            return count_parameters(self._build("none"))
 
     def tokens(self, bucket: Bucket) -> int:
         pt, ph, pw = self.config.model.patch_size
@@ -135,12 +136,28 @@ class DiTWorkload:
         run = self._pass(self._shapes[bucket])
         return activation_bytes(lambda: self._build(policy), run, dtype, on_cpu=on_cpu)
 
+    def caption_flops(self) -> int:
+        """Of a frozen text encoder's pass over one caption; 0 if there is none, or its folder is not here.
+
+        Raises:
+            UserError: if the folder is no encoder that we know.
+        """
+        source = self.config.text_encoder
+        if not source or not Path(source).exists():
+            return 0
+        return step_flops(lambda: empty_encoder(source), partial(_read_caption, tokens=self.text_tokens))
+
     def _build(self, policy: str) -> nn.Module:
-        model = VideoDiT(self.config.model)
-        model.checkpointing = policy
-        if self.config.lora.rank:
+        config, text = self.config, None
+        shape = config.model
+        if not config.text_encoder:
+            text = ByteTextEncoder(config.text)
+            shape = replace(shape, text_dim=text.dim)  # as in a run, whose latents may not be there yet
+        model = TextToVideoModel(VideoDiT(shape), text)
+        model.dit.checkpointing = policy
+        if config.lora.rank:
             model.requires_grad_(False)
-            add_lora(model.blocks, self.config.lora)
+            add_lora(model.dit.blocks, config.lora)
         return model
 
     def _pass(self, shape: tuple[int, int, int, int]) -> Callable[[nn.Module], None]:
@@ -148,16 +165,26 @@ class DiTWorkload:
 
 
 def dit_pass(model: nn.Module, shape: tuple[int, int, int, int, int], text_tokens: int) -> None:
-    """Forward and backward of zeros: latents (b, c, t, h, w), a level per frame, l text tokens."""
-    assert isinstance(model, VideoDiT)
-    weight = model.patch_out.weight
+    """Forward and backward of zeros: latents (b, c, t, h, w), a level per frame, l text tokens a clip."""
+    assert isinstance(model, TextToVideoModel)
+    weight = model.dit.patch_out.weight
     like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-    text = torch.zeros(shape[0], text_tokens, model.config.text_dim, **like)
     mask = torch.ones(shape[0], text_tokens, dtype=torch.bool, device=weight.device)
+    if model.text_encoder is None:
+        embeddings = torch.zeros(shape[0], text_tokens, model.dit.config.text_dim, **like)
+    else:  # all words different and as long as they get
+        words, grams = shape[0] * text_tokens, len(word_grams(bytes(range(MAX_WORD_BYTES))))
+        index = torch.arange(words, device=weight.device).view(shape[0], text_tokens)
+        embeddings = model.text_encoder(index.new_ones(words, grams), index, mask)
     conditions = torch.zeros(shape[0], len(MICRO_CONDITIONS), device=weight.device)
     latents, sigma = torch.zeros(shape, **like), torch.zeros(shape[0], shape[2], device=weight.device)
-    out = model(latents, sigma, text, mask, micro_conditions=conditions)
+    out = model(latents, sigma, TextFeatures(embeddings, mask), micro_conditions=conditions)
     out.float().square().mean().backward()
+
+
+def _read_caption(encoder: nn.Module, tokens: int) -> None:
+    ids = torch.zeros(1, readable_length(encoder, tokens), dtype=torch.long)
+    encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 class VAEWorkload:

@@ -24,6 +24,9 @@ from videodit.training.checkpoint import Checkpoint, load_average
 from videodit.training.dit_config import DiTRunConfig
 from videodit.training.engine import gather_at_once
 
+MOST_GRAPHS = 64
+"""Of compiled blocks: three kinds; first sizes, any frames, positions or words, one frame, one word; to sample, too."""
+
 
 def build_model(config: DiTRunConfig) -> TextToVideoModel:
     """The module of a run with fresh weights, before LoRA; without text_encoder if that is frozen."""
@@ -72,6 +75,8 @@ def compile_blocks(dit: VideoDiT, *, exchanging: bool = False, backend: str | Ca
             which may be two graphs.
         backend: of torch.compile.
     """
+    limits = torch._dynamo.config  # of all graphs of a function, which blocks of all kinds share
+    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
     for block in cast("Iterable[DiTBlock]", dit.blocks):
         fullgraph = not (exchanging and block.kind == "f")
         block.forward = torch.compile(block.forward, fullgraph=fullgraph, backend=backend)  # type: ignore[method-assign]
