@@ -30,7 +30,7 @@ CONFIGS = sorted(
     p for p in (Path(__file__).resolve().parents[2] / "configs").glob("*_*.yaml") if p.stem != "ingest_base"
 )
 SMALL = {"model.hidden_size": 32, "model.depth": 2, "model.num_heads": 2, "text.dim": 32, "text.num_heads": 2}
-SMALL |= {"gpu": "h100", "sampling.height": 64, "sampling.width": 64}
+SMALL |= {"model.text_dim": 32, "gpu": "h100", "sampling.height": 64, "sampling.width": 64}
 
 
 def small(tmp_path: Path, **changes) -> DiTPlanConfig:
@@ -168,7 +168,11 @@ def test_what_no_setting_makes_fit_is_refused_with_the_gpus_that_do(tmp_path: Pa
 
 
 def test_auto_takes_the_first_policy_that_fits(tmp_path: Path) -> None:
-    config = small(tmp_path, checkpointing="auto", micro_batch_size=32)
+    few = {
+        "text.max_words": 4,
+        "text.buckets": 64,
+    }  # else the text encoder, which no policy is for, outweighs so small a DiT
+    config = small(tmp_path, checkpointing="auto", micro_batch_size=32, **few)
     planner = Planner(config, config.workload(), 1, torch.bfloat16)
     needs = [planner.choice(1, policy, 32).memory.total / 0.92 for policy in POLICIES]
     assert needs == sorted(needs, reverse=True)
@@ -176,7 +180,7 @@ def test_auto_takes_the_first_policy_that_fits(tmp_path: Path) -> None:
     chosen = [choose_checkpointing(config, room, 1, torch.bfloat16) for room in rooms]
     assert chosen == ["none", "attention", "full", "full"]
     assert make_plan(config).chosen.checkpointing == "none"
-    compiled = small(tmp_path, checkpointing="auto", micro_batch_size=32, compile=True)
+    compiled = small(tmp_path, checkpointing="auto", micro_batch_size=32, compile=True, **few)
     assert choose_checkpointing(compiled, rooms[1], 1, torch.bfloat16) == "full"
 
 
@@ -191,8 +195,8 @@ def test_time_follows_from_flops_ranks_and_mfu(tmp_path: Path) -> None:
 
 def test_steps_on_windows_are_counted_as_such(tmp_path: Path) -> None:
     """Of 8x8 latents in patches of 2x2, windows of 4x4 are a quarter of the tokens."""
-    windows = {"crop.size": [4, 4], "crop.share": 0.75}
-    whole, mixed = (make_plan(small(tmp_path, **changes)) for changes in ({}, windows))
+    windows = {"crop.size": [4, 4], "crop.share": 0.75, "text.max_words": 4}
+    whole, mixed = (make_plan(small(tmp_path, **changes)) for changes in ({"text.max_words": 4}, windows))
     full, part = mixed.buckets
     assert (full.name, part.name) == ("17x64x64", "17x64x64, 4x4 of latents")
     assert (full.steps, part.steps, part.tokens) == (250, 750, full.tokens / 4)
@@ -277,7 +281,7 @@ def test_offload_moves_optimizer_and_averages_to_the_host(tmp_path: Path, capsys
         assert away.optimizer == away.ema == here.host == 0 and away.weights == here.weights
         assert away.activations == here.activations and away.gradients <= here.gradients
         moved = here.optimizer + here.ema
-        assert away.total <= here.total - moved and moved < away.host < 1.4 * moved
+        assert away.total <= here.total - moved + 1 and moved < away.host < 1.4 * moved
         assert away.in_one_place().total == pytest.approx(away.total + away.host)
     path = tmp_path / "config.yaml"
     path.write_text("model:\n  hidden_size: 32\n  depth: 1\n  num_heads: 2\n  pattern: s\n")
