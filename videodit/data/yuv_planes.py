@@ -21,7 +21,7 @@ _RED_BLUE = {  # share of red and of blue in luma, by swscale's number of the ma
     int(Colorspace.SMPTE240M): (0.212, 0.087),
     int(Colorspace.BT2020): (0.2627, 0.0593),
 }
-_SMALL = 240  # short side below which a picture is not halved any more: noise goes, cuts stay
+_SMALL = 120  # short side below which a picture is not halved any more: noise goes, cuts stay
 
 
 def planes_of(frame: av.VideoFrame) -> Planes:
@@ -115,7 +115,7 @@ def full_range(luma: np.ndarray) -> np.ndarray:
 
 
 def small_bgr(frame: np.ndarray | av.VideoFrame) -> np.ndarray:
-    """A frame, halved while its short side is 240 pixels or more, (h, w, 3) uint8 BGR, full range; see `to_bgr`."""
+    """A frame, halved while its short side is 120 pixels or more, (h, w, 3) uint8 BGR, full range; see `to_bgr`."""
     height, width = frame.shape[:2] if isinstance(frame, np.ndarray) else (frame.height, frame.width)
     return to_bgr(frame, (min(height, width) // _SMALL).bit_length())
 
