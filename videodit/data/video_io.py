@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import av
 import numpy as np
 
-from videodit.data import yuv
 from videodit.data.frame_convert import ToRGB, ToShardFormat, display_matrix, is_transposed
 
 T = TypeVar("T")
@@ -147,6 +146,8 @@ def read_yuv(
     Raises:
         VideoError, ValueError: as `read_frames`.
     """
+    from videodit.data import yuv  # torch, which would be most of the start of ingest's processes
+
     frames = _read(source, start, stop, lambda: ToShardFormat().planes)[::stride]
     shape = yuv.packed_shape(len(frames), *frames[0][0].shape)
     packed = out if out is not None and out.shape == shape else np.empty(shape, np.uint8)
