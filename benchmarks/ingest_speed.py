@@ -5,7 +5,7 @@
 For every video that decodes, in turn, --rounds times, medians of frames a second: libavcodec alone; with the detection
 of scene cuts (and the conversion to the shards' size and colours that comes before it); decoding, scaling and x264 at
 ingest's preset and crf; and ingest's whole work on a file (`cut_source`: bars, cuts, scores, x264, sha256). One thread
-each.
+each, seconds of CPU.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,14 @@ RULES = CutRules(17, 10.0, 480, True, 3.0, 18, crop_bars=True)
 def decode(path: Path) -> int:
     """Frames of a file, decoded and thrown away."""
     with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "NONE"
-        return sum(1 for _ in container.decode(video=0))
+        return sum(1 for _ in container.decode(one_thread(container)))
+
+
+def one_thread(container: av.container.InputContainer) -> Any:
+    """The stream that ingest takes."""
+    stream: Any = container.streams.best("video")
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    return stream
 
 
 def decode_and_find_cuts(path: Path) -> int:
@@ -55,22 +62,27 @@ def decode_and_find_cuts(path: Path) -> int:
         return count
 
 
+@cache
+def coded_size(path: Path) -> tuple[int, int]:
+    """(height, width) that ingest scales to, before it turns the picture."""
+    info = probe(path)
+    size = RULES.size(info)
+    return size[::-1] if info.rotation % 180 else size
+
+
 def transcode(path: Path) -> int:
     """Decoding, scaling to ingest's size and x264 as ingest sets it, without RGB."""
-    info = probe(path)
-    height, width = RULES.size(info)
-    if info.rotation % 180:
-        height, width = width, height
+    height, width = coded_size(path)
     options = {"preset": "veryfast", "crf": str(RULES.crf), "bf": "0", "g": str(KEYFRAME_EVERY), "mbtree": "0"}
     with av.open(str(path)) as container, av.open(io.BytesIO(), "w", format="mp4") as out:
-        container.streams.video[0].thread_type = "NONE"
-        stream = out.add_stream("libx264", rate=container.streams.video[0].average_rate, options=options)
+        source = one_thread(container)
+        stream = out.add_stream("libx264", rate=source.average_rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width - width % 2, height - height % 2, "yuv420p"
         stream.codec_context.thread_count = 1
         count = 0
-        for frame in container.decode(video=0):
+        for frame in container.decode(source):
             scaled = frame.reformat(width=stream.width, height=stream.height, format="yuv420p", threads=1)
-            scaled.pts, scaled.time_base = count, 1 / container.streams.video[0].average_rate
+            scaled.pts, scaled.time_base = count, 1 / source.average_rate
             out.mux(stream.encode(scaled))
             count += 1
         out.mux(stream.encode(None))
@@ -109,9 +121,9 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in PASSES}
         for _ in range(options.rounds):
             for name, function in PASSES.items():
-                started = time.perf_counter()
+                started = time.process_time()
                 frames = function(path)
-                seconds[name].append((time.perf_counter() - started) / frames)
+                seconds[name].append((time.process_time() - started) / frames)
         row = {name: 1 / statistics.median(values) for name, values in seconds.items()}
         rows[path.name] = row
         shares = (row["decode + cuts"] / row["decode"], row["ingest"] / row["decode + x264"])

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_scores import moving, texture
+from videodit.data.frame_convert import ToRGB, ToYUV
 from videodit.data.ingest import IngestConfig, ingest
 from videodit.data.letterbox import Bars, find_bars
 from videodit.data.mp4 import encode_mp4, write_mp4
 from videodit.data.shards import ShardSet
-from videodit.data.video_io import read_frames, sample_frames
+from videodit.data.video_io import iter_samples, read_frames, sample_frames
 
 
 def barred(clip: np.ndarray, bars: Bars) -> np.ndarray:
@@ -48,6 +49,33 @@ def test_what_is_not_a_bar() -> None:
     once = barred(clip, Bars(20, 20, 0, 0))
     once[2, :20] = 90  # content reaches there in one of the frames
     assert find_bars(once) == Bars()
+
+
+def test_no_more_frames_are_asked_for_than_tell() -> None:
+    """The first that reaches all sides says that there are no bars; black ones and those with bars do not."""
+    clip = np.maximum(moving(2, 2, frames=4, height=96, width=160), 60)
+    black = np.zeros_like(clip[0])
+    frames = iter([black, clip[0], *clip])
+    assert find_bars(frames) == Bars() and len(list(frames)) == 4
+    barred_frames = iter(barred(clip, Bars(20, 20, 0, 0)))
+    assert find_bars(barred_frames) == Bars(20, 20, 0, 0) and not list(barred_frames)
+
+
+def test_planes_have_the_bars_of_their_picture() -> None:
+    """Coloured ones are none, however dark they are."""
+    clip = np.maximum(moving(4, 2, frames=3, height=96, width=160), 60)
+    for colour, bars in (((0, 0, 0), Bars(20, 20, 0, 0)), ((0, 0, 60), Bars())):
+        frames = barred(clip, Bars(20, 20, 0, 0))
+        frames[:, :20] = frames[:, -20:] = colour
+        assert find_bars(frames) == find_bars(map(ToYUV(), frames)) == bars
+
+
+def test_a_keyframe_is_decoded_once(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", moving(5, 2, frames=40, height=48, width=64), 8)  # keyframes 0, 16, 32
+    frames = list(iter_samples(tmp_path / "a.mp4", 12))
+    assert len(frames) == 12 and len({id(frame) for frame in frames}) == 3
+    pictures = map(ToRGB(), frames)
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, sample_frames(tmp_path / "a.mp4", 12), strict=True))
 
 
 def test_frames_are_sampled_over_the_whole_video(tmp_path: Path) -> None:

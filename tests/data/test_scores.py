@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from videodit.data.mp4 import encode_mp4
-from videodit.data.scores import HASH_BITS, ClipScorer, hash_distance, score_clip
+from videodit.data.scores import HASH_BITS, ClipScorer, hash_distance, score_clip, shrink
 from videodit.data.video_io import read_frames
 
 
@@ -56,6 +56,19 @@ def test_sharpness_falls_with_blur_and_stays_with_size() -> None:
     assert values[0] > 2 * values[1] > 4 * values[2]
     doubled = sharp.repeat(2, axis=1).repeat(2, axis=2)
     assert score_clip(doubled, 8).sharpness == pytest.approx(values[0], rel=0.05)
+
+
+@pytest.mark.parametrize("short_side", [270, 300, 360, 400, 480, 500])
+def test_smaller_pictures_are_as_sharp_as_means_over_areas(short_side: int) -> None:
+    """Where the factor is not whole; noise is the hardest."""
+    noise = np.random.default_rng(0).standard_normal((short_side, short_side * 3 // 2)).astype(np.float32)
+    for blur in (0.8, 2.0):
+        soft = cv2.GaussianBlur(noise, (0, 0), blur)
+        gray = np.clip(128 + 40 * soft / soft.std(), 0, 255).astype(np.uint8)
+        ours = shrink(gray, 256)
+        mean = cv2.resize(gray, ours.shape[::-1], interpolation=cv2.INTER_AREA)
+        assert min(ours.shape) == 256
+        assert cv2.Laplacian(ours, cv2.CV_64F).var() == pytest.approx(cv2.Laplacian(mean, cv2.CV_64F).var(), rel=0.25)
 
 
 def test_hashes_of_other_encodings_are_near_and_of_other_clips_far() -> None:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from videodit.data.scores import score_clip
 from videodit.data.shapes.render import render
 from videodit.data.shapes.world import sample_spec
-from videodit.data.text_overlay import text_mask
+from videodit.data.text_overlay import TextCover, text_mask
 from videodit.data.video_io import iter_frames, probe
 
 LIMIT = 0.005  # filters.max_text of configs/ingest_base.yaml
@@ -75,6 +75,24 @@ def test_writing_that_is_there_half_of_the_time_counts_half() -> None:
     written = np.stack([stroke(frame.copy(), "nobody said a word") for frame in clip])
     half = np.concatenate([written[:20], clip[20:]])
     assert cover(half) == pytest.approx(cover(written) / 2, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_not_looked_at_would_not_have_counted(seed: int) -> None:
+    """Writing in some of the pictures: the share is that of the definition over all of their masks."""
+    rng = np.random.default_rng(seed)
+    empty = cv2.cvtColor(moving(6, 1)[0], cv2.COLOR_RGB2GRAY)
+    written = cv2.cvtColor(printed(moving(6, 1)[0], "WORDS IN A ROW", 0.1, (0.2, 0.6)), cv2.COLOR_RGB2GRAY)
+    pictures = [written if there else empty for there in rng.random(rng.integers(1, 9)) < 0.5]
+    cover = TextCover()
+    for picture in pictures:
+        cover.push(picture)
+    masks = [text_mask(picture) for picture in pictures]
+    both = [
+        (after & (cv2.dilate(before.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0)).mean()
+        for before, after in zip(masks, masks[1:])
+    ]
+    assert cover.share() == pytest.approx(np.mean(both) if both else masks[0].mean(), abs=1e-12)
 
 
 def test_what_moves_is_no_overlay() -> None:

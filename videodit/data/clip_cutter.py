@@ -1,8 +1,9 @@
 """One source video into clips: decoded once, cut at scene changes, resized, scored, encoded, in constant memory."""
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from videodit.data.mp4 import Mp4Encoder
 from videodit.data.scene_cuts import CutDetector
 from videodit.data.scores import ClipScorer, ClipScores
 from videodit.data.shards import sha256_hex
-from videodit.data.video_io import VideoError, VideoInfo, open_decoded, sample_frames
+from videodit.data.video_io import VideoError, VideoInfo, iter_samples, open_decoded
 from videodit.data.yuv_planes import frame_of, planes_of
 from videodit.errors import user_error
 
@@ -121,9 +122,11 @@ def cut_source(source: str | bytes, spool: Path, rules: CutRules, beat: Callable
     cv2.setNumThreads(1)  # one process a core
     number = 0
     try:
-        bars = find_bars(sample_frames(source, _SAMPLED)) if rules.crop_bars else NO_BARS
-        beat()
         with open(spool, "wb") as file, open_decoded(source) as (info, frames):
+            first = next(frames)
+            frames = itertools.chain([first], frames)
+            bars = _bars_of(source, first) if rules.crop_bars else NO_BARS
+            beat()
             cutter = _Cutter(rules, info, bars, file.write)
             to_shard = ToShardFormat(rules.size(info, bars))
             try:
@@ -138,6 +141,21 @@ def cut_source(source: str | bytes, spool: Path, rules: CutRules, beat: Callable
         return CutResult(problem=f"{error}, after {number} good frames" if number else str(error))
     except OSError as error:
         raise user_error(error, spool) from error
+
+
+def _bars_of(source: str | bytes, first: av.VideoFrame) -> Bars:
+    """Most videos have none, as their first frame shows; else moments all over it are looked at."""
+    to_shard = ToShardFormat()
+
+    def moments() -> Iterator[av.VideoFrame]:
+        yield to_shard(first)
+        before = None
+        for frame in iter_samples(source, _SAMPLED):
+            if frame is not before:
+                yield to_shard(frame)
+            before = frame
+
+    return find_bars(moments())
 
 
 def _without(frame: av.VideoFrame, bars: Bars, info: VideoInfo) -> av.VideoFrame:

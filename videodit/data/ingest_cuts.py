@@ -28,7 +28,7 @@ from videodit.data.sources import Source
 
 CUTS = "cuts.jsonl"
 WORK = ".work"
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 """Goes up when scores are computed otherwise, so that old shards are scored anew."""
 _DAMAGE = (ValueError, KeyError, TypeError)  # what reading a damaged line gives
 _KEPT = "kept-"  # folders in .work: the tars of interrupted runs

@@ -39,9 +39,13 @@ class CutDetector:
         Returns:
             Numbers of the frames, counted from 0, which are now known to start a scene; empty most of the time.
         """
+        return self.push_bgr(small_bgr(frame))
+
+    def push_bgr(self, picture: np.ndarray) -> list[int]:
+        """As `push`, of a picture that is looked at as it is, (h, w, 3) uint8 BGR."""
         timecode = FrameTimecode(self._number, self._fps)
         self._number += 1
-        return [cut.frame_num for cut in self._detector.process_frame(timecode, small_bgr(frame))]
+        return [cut.frame_num for cut in self._detector.process_frame(timecode, picture)]
 
 
 def find_cuts(frames: Iterable[np.ndarray | av.VideoFrame], fps: float, threshold: float = 3.0) -> list[int]:

@@ -15,7 +15,6 @@ from typing import Any
 import av
 import numpy as np
 
-from videodit.data import yuv
 from videodit.data.frame_convert import ToRGB, ToShardFormat, display_matrix, is_transposed
 from videodit.data.yuv_planes import Planes
 
@@ -146,6 +145,8 @@ def read_yuv(
     Raises:
         VideoError, ValueError: as `read_frames`.
     """
+    from videodit.data import yuv  # torch, which would be most of the start of ingest's processes
+
     frames = itertools.islice(_frames(source, start, stop), 0, None, stride)
     planes: Iterator[Planes] = map(ToShardFormat().planes, frames)
     if stop is None:
@@ -202,21 +203,33 @@ def sample_frames(source: str | Path | bytes, count: int) -> list[np.ndarray]:
     Raises:
         VideoError: if it does not open or its first frame does not decode.
     """
+    return list(map(ToRGB(), iter_samples(source, count)))
+
+
+def iter_samples(source: str | Path | bytes, count: int) -> Iterator[av.VideoFrame]:
+    """The frames of `sample_frames` one by one, as they are coded; moments after one keyframe give the same object.
+
+    Raises:
+        VideoError: if it does not open or its first frame does not decode.
+    """
     with _open(source) as (container, stream):
-        first = next(_decode(container, stream), None)
+        packet, packets = _next_packet(container, stream)
+        frame = first = next(_decode_packets(packets), None)
         if first is None:
             raise VideoError("no frames")
-        frames = [first]
+        yield first
         length, origin = stream.duration or 0, stream.start_time or 0
         for number in range(1, count) if length > 0 else ():
             try:
                 container.seek(origin + length * number // count, stream=stream)
-                frame = next(_decode(container, stream), None)
+                before = packet
+                packet, packets = _next_packet(container, stream)
+                if packet != before:
+                    frame = next(_decode_packets(packets), None)
             except (av.FFmpegError, OSError, VideoError):
                 break
             if frame is not None and (frame.height, frame.width) == (first.height, first.width):
-                frames.append(frame)
-        return list(map(ToRGB(), frames))
+                yield frame
 
 
 @contextmanager
@@ -242,9 +255,21 @@ def _open(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContai
         yield container, stream
 
 
+def _next_packet(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Any, Iterator[av.Packet]]:
+    """What tells the next packet from others, and the packets from it on."""
+    packets = container.demux(stream)
+    packet = next(packets)
+    return (packet.pts, packet.dts, packet.pos, packet.size), itertools.chain([packet], packets)
+
+
 def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    yield from _decode_packets(container.demux(stream))
+
+
+def _decode_packets(packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
     try:
-        yield from container.decode(stream)
+        for packet in packets:
+            yield from packet.decode()  # type: ignore[misc]  # of a video's stream
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"does not decode: {reason(error)}") from error
 

@@ -21,7 +21,7 @@ _RED_BLUE = {  # share of red and of blue in luma, by swscale's number of the ma
     int(Colorspace.SMPTE240M): (0.212, 0.087),
     int(Colorspace.BT2020): (0.2627, 0.0593),
 }
-_SMALL = 240  # short side below which a picture is not halved any more: noise goes, cuts stay
+_SMALL = 120  # short side below which a picture is not halved any more: noise goes, cuts stay
 
 
 def planes_of(frame: av.VideoFrame) -> Planes:
@@ -109,26 +109,33 @@ def gray_of(frame: np.ndarray | av.VideoFrame) -> np.ndarray:
     """(h, w) uint8, full range: BT.709's luma of a frame."""
     if isinstance(frame, np.ndarray):
         return cv2.transform(frame, np.array([[0.2126, 0.7152, 0.0722]], np.float32)).reshape(frame.shape[:2])
-    return cv2.convertScaleAbs(cv2.subtract(planes_of(frame)[0], 16), alpha=255 / 219)  # type: ignore[call-overload]
+    return full_range(planes_of(frame)[0])
+
+
+def full_range(luma: np.ndarray) -> np.ndarray:
+    """Luma of limited range, (h, w) uint8, at 0 to 255."""
+    return cv2.convertScaleAbs(cv2.subtract(luma, 16), alpha=255 / 219)  # type: ignore[call-overload]
 
 
 def small_bgr(frame: np.ndarray | av.VideoFrame) -> np.ndarray:
-    """A frame, halved while its short side is 240 pixels or more, (h, w, 3) uint8 BGR, full range.
+    """A frame, halved while its short side is 120 pixels or more, (h, w, 3) uint8 BGR, full range; see `to_bgr`."""
+    height, width = frame.shape[:2] if isinstance(frame, np.ndarray) else (frame.height, frame.width)
+    return to_bgr(frame, (min(height, width) // _SMALL).bit_length())
+
+
+def to_bgr(frame: np.ndarray | av.VideoFrame, halvings: int = 0) -> np.ndarray:
+    """A frame halved so many times, (h, w, 3) uint8 BGR, full range.
 
     OpenCV reads planes as BT.601, so hues are a little off; they are in every frame.
     """
     if isinstance(frame, np.ndarray):
-        return cv2.cvtColor(halved(frame, _halvings(*frame.shape[:2])), cv2.COLOR_RGB2BGR)
-    y, u, v = (halved(plane, _halvings(frame.height, frame.width)) for plane in planes_of(frame))
+        return cv2.cvtColor(halved(frame, halvings), cv2.COLOR_RGB2BGR)
+    y, u, v = (halved(plane, halvings) for plane in planes_of(frame))
     height, width = u.shape
     packed = np.empty((3 * height, 2 * width), np.uint8)
     packed[: 2 * height] = y[: 2 * height, : 2 * width]
     packed[2 * height :].reshape(2, height, width)[:] = u, v
     return cv2.cvtColor(packed, cv2.COLOR_YUV2BGR_I420)
-
-
-def _halvings(height: int, width: int) -> int:
-    return (min(height, width) // _SMALL).bit_length()
 
 
 def halved(picture: np.ndarray, times: int) -> np.ndarray:
