@@ -126,7 +126,8 @@ class Engine:
         replicated = hasattr(self._deepspeed.optimizer, "bf16_groups")  # BF16_Optimizer: whole gradients on every rank
         if replicated and world.size == 1:
             self._deepspeed.enable_backward_allreduce = False  # it copies every gradient there and back, even alone
-            FlatGradients(self._deepspeed.optimizer)
+            if world.device.type == "cpu":  # on a GPU a copy of all gradients would cost memory
+                FlatGradients(self._deepspeed.optimizer)
         muon = optim.name == "muon"
         self._gate = GradientGate(self._deepspeed.optimizer, before_muon=muon and zero_stage == 3)
         # BF16_Optimizer takes the norm before it orthogonalises, the others after it.
