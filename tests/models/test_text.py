@@ -107,9 +107,9 @@ def test_any_script_is_read(text: str) -> None:
 
 
 def test_long_words_are_cut_into_pieces() -> None:
-    assert split_words("x" * 40) == [b"x" * 16, b"x" * 16, b"x" * 8]
-    assert split_words(" two  words\n") == [b"two", b"words"]
-    assert split_words("円" * 6) == ["円".encode() * 5 + "円".encode()[:1], "円".encode()[1:]]
+    assert split_words("x" * 40) == (b"x" * 16, b"x" * 16, b"x" * 8)
+    assert split_words(" two  words\n") == (b"two", b"words")
+    assert split_words("円" * 6) == ("円".encode() * 5 + "円".encode()[:1], "円".encode()[1:])
 
 
 def test_what_is_beyond_max_words_is_cut() -> None:

@@ -304,7 +304,7 @@ class VideoDiT(nn.Module):
         if self.local is None:
             patches = layout.take(patchify(latents, self.config.patch_size))
         else:  # each rank its own frames
-            mine = layout.frames(latents.permute(0, 2, 3, 4, 1))  # b t h w c
+            mine = layout.frames(latents.permute(0, 2, 3, 4, 1)).contiguous()  # b t h w c; read twice in that order
             per_frame = layout.frames(condition)
             per_frame = per_frame if sigma.dim() == 1 else per_frame.repeat_interleave(pt, dim=1)
             features = self.local.read(mine, per_frame, layout)  # b t h w f

@@ -4,8 +4,9 @@ Legend: b batch, l words of a caption, u different words in the batch, n n-grams
 """
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -87,13 +88,14 @@ class ByteTokens:
     mask: Tensor
 
 
-def split_words(caption: str) -> list[bytes]:
+@lru_cache(maxsize=1 << 14)
+def split_words(caption: str) -> tuple[bytes, ...]:
     """UTF-8 bytes of a caption, split at white space and at MAX_WORD_BYTES (for scripts that write no spaces)."""
-    return [
+    return tuple(
         word[start : start + MAX_WORD_BYTES]
         for word in caption.encode("utf-8").split()
         for start in range(0, len(word), MAX_WORD_BYTES)
-    ]
+    )
 
 
 def word_grams(word: bytes) -> list[bytes]:
@@ -103,18 +105,25 @@ def word_grams(word: bytes) -> list[bytes]:
     return list({whole: None} | grams)
 
 
+@lru_cache(maxsize=1 << 16)
+def hashed_grams(word: bytes, buckets: int) -> tuple[int, ...]:
+    """Rows of the table for the n-grams of a word; kept, as most words of a batch were in the ones before."""
+    return tuple(1 + zlib.crc32(gram) % (buckets - 1) for gram in word_grams(word))
+
+
 def tokenize(captions: list[str], max_words: int, buckets: int) -> ByteTokens:
     """Captions to hashed n-grams; every caption begins with the empty word, so that '' has one token."""
     rows: dict[bytes, int] = {b"": 0}
     sentences = [[0, *(rows.setdefault(w, len(rows)) for w in split_words(c)[: max_words - 1])] for c in captions]
-    hashed = [[1 + zlib.crc32(gram) % (buckets - 1) for gram in word_grams(word)] for word in rows]
-    grams = torch.zeros(len(rows), max(len(word) for word in hashed), dtype=torch.long)
-    for row, word in enumerate(hashed):
-        grams[row, : len(word)] = torch.tensor(word)
-    length = max(len(sentence) for sentence in sentences)
-    index = torch.tensor([sentence + [0] * (length - len(sentence)) for sentence in sentences])
-    mask = torch.tensor([[i < len(sentence) for i in range(length)] for sentence in sentences])
-    return ByteTokens(grams, index, mask)
+    grams, index = _padded([hashed_grams(word, buckets) for word in rows]), _padded(sentences)
+    lengths = torch.tensor([len(sentence) for sentence in sentences])
+    return ByteTokens(grams, index, torch.arange(index.shape[1]) < lengths[:, None])
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of different lengths, zeros behind the shorter ones: (rows, longest) int64."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
 
 
 class WordTransformerLayer(nn.Module):

@@ -40,19 +40,37 @@ class BatchedMuon:
     """Replaces the Muon part of DeepSpeed's BF16_Optimizer (bf16 at ZeRO-1).
 
     DeepSpeed's own pass over its matrices runs twice: the first collects what is to be orthogonalised, the second gets
-    the results, in the same order.
+    the results, in the same order. A rank that is alone has all of each matrix, in flat buffers that need no pass.
 
     Args:
         optimizer: DeepSpeed's; others than BF16_Optimizer stay as they are.
         dtype: of the iteration.
         module: where DeepSpeed takes its `muon_update` from at each step (deepspeed.runtime.zero.muon.original_muon).
+        alone: whether there is no other rank.
     """
 
-    def __init__(self, optimizer: Any, dtype: torch.dtype, module: Any) -> None:
-        self._dtype, self._module = dtype, module
+    def __init__(self, optimizer: Any, dtype: torch.dtype, module: Any, *, alone: bool = False) -> None:
+        self._optimizer, self._dtype, self._module = optimizer, dtype, module
         self._prepare: Callable[[], None] | None = getattr(optimizer, "_prepare_muon_updates", None)
         if self._prepare is not None:
-            optimizer._prepare_muon_updates = self._run
+            optimizer._prepare_muon_updates = self._run_alone if alone else self._run
+
+    @torch.no_grad()
+    def _run_alone(self) -> None:
+        """Gradients, which DeepSpeed has found finite, become updates in their place."""
+        zero = self._optimizer
+        for index, group in enumerate(zero.param_groups):
+            if not group["use_muon"]:
+                continue
+            partition, shapes = zero.fp32_groups_flat_partition[index], [p.shape for p in zero.bf16_groups[index]]
+            state, gradient = zero.state[partition], partition.grad
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(partition)
+            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            gradient.lerp_(momentum, group["momentum"])
+            parts = gradient[: sum(shape.numel() for shape in shapes)].split([shape.numel() for shape in shapes])
+            matrices = [part.view(shape) for part, shape in zip(parts, shapes)]
+            torch._foreach_copy_(matrices, self._orthogonalize(matrices))
 
     @torch.no_grad()
     def _run(self) -> None:

@@ -31,6 +31,7 @@ from videodit.models.initialise import gathering  # noqa: E402
 from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
 from videodit.training.adamw8bit import AdamW8bit  # noqa: E402
 from videodit.training.batched_muon import BatchedMuon  # noqa: E402
+from videodit.training.flat_gradients import FlatGradients  # noqa: E402
 from videodit.training.gradient_gate import GradientGate, Keep, keep_any  # noqa: E402
 from videodit.training.optim import OptimConfig, check_combination, lr_factor, param_groups, whole_shape  # noqa: E402
 from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReader  # noqa: E402
@@ -125,13 +126,15 @@ class Engine:
         replicated = hasattr(self._deepspeed.optimizer, "bf16_groups")  # BF16_Optimizer: whole gradients on every rank
         if replicated and world.size == 1:
             self._deepspeed.enable_backward_allreduce = False  # it copies every gradient there and back, even alone
+            if world.device.type == "cpu":  # on a GPU a copy of all gradients would cost memory
+                FlatGradients(self._deepspeed.optimizer)
         muon = optim.name == "muon"
         self._gate = GradientGate(self._deepspeed.optimizer, before_muon=muon and zero_stage == 3)
         # BF16_Optimizer takes the norm before it orthogonalises, the others after it.
         self._norm_of_update = muon and not replicated
         if muon and world.device.type == "cpu":
             precision = torch.bfloat16 if has_bf16(world.device) else torch.float32
-            BatchedMuon(self._deepspeed.optimizer, precision, original_muon)
+            BatchedMuon(self._deepspeed.optimizer, precision, original_muon, alone=world.size == 1)
         self._last_momentum: dict[str, list[torch.Tensor]] = {}
 
     def _deepspeed_config(self) -> dict[str, Any]:
