@@ -71,7 +71,7 @@ def test_a_zarr_array_larger_than_memory_is_read_in_parts(tmp_path: Path) -> Non
         tmp_path / "in/a.zarr", shape=(1500, 1000, 1000), dtype="f4", chunks=(20, 500, 1000), fill_value=1.0
     )
     big[65, 0, 0] = np.nan
-    with pytest.raises(UserError, match="none of the 1 videos"):
+    with pytest.raises(UserError, match="none of the 1 video "):
         ingest(tmp_path / "in", tmp_path / "out", replace(ONE, max_memory_gb=3, max_duration_s=1500))
     found = [reject["reason"] for reject in read_rejects(tmp_path / "out")]
     assert found == ["frame 65 has values that are not finite in float32"]

@@ -44,6 +44,7 @@ def test_one_graph_a_kind_and_none_anew_in_later_steps(changes: dict, policy: st
     assert counter.frame_count == count
 
 
+@pytest.mark.slow
 def test_captions_and_clips_of_any_length_make_few_graphs() -> None:
     """The second length of a kind makes a graph for all others; a single frame or word is one of its own."""
     torch._dynamo.reset()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.forked_ranks import wait_until
 from tests.training.test_guard import spoil_gradient
 from tests.training.test_trainers import check_resume, dit_config, metrics, stop_at
 from videodit import cli
@@ -85,7 +86,7 @@ def test_a_stage_is_the_run_with_what_it_sets(tmp_path: Path, latents: dict[str,
         config, data=LatentDataConfig(cache_gib=0.0, num_workers=1)
     )  # of a stage its worker ends with it
     train_dit(config)
-    assert not multiprocessing.active_children()
+    wait_until(lambda: not multiprocessing.active_children())
     lines = metrics(tmp_path / "run")
     expected = [digest for part in parts for digest in digests(part, 1, 2)]
     assert [line["data/digest"] for line in lines] == expected and len(set(expected)) == 6

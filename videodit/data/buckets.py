@@ -70,7 +70,7 @@ def parse_bucket(text: str, multiple: int = 16) -> Bucket:
             f"bucket {text!r} has {bucket.frames} frames, which is not 4k+1: the nearest that fits is {nearest.name}"
         )
     if not bucket.height or not bucket.width:
-        raise ValueError(f"bucket {text!r} has no height or no width: use for example 17x64x64")
+        raise ValueError(f"bucket {text!r} has no height or no width: the nearest that fits is {nearest.name}")
     if bucket != nearest:
         raise ValueError(
             f"bucket {text!r} has a height or width that {multiple} does not divide: "

@@ -82,16 +82,12 @@ class EncodeConfig:
         for name in ("vae", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set: give --{name} FOLDER")
+        usual = {"text_max_length": MAX_LENGTH, "batch_size": 8, "clips_per_shard": 1000, "multiple": 8}
+        for name, example in usual.items():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1: use for example {example}")
         if not self.data.shards:
             raise ValueError("data.shards is not set: give --data.shards FOLDER, as videodit ingest writes it")
-        for name, usual in (
-            ("text_max_length", MAX_LENGTH),
-            ("batch_size", 8),
-            ("clips_per_shard", 1000),
-            ("multiple", 8),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1: use for example {usual}")
         if self.hang_timeout_s < 0:
             raise ValueError(f"hang_timeout_s {self.hang_timeout_s:g} is negative: use 600, or 0 for no limit")
 
