@@ -62,7 +62,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "vae: range": ("{vae} --max_steps 0", ["max_steps 0", "use a positive number"]),
     "vae: frames": ("{vae} --data.buckets 16x32x32", ["16x32x32", "not 4k+1", "nearest that fits is 17x32x32"]),
     "vae: size": ("{vae} --data.buckets 9x30x44", ["9x30x44", "8", "nearest that fits is 9x32x40"]),
-    "vae: empty size": ("{vae} --data.buckets 9x0x32", ["9x0x32", "no height or no width", "nearest", "9x16x32"]),
+    "vae: empty size": (
+        "{vae} --data.buckets 9x0x32",
+        ["9x0x32", "no height or no width", "nearest that fits is 9x8x32"],
+    ),
     "vae: typo in a stage": (
         '{vae} --stages [{{"steps":1,"bucket":["9x32x32"]}}]',
         ["stage 1: bucket is not a setting of stages: these are steps, "],
