@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "vae: size": ("{vae} --data.buckets 9x30x44", ["9x30x44", "8", "nearest that fits is 9x32x40"]),
     "vae: empty size": (
         "{vae} --data.buckets 9x0x32",
-        ["9x0x32", "no height or no width", "nearest that fits is 9x8x32"],
+        ["9x0x32", "no height or no width", "nearest that fits is 9x1x32"],
     ),
     "vae: typo in a stage": (
         '{vae} --stages [{{"steps":1,"bucket":["9x32x32"]}}]',
