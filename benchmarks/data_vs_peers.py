@@ -18,12 +18,11 @@ import argparse
 import io
 import json
 import logging
-import random
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
@@ -71,15 +70,20 @@ def make_clips(videos: str, folder: Path, count: int, height: int) -> Path:
     return folder / "clips"
 
 
-def starts(entries: list[Any], seed: int = 0) -> dict[str, int]:
-    """The first frame of every clip's window."""
-    rng = random.Random(seed)
-    return {entry.key: rng.randrange(entry.meta["num_frames"] - FRAMES + 1) for entry in entries}
+def clip_loader(shards: ShardSet, bucket: str, pixels: str = "yuv") -> ClipLoader:
+    """Reads one clip at a time in this process, in the global random order."""
+    config = DataConfig(shards=str(shards.root), buckets=[bucket], pixels=pixels, cache_decoded=False)
+    return ClipLoader(config, seed=0, global_batch_size=1, micro_batch_size=1, multiple=2)
 
 
-def decode_only(shards: ShardSet) -> Iterator[int]:
+def find_starts(shards: ShardSet, bucket: str) -> dict[str, int]:
+    """The first frame of every clip's window, as the loader draws it; the peers get the same."""
+    steps = islice(clip_loader(shards, bucket).iterate(), len(shards))
+    return {batch.keys[0]: batch.cuts[0].first_frame for _, (batch,) in steps}
+
+
+def decode_only(shards: ShardSet, begin: Mapping[str, int]) -> Iterator[int]:
     """libavcodec on just the frames that a window needs."""
-    begin = starts(shards.entries)
     for index, entry in enumerate(shards.entries):
         first = begin[entry.key]
         keyframe = first // KEYFRAME_EVERY * KEYFRAME_EVERY
@@ -95,10 +99,8 @@ def decode_only(shards: ShardSet) -> Iterator[int]:
 
 
 def ours(shards: ShardSet, bucket: str, pixels: str) -> Iterator[int]:
-    """ClipLoader, in its global random order."""
-    config = DataConfig(shards=str(shards.root), buckets=[bucket], pixels=pixels, cache_decoded=False)
-    loader = ClipLoader(config, seed=0, global_batch_size=1, micro_batch_size=1, multiple=2)
-    for _, batches in islice(loader.iterate(), len(shards)):
+    """ClipLoader."""
+    for _, batches in islice(clip_loader(shards, bucket, pixels).iterate(), len(shards)):
         assert batches[0].weight.item() == 1 and batches[0].frames.shape[1] == FRAMES
         if pixels == "rgb":
             assert batches[0].clip().shape[2] == FRAMES
@@ -114,9 +116,10 @@ def convert_only(shards: ShardSet) -> Iterator[int]:
         yield 1
 
 
-def plain_webdataset(shards: ShardSet, decode: Callable[[bytes, int], np.ndarray]) -> Iterator[int]:
+def plain_webdataset(
+    shards: ShardSet, begin: Mapping[str, int], decode: Callable[[bytes, int], np.ndarray]
+) -> Iterator[int]:
     """webdataset in the order of the tars; the window is cut by `decode`."""
-    begin = starts(shards.entries)
     tars = sorted(str(path) for path in shards.root.glob("*.tar"))
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
         clip = to_model_range(torch.from_numpy(decode(sample["mp4"], begin[sample["__key__"]]))[None])
@@ -147,10 +150,10 @@ def with_decord(data: bytes, first: int) -> np.ndarray:
     return reader.get_batch(range(first, first + FRAMES)).asnumpy()
 
 
-def file_loader(shards: ShardSet, folder: Path) -> Iterator[int]:
+def file_loader(shards: ShardSet, begin: Mapping[str, int], folder: Path) -> Iterator[int]:
     """A torch DataLoader over files in random order, av with a seek."""
     folder.mkdir(exist_ok=True)
-    begin, files = starts(shards.entries), []
+    files: list[Path] = []
     for index, entry in enumerate(shards.entries):
         files.append(folder / f"{entry.key}.mp4")
         if not files[-1].exists():
@@ -222,10 +225,8 @@ def rate(reader: Iterator[int]) -> float:
 
 def memory_growth(shards: ShardSet, bucket: str, clips: int) -> dict[str, float]:
     """Resident memory after a tenth of the clips, and after all."""
-    config = DataConfig(shards=str(shards.root), buckets=[bucket], cache_decoded=False)
-    loader = ClipLoader(config, seed=0, global_batch_size=1, micro_batch_size=1, multiple=2)
     seen = {}
-    for number, _ in enumerate(islice(loader.iterate(), clips), 1):
+    for number, _ in enumerate(islice(clip_loader(shards, bucket).iterate(), clips), 1):
         if number in (clips // 10, clips):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             seen[f"mib_after_{number}"] = pages * resource.getpagesize() / 2**20
@@ -350,15 +351,16 @@ def main() -> None:
         meta = shards.entries[0].meta
         bucket = f"{FRAMES}x{meta['height']}x{meta['width']}"
         latents = make_latents(folder / "latents", options.latents)
+        begin = find_starts(shards, bucket)
         readers: dict[str, Callable[[], Iterator[int]]] = {
-            "decode only": lambda: decode_only(shards),
+            "decode only": lambda: decode_only(shards, begin),
             "videodit": lambda: ours(shards, bucket, "yuv"),
             "videodit, RGB": lambda: ours(shards, bucket, "rgb"),
             "to float RGB": lambda: convert_only(shards),
-            "webdataset + av, whole clip": lambda: plain_webdataset(shards, with_av_whole),
-            "webdataset + av": lambda: plain_webdataset(shards, with_av),
-            "webdataset + decord": lambda: plain_webdataset(shards, with_decord),
-            "DataLoader over files, av": lambda: file_loader(shards, folder / "files"),
+            "webdataset + av, whole clip": lambda: plain_webdataset(shards, begin, with_av_whole),
+            "webdataset + av": lambda: plain_webdataset(shards, begin, with_av),
+            "webdataset + decord": lambda: plain_webdataset(shards, begin, with_decord),
+            "DataLoader over files, av": lambda: file_loader(shards, begin, folder / "files"),
             "latents: videodit": lambda: our_latents(latents, 0.0),
             "latents: videodit, in memory": lambda: our_latents(latents, 8.0),
             "latents: videodit, in memory, second epoch": lambda: our_latents(latents, 8.0, epoch=2),
@@ -372,8 +374,9 @@ def main() -> None:
         memory = memory_growth(shards, bucket, options.memory_clips)
     table = Table("reader", "clips/s", "beside videodit")
     for name, value in rates.items():
-        base = rates["latents: videodit" if name.startswith("latents") else "videodit"]
-        table.add_row(name, f"{value:.1f}", f"{value / base:.2f}")
+        base = measured["latents: videodit" if name.startswith("latents") else "videodit"]
+        # Of rounds, as the machine's speed drifts between them.
+        table.add_row(name, f"{value:.1f}", f"{statistics.median(x / y for x, y in zip(measured[name], base)):.3f}")
     console.print(table)
     order = order_seconds()
     node = shards_of_a_node()
