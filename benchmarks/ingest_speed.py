@@ -5,7 +5,7 @@
 For every video that decodes, in turn, --rounds times, medians of frames a second: libavcodec alone; with the detection
 of scene cuts (and the conversion to the shards' size and colours that comes before it); decoding, scaling and x264 at
 ingest's preset and crf; and ingest's whole work on a file (`cut_source`: bars, cuts, scores, x264, sha256). One thread
-each, seconds of CPU.
+each, seconds of CPU. "together" is all frames by all seconds.
 """
 
 import argparse
@@ -113,6 +113,13 @@ def main() -> None:
     cv2.setNumThreads(1)
     table = Table("video", *PASSES, "cuts / decode", "ingest / x264")
     rows: dict[str, dict[str, float]] = {}
+    total, all_seconds = 0, dict.fromkeys(PASSES, 0.0)
+
+    def add_row(name: str, row: dict[str, float]) -> None:
+        shares = (row["decode + cuts"] / row["decode"], row["ingest"] / row["decode + x264"])
+        table.add_row(name, *(f"{value:.0f}" for value in row.values()), *(f"{share:.2f}" for share in shares))
+        rows[name] = row
+
     for path in sorted(options.videos.iterdir()):
         try:
             decode(path)
@@ -124,10 +131,11 @@ def main() -> None:
                 started = time.process_time()
                 frames = function(path)
                 seconds[name].append((time.process_time() - started) / frames)
-        row = {name: 1 / statistics.median(values) for name, values in seconds.items()}
-        rows[path.name] = row
-        shares = (row["decode + cuts"] / row["decode"], row["ingest"] / row["decode + x264"])
-        table.add_row(path.name, *(f"{value:.0f}" for value in row.values()), *(f"{share:.2f}" for share in shares))
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        add_row(path.name, {name: 1 / median for name, median in medians.items()})
+        total += frames
+        all_seconds = {name: all_seconds[name] + frames * median for name, median in medians.items()}
+    add_row("together", {name: total / value for name, value in all_seconds.items()})
     Console().print(table)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"machine": machine_facts(), "frames_per_s": rows}, indent=1) + "\n")
