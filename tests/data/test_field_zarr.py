@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,13 +164,33 @@ def test_without_zarr_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         ingest(tmp_path / "in", tmp_path / "out", ONE)
 
 
-def test_a_zarr_array_elsewhere_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_zarr_array_elsewhere_gives_the_same_clips(tmp_path: Path) -> None:
+    """Of a folder, by its address, by a table and within a zip; a changed chunk is noticed, and nothing is left."""
     save_zarr(tmp_path / "in/sea/a.zarr", values(0, 5, 4, 4), chunks=(1, 2, 2), zarr_format=3)
-    saved(tmp_path / "in", b=values(0, 5, 4, 4))
     system = fsspec.filesystem("memory")
-    for file in (tmp_path / "in").rglob("*"):
-        if file.is_file():
-            system.pipe(f"/fields/{file.relative_to(tmp_path / 'in').as_posix()}", file.read_bytes())
-    ingest("memory://fields", tmp_path / "out", ONE)
-    (reject,) = read_rejects(tmp_path / "out")
-    assert reject["source"] == "sea/a.zarr" and "copy it" in reject["reason"]
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for file in (tmp_path / "in").rglob("*"):
+            if file.is_file():
+                name = file.relative_to(tmp_path / "in").as_posix()
+                system.pipe(f"/fields/{name}", file.read_bytes())
+                archive.write(file, name)
+    (tmp_path / "table.csv").write_text("path\nmemory://fields/sea/a.zarr\nmemory://fields/none.zarr\n")
+    ingest(tmp_path / "in", tmp_path / "out/here", ONE)
+    expected = clips_of(tmp_path / "out/here")
+    for number, src in enumerate(
+        [
+            "memory://fields",
+            "memory://fields/sea/a.zarr",
+            tmp_path / "table.csv",
+            f"zip://sea/a.zarr::{tmp_path}/in.zip",
+        ]
+    ):
+        out = tmp_path / f"out/{number}"
+        ingest(src, out, ONE)
+        assert clips_of(out) == expected, src
+        assert not [path for path in out.rglob("*") if ".copy" in path.name]
+    assert [reject["reason"] for reject in read_rejects(tmp_path / "out/2")] == ["no such file"]
+    assert ingest("memory://fields", tmp_path / "out/0", ONE).up_to_date
+    system.pipe("/fields/sea/a.zarr/c/4/0/0", system.cat_file("/fields/sea/a.zarr/c/3/0/0"))
+    assert not ingest("memory://fields", tmp_path / "out/0", ONE).up_to_date
+    assert clips_of(tmp_path / "out/0") != expected

@@ -6,12 +6,11 @@ import io
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from videodit.data.storage import FileState, reason
+from videodit.data.storage import FileState, files_below, reason
 from videodit.errors import MissingExtra
 
 ZARR = ".zarr"
@@ -167,15 +166,12 @@ def require_zarr() -> None:
 
 
 def folder_state(folder: str) -> FileState:
-    """What tells that any file below a folder has changed, without reading them.
+    """What tells that any file below a folder, here or elsewhere, has changed, without reading them.
 
     Raises:
-        OSError: if it cannot be listed.
+        OSError, UserError: if it cannot be listed.
     """
-    size, digest = 0, hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file():
-            facts = path.stat()
-            size += facts.st_size
-            digest.update(f"{path.relative_to(folder).as_posix()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return FileState(size, digest.hexdigest())
+    files, digest = files_below(folder), hashlib.sha256()
+    for name, (size, version) in sorted(files.items()):
+        digest.update(f"{name} {size} {version}\n".encode())
+    return FileState(sum(size for size, _ in files.values()), digest.hexdigest())

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from videodit.data.isolation import Beat, Failure
 from videodit.data.picture import cut_picture
 from videodit.data.shards import PART, read_span
 from videodit.data.sources import Source
-from videodit.data.storage import FetchError, fetch, in_this_process, is_remote
+from videodit.data.storage import FetchError, fetch, fetch_folder, in_this_process, is_remote
 from videodit.errors import user_error
 
 _CHUNK_BYTES = 4 << 20  # small files go to a worker by the chunk
@@ -125,7 +126,10 @@ def _trouble_of_disk(path: str, beat: Beat) -> str:
 def _fetch(source: Source, copy: Path, beat: Beat) -> None:
     part = copy.with_name(copy.name + PART)
     try:
-        fetch(source.path, part, beat, source.span)
+        if source.is_zarr:
+            fetch_folder(source.path, part, beat)
+        else:
+            fetch(source.path, part, beat, source.span)
         part.replace(copy)
     except OSError as error:
         raise user_error(error, copy) from error
@@ -201,8 +205,10 @@ def remove_scraps(source: Source, spool: Path) -> None:
 def remove_copy(source: Source, spool: Path) -> None:
     """Removes what was fetched of a source, if anything was."""
     copy = copy_file(source, spool)
-    copy.unlink(missing_ok=True)
-    copy.with_name(copy.name + PART).unlink(missing_ok=True)
+    for path in (copy, copy.with_name(copy.name + PART)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
 
 
 def copy_file(source: Source, spool: Path) -> Path:

@@ -151,20 +151,19 @@ def _complete(source: Source, root: str, images: bool) -> Source:
     source = replace(source, name=printable(f"{name}/{source.name}" if source.span else name))
     problem = source.problem or ("a picture: --images takes it" if source.is_image and not images else "")
     where = source.state
-    if source.is_zarr and not problem:
-        if source.span or is_remote(source.path):
-            problem = "a zarr array that is no folder of this machine: copy it, or take it out of its tar"
-        else:
-            where = folder_state(source.path)
-    elif not is_remote(source.path) and not problem:
-        problem = _local_problem(source.path)
-    if is_remote(source.path) and not where and not problem:
+    if source.is_zarr and source.span and not problem:
+        problem = "a zarr array in a tar: take it out of it"
+    elif (source.is_zarr or (is_remote(source.path) and not where)) and not problem:
         try:
-            where = state(source.path)
+            where = folder_state(source.path) if source.is_zarr else state(source.path)
         except FileNotFoundError:
             problem = "no such file"
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror or error}"
         except UserError as error:
             problem = str(error)
+    elif not is_remote(source.path) and not problem:
+        problem = _local_problem(source.path)
     captioned = bool(source.captions.texts)
     captions = source.captions if captioned else Captions([_stem_caption(source.name)])
     return replace(source, captions=captions, problem=printable(problem), state=where, captioned=captioned)

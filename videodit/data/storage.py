@@ -149,6 +149,25 @@ def state(address: str) -> FileState:
         return _state(system.info(path))
 
 
+def files_below(folder: str) -> dict[str, FileState]:
+    """The files in a folder and all folders below it, by their path from there with "/".
+
+    Raises:
+        FileNotFoundError: if there is none, of a folder elsewhere.
+        OSError: if a folder of this machine cannot be listed.
+        UserError: if one elsewhere cannot.
+    """
+    if not is_remote(folder):
+        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): state(str(path)) for path in paths}
+    with _explained(folder):
+        system, top = open_system(folder)
+        listed: dict[str, dict[str, Any]] = system.find(top, detail=True)
+    if not listed:
+        raise FileNotFoundError(errno.ENOENT, "no such folder", folder)
+    return {path.removeprefix(top).strip("/"): _state(facts) for path, facts in listed.items()}
+
+
 def _state(facts: dict[str, Any]) -> FileState:
     return FileState(int(facts.get("size") or 0), version_of(facts))
 
@@ -240,6 +259,34 @@ def fetch(address: str, copy: Path, beat: Callable[[], None], span: tuple[int, i
                 raise FetchError(f"cannot be fetched: {reason(error)}") from error
             time.sleep(pause_s)
             beat()
+
+
+def fetch_folder(address: str, copy: Path, beat: Callable[[], None]) -> None:
+    """Copies a folder from elsewhere with all that is below it; what was copied before is copied again.
+
+    Args:
+        address: where it is.
+        copy: the folder to write.
+        beat: called as it grows, from several threads.
+    Raises:
+        FetchError: if it cannot be had.
+        OSError: if the copy cannot be written.
+    """
+    try:
+        names = list(files_below(address))
+    except FileNotFoundError as error:
+        raise FetchError("no such folder") from error
+    except UserError as error:
+        raise FetchError(str(error)) from error
+    head, chained, chain = address.partition("::")
+
+    def fetch_file(name: str) -> None:
+        if ".." in name.split("/"):
+            raise FetchError(f"a file that is called {name}")
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        fetch(f"{head}/{name}{chained}{chain}", copy / name, beat)
+
+    map_all(fetch_file, names, at_once=True)
 
 
 def in_this_process(address: str) -> bool:
