@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import tiny
+from tests.data.test_field import ONE, saved, values
 from tests.data.test_mixture import rows_of, write_latents
 from videodit.data import index_file
 from videodit.data.columns import Columns
 from videodit.data.index_file import COLUMNS, open_folder
+from videodit.data.ingest import ingest
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.loader import LatentLoader
 from videodit.data.shards import INDEX, Entry, ShardSet
@@ -79,6 +82,16 @@ def test_the_same_samples_columns_and_batches(folder: Path, monkeypatch: pytest.
     large = rows(0), rows(2)
     monkeypatch.setattr(index_file, "LARGE_BYTES", 1 << 40)
     assert large == (rows(0),) * 2
+
+
+@pytest.mark.usefixtures("as_large")
+def test_ingest_and_encode_leave_the_columns_behind(tmp_path: Path) -> None:
+    ingest(saved(tmp_path / "in", a=values(0, 5, 4, 4)), tmp_path / "out", ONE)
+    vae, shards = tiny.make_vae(tmp_path / "vae"), tiny.make_shards(tmp_path / "shards")
+    for folder in (tmp_path / "out", tiny.make_latents(tmp_path / "latents", shards, vae)):
+        made = (folder / COLUMNS).read_bytes(), (folder / COLUMNS).stat().st_ino
+        same(open_folder(folder), ShardSet.open(folder))
+        assert made == ((folder / COLUMNS).read_bytes(), (folder / COLUMNS).stat().st_ino)
 
 
 @pytest.mark.usefixtures("as_large")

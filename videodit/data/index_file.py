@@ -127,6 +127,16 @@ def used_samples(path: Path) -> UsedSamples:
     return UsedSamples(IndexFile(path, file, lines, columns.keys), columns, table.ends)
 
 
+def prepare(path: Path) -> None:
+    """Makes what the first use of a large index would have to make, so that no training waits for it.
+
+    Args:
+        path: of index.jsonl, which is complete.
+    """
+    if _is_large(path):
+        used_samples(path)
+
+
 def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):

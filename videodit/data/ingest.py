@@ -16,6 +16,7 @@ import av
 from videodit.data.clip_cutter import CutRules
 from videodit.data.filters import FilterConfig, Stage, mark
 from videodit.data.folder_lock import FolderLock
+from videodit.data.index_file import prepare
 from videodit.data.ingest_cuts import CUTS, SCORES_VERSION, WORK, CutLog, EarlierCuts, clear_scraps, cut_key, spool_file
 from videodit.data.ingest_jobs import cut_job, cut_sources, remove_scraps
 from videodit.data.ingest_output import ChannelTally, key_bases, write_clips, write_filtered, write_lines, write_rejects
@@ -200,6 +201,7 @@ def ingest(
                     f"none of the {counted(len(sources), 'video')} of {src} gave a clip, {first['source']} for one: "
                     f"{first['reason']}; see {out / REJECTS} for the rest"
                 )
+            prepare(out / INDEX)
             write_json(out / RECORD, record | counts | marks | {"complete": True})
             clear_scraps(out)  # of an interrupted run with other sources
             if not counts["clips"]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from videodit.data.clip_reader import CLIP_EXTENSIONS, FIELD_EXTENSION
+from videodit.data.index_file import prepare
 from videodit.data.latents import MANIFEST, invalidate
 from videodit.data.shard_writer import ShardFile, rewrite_index
 from videodit.data.shards import INDEX, PART, Entry, ShardSet, json_bytes, read_index
@@ -217,6 +218,7 @@ def write_parts_index(out_dir: Path, parts: Sequence[Part]) -> int:
         entries += record.entries
     try:
         rewrite_index(out_dir, entries)
+        prepare(out_dir / INDEX)
     except OSError as error:
         raise user_error(error, out_dir) from error
     return len(entries)
