@@ -14,10 +14,10 @@ from tests.data.test_video_io import rotated
 from videodit.data.frame_convert import ToRGB, ToShardFormat, ToYUV, display_matrix
 from videodit.data.mp4 import encode_mp4
 from videodit.data.scene_cuts import find_cuts
-from videodit.data.yuv_planes import ToBT709, gray_of, planes_of, small_bgr
+from videodit.data.yuv_planes import BT2020, ToBT709, gray_of, planes_of, small_bgr
 
 RED_BLUE = {Colorspace.ITU601: (0.299, 0.114), Colorspace.FCC: (0.3, 0.11), Colorspace.SMPTE240M: (0.212, 0.087)}
-RED_BLUE |= {Colorspace.BT2020: (0.2627, 0.0593), Colorspace.ITU709: (0.2126, 0.0722)}
+RED_BLUE |= {BT2020: (0.2627, 0.0593), Colorspace.ITU709: (0.2126, 0.0722)}
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_shard_format_is_what_rgb_would_have_given(
     full = pix_fmt == "yuvj420p"
     frame = av.VideoFrame.from_ndarray(picture(*source), "rgb24")
     if pix_fmt != "bgra":
-        swscale = {1: Colorspace.ITU709, 9: Colorspace.BT2020}.get(colorspace, Colorspace.ITU601)
+        swscale = {1: Colorspace.ITU709, 9: BT2020}.get(colorspace, Colorspace.ITU601)
         to = ColorRange.JPEG if full else ColorRange.MPEG
         frame = frame.reformat(format=pix_fmt, dst_colorspace=swscale, src_color_range=2, dst_color_range=to)
         frame.colorspace, frame.color_range = colorspace, to

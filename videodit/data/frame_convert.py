@@ -12,19 +12,19 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from videodit.data.tone_mapping import needs_mapping, to_standard_range
-from videodit.data.yuv_planes import Planes, ToBT709, frame_of, planes_of
+from videodit.data.yuv_planes import BT2020, Planes, ToBT709, frame_of, planes_of
 
-_SWSCALE = {
+_SWSCALE = {  # tag -> swscale's; 10 is constant luminance, which it has not
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
     5: Colorspace.ITU601,
     6: Colorspace.ITU601,
     7: Colorspace.SMPTE240M,
+    9: BT2020,
+    10: BT2020,
 }
-_SWSCALE |= {
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,
-}  # tag -> swscale's; 10 is constant luminance, which it has not
+
+_ACCURATE_ROUNDING = 1 << 18  # swscale's flag; PyAV 17, the last for Python 3.10, has no name for it
 
 DisplayMatrix = tuple[int, int, int, int]  # (a, b, c, d) of x' = a x + c y, y' = b x + d y; x right, y down
 
@@ -190,7 +190,7 @@ class ToShardFormat:
             src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
             dst_color_range=ColorRange.MPEG,
             # A change of range on top of a change of size is off by more than a level without exact sums.
-            interpolation=Interpolation.BICUBIC | (Interpolation.ACCURATE_RND if full else 0),
+            interpolation=int(Interpolation.BICUBIC) | (_ACCURATE_ROUNDING if full else 0),
             threads=1,
         )
 

@@ -14,12 +14,14 @@ from av.video.reformatter import ColorRange, Colorspace
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # luma (h, w), chroma blue and red (h / 2, w / 2), uint8
 
+BT2020 = 9
+"""swscale's number of the matrix; PyAV 17, the last for Python 3.10, has no name for it."""
 _RED_BLUE = {  # share of red and of blue in luma, by swscale's number of the matrix. Source: H.273, Table 4
     int(Colorspace.ITU709): (0.2126, 0.0722),
     int(Colorspace.ITU601): (0.299, 0.114),
     int(Colorspace.FCC): (0.30, 0.11),
     int(Colorspace.SMPTE240M): (0.212, 0.087),
-    int(Colorspace.BT2020): (0.2627, 0.0593),
+    BT2020: (0.2627, 0.0593),
 }
 _SMALL = 120  # short side below which a picture is not halved any more: noise goes, cuts stay
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from videodit.config import from_dict, to_dict
 from videodit.data.batch_sizes import BatchSize
@@ -89,15 +89,6 @@ def _with_settings(config: ConfigT, values: Mapping[str, Any], number: int, step
         raise ValueError(text if text.startswith(name) else f"{name}: {text}") from None
 
 
-class StageStep(NamedTuple, Generic[ConfigT, BatchT]):
-    """One optimizer step's data: of what stage, its plan, this rank's micro batches, the global batch's keys."""
-
-    stage: Stage[ConfigT]
-    plan: StepPlan
-    batches: list[BatchT]
-    keys: list[str]
-
-
 class StagedLoader(Generic[ConfigT, BatchT]):
     """The data of a run's steps, each from the loader of its stage.
 
@@ -163,12 +154,14 @@ class StagedLoader(Generic[ConfigT, BatchT]):
         """Which one an optimizer step, from 1, belongs to."""
         return next(stage for stage in reversed(self.stages) if stage.steps_before < step)
 
-    def read(self, step: int, data_step: int) -> StageStep[ConfigT, BatchT]:
+    def read(self, step: int, data_step: int) -> tuple[Stage[ConfigT], StepPlan, list[BatchT], list[str]]:
         """The data of a step.
 
         Args:
             step: the optimizer step, from 1.
             data_step: the same and the steps that rollbacks left out.
+        Returns:
+            Its stage, its plan, this rank's micro batches and the global batch's keys.
         Raises:
             UserError: as StepLoader.iterate.
         """
@@ -178,7 +171,7 @@ class StagedLoader(Generic[ConfigT, BatchT]):
             self._begin(stage, wanted)
         plan, batches = next(self._steps)
         self._position += 1
-        return StageStep(stage, plan, batches, self._loader.keys(plan))
+        return stage, plan, batches, self._loader.keys(plan)
 
     def _begin(self, stage: Stage[ConfigT], data_step: int) -> None:
         if self._current is not None:
