@@ -92,21 +92,21 @@ def train_dit(config: DiTRunConfig) -> Path:
         if run.evaluation_was_cut():
             evaluate()
         while run.running:
-            stage, plan, batches, keys = loader.read(run.step + 1, run.next_data_step)
-            model.dit.checkpointing = policies[stage.number]
-            total = run.total_weight(batches, copies=world.size // mesh.data_size)
-            levels = stage.config.noise_at(run.step + 1 - stage.steps_before)
+            data = loader.read(run.step + 1, run.next_data_step)
+            model.dit.checkpointing = policies[data.stage.number]
+            total = run.total_weight(data.batches, copies=world.size // mesh.data_size)
+            levels = data.stage.config.noise_at(run.step + 1 - data.stage.steps_before)
             # Summed on the device: a figure that is fetched would wait for the kernels at every micro batch.
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
-            for batch in batches:
-                losses = _micro_step(run, stage.config, batch, levels, total, layout_of)
+            for batch in data.batches:
+                losses = _micro_step(run, data.stage.config, batch, levels, total, layout_of)
                 for name, value in losses.items():
                     sums[name] += value
             shape = batch.mean.shape
             frames, positions = token_shape(config.model, shape)
-            tokens = micro_batch_tokens(batches, frames * positions, mesh.data_size)
-            flops = micro_batch_tokens(batches, clip_flops.get(shape[1:], 0), mesh.data_size)
-            run.finish_step(sums, bucket=plan.bucket, keys=keys, tokens=tokens, flops=flops)
+            tokens = micro_batch_tokens(data.batches, frames * positions, mesh.data_size)
+            flops = micro_batch_tokens(data.batches, clip_flops.get(shape[1:], 0), mesh.data_size)
+            run.finish_step(sums, bucket=data.plan.bucket, keys=data.keys, tokens=tokens, flops=flops)
             evaluate()
         run.finish()
     return Path(config.run_dir)

@@ -89,6 +89,16 @@ def _with_settings(config: ConfigT, values: Mapping[str, Any], number: int, step
         raise ValueError(text if text.startswith(name) else f"{name}: {text}") from None
 
 
+@dataclass(frozen=True)
+class StageStep(Generic[ConfigT, BatchT]):
+    """One optimizer step's data: of what stage, its plan, this rank's micro batches, the global batch's keys."""
+
+    stage: Stage[ConfigT]
+    plan: StepPlan
+    batches: list[BatchT]
+    keys: list[str]
+
+
 class StagedLoader(Generic[ConfigT, BatchT]):
     """The data of a run's steps, each from the loader of its stage.
 
@@ -154,14 +164,12 @@ class StagedLoader(Generic[ConfigT, BatchT]):
         """Which one an optimizer step, from 1, belongs to."""
         return next(stage for stage in reversed(self.stages) if stage.steps_before < step)
 
-    def read(self, step: int, data_step: int) -> tuple[Stage[ConfigT], StepPlan, list[BatchT], list[str]]:
+    def read(self, step: int, data_step: int) -> StageStep[ConfigT, BatchT]:
         """The data of a step.
 
         Args:
             step: the optimizer step, from 1.
             data_step: the same and the steps that rollbacks left out.
-        Returns:
-            Its stage, its plan, this rank's micro batches and the global batch's keys.
         Raises:
             UserError: as StepLoader.iterate.
         """
@@ -171,7 +179,7 @@ class StagedLoader(Generic[ConfigT, BatchT]):
             self._begin(stage, wanted)
         plan, batches = next(self._steps)
         self._position += 1
-        return stage, plan, batches, self._loader.keys(plan)
+        return StageStep(stage, plan, batches, self._loader.keys(plan))
 
     def _begin(self, stage: Stage[ConfigT], data_step: int) -> None:
         if self._current is not None:

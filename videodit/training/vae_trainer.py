@@ -75,19 +75,19 @@ def train_vae(config: VAERunConfig) -> Path:
         if run.evaluation_was_cut() and held_out is not None:
             _reconstruct(run, held_out, fps)
         while run.running:
-            stage, plan, batches, keys = loader.read(run.step + 1, run.next_data_step)
-            total = run.total_weight(batches)
+            data = loader.read(run.step + 1, run.next_data_step)
+            total = run.total_weight(data.batches)
             sums = {name: torch.zeros((), device=world.device) for name in ("loss", "mse")}
-            for batch in batches:
-                for name, value in _micro_step(run, stage.config, batch, total).items():
+            for batch in data.batches:
+                for name, value in _micro_step(run, data.stage.config, batch, total).items():
                     sums[name] += value
             positions = math.prod(config.model.latent_shape(*batch.bucket)[1:])
             run.finish_step(
                 sums,
-                bucket=plan.bucket,
-                keys=keys,
-                tokens=micro_batch_tokens(batches, positions, world.size),
-                flops=micro_batch_tokens(batches, clip_flops.get(plan.bucket, 0), world.size),
+                bucket=data.plan.bucket,
+                keys=data.keys,
+                tokens=micro_batch_tokens(data.batches, positions, world.size),
+                flops=micro_batch_tokens(data.batches, clip_flops.get(data.plan.bucket, 0), world.size),
             )
             if run.due(config.sample_every) and held_out is not None:
                 _reconstruct(run, held_out, fps)
