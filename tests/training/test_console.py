@@ -1,8 +1,10 @@
 """What a user sees of a run: the live line of a terminal, and the same figures in train.log."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import termios
 import threading
 from pathlib import Path
@@ -19,7 +21,7 @@ def test_a_terminal_shows_step_time_left_loss_speed_and_wait(
     latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, 160))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 160, 0, 0))  # tcsetwinsize needs Python 3.11
     drawn: list[bytes] = []
 
     def draw() -> None:
