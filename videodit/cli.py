@@ -59,7 +59,7 @@ def ingest(argv: Sequence[str], prog: str, summary: str) -> None:
     for setting, (clips, example) in result.filtered.items():
         print(f"{setting} leaves out {clips}, such as {example}")
     for reason, count in result.reasons.items():
-        print(f"{count} left out: {reason}")
+        print(f"{count} left out{', for one' if count > 1 else ''}: {reason}")
     if result.uncaptioned:
         names = result.uncaptioned
         print(f"{counted(len(names), 'video')} without a caption, such as {names[0]}: the file's name is read as one")

@@ -270,9 +270,9 @@ def test_dry_run_counts_reasons_and_encodes_nothing(
     options = ["--dry_run=true", "--workers=1", "--filters.min_duration_s=5"]
     assert main(["ingest", str(videos), "--out", str(tmp_path / "out"), *options]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "1 left out: caption file",
+        "1 left out: caption file mute.json",
         "1 left out: cannot be opened",
-        "1 left out: N frames, shorter than min_frames N",
+        "1 left out: 10 frames, shorter than min_frames 17",
         "3 videos without a caption, such as clip.0.mp4: the file's name is read as one",
         f"dry run, nothing is written: 5 videos to 3 clips in {tmp_path / 'out'}; 2 rejected",
     ]

@@ -94,12 +94,14 @@ def read_rejects(out: Path) -> list[dict[str, Any]]:
 
 
 def reject_reasons(out: Path) -> dict[str, int]:
-    """How often each reason is given for what no filter left out, the most frequent first, without what differs from
-    file to file: numbers, names of captions, what comes after a colon.
+    """How often each reason is given for what no filter left out, the most frequent first.
+
+    Reasons that differ in numbers, names of captions or what comes after a colon are one, called as the first of them.
     """
-    given = (reject["reason"].partition(":")[0] for reject in read_rejects(out) if "key" not in reject)
-    alike = (re.sub(r"\d+(\.\d+)?", "N", re.sub(r"^caption file .*", "caption file", reason)) for reason in given)
-    return dict(Counter(alike).most_common())
+    given = [reject["reason"].partition(":")[0] for reject in read_rejects(out) if "key" not in reject]
+    alike = [re.sub(r"\d+", "0", re.sub(r"^caption file .*", "caption file", reason)) for reason in given]
+    first = dict(zip(reversed(alike), reversed(given)))
+    return {first[kind]: count for kind, count in Counter(alike).most_common()}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

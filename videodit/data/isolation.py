@@ -20,6 +20,7 @@ Beat = Callable[[], None]
 _START_LIMIT_S = 300.0  # to import what the function needs, on a machine that is busy
 _BEAT_EVERY_S = 0.5
 _WINDOW = 4096  # items begun ahead of the one waited for: a long film must not stop the others
+_OPENCV_NO_MEMORY = -4
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGBUS)  # from a full memory, an operator, a lost disk
 _PATIENCE = 3  # second tries in a row that are in vain before none is made: it's the items then, not the machine
 
@@ -209,6 +210,12 @@ def _describe_exit(code: int | None) -> str:
     return f"decoding ended with exit code {code}"
 
 
+def _is_lack_of_memory(error: Exception) -> bool:
+    """MemoryError, as the loader of libraries and as OpenCV (StsNoMem; the module may not be loaded) call it too."""
+    of_loader = isinstance(error, ImportError) and "failed to map segment" in str(error)
+    return isinstance(error, MemoryError) or of_loader or getattr(error, "code", None) == _OPENCV_NO_MEMORY
+
+
 def _work(function: Callable[[Any, Beat], Any], pipe: Connection, max_memory_gb: float) -> None:
     """The worker process: chunks come in, results go out one by one; it ends when the pipe does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -231,11 +238,9 @@ def _work(function: Callable[[Any, Beat], Any], pipe: Connection, max_memory_gb:
                     message: tuple[str, Any] = "result", function(item, beat)
                 except UserError as error:
                     message = "error", str(error)
-                except MemoryError:
-                    message = "result", Failure(f"needs more than {max_memory_gb:g} GB of memory")
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                    if isinstance(error, ImportError) and "failed to map segment" in reason:  # the loader's MemoryError
+                    if _is_lack_of_memory(error):
                         reason = f"needs more than {max_memory_gb:g} GB of memory"
                     message = "result", Failure(reason)
                 pipe.send(message)

@@ -46,15 +46,20 @@ class Verdict:
     Attributes:
         line: why, for people; "" if somebody asked for it.
         lost: the ranks that it ends for.
-        exit_code: of the ranks that end.
+        asked: exit code with which somebody asked for it; 0 if nobody did.
     """
 
     line: str = ""
     lost: Sequence[int] = ()
-    exit_code: int = EXIT_CODE
+    asked: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.line) or self.exit_code != EXIT_CODE
+        return bool(self.line or self.asked)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the ranks that end."""
+        return self.asked or EXIT_CODE
 
 
 class Judge:

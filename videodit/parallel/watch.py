@@ -205,7 +205,7 @@ class _Watch:
             if self._world.is_main and (code := max(beat.asked for beat in beats.values())):
                 with _place.holding:
                     if not _place.held:
-                        self._end(Verdict(exit_code=code))
+                        self._end(Verdict(asked=code))
             verdict = self._told or self._judge.look(clock, beats, self._store_lost)
             if verdict:
                 with self._lock:
