@@ -121,5 +121,5 @@ def test_under_torchrun_as_a_user_types_it(root: Path, straight: dict[str, str],
     command = tiny.command(options(root, tmp_path / "out"), ranks=2)
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{PER_SHARD * NUM_SHARDS} clips encoded in {tmp_path / 'out'}, as {tiny.BUCKET}\n"
+    assert done.stdout == f"{PER_SHARD * NUM_SHARDS} clips encoded in {tmp_path / 'out'}, as {tiny.BUCKET}, 1x32x32\n"
     assert contents(tmp_path / "out") == straight
