@@ -7,7 +7,8 @@ Same latents, clips, noise, text encoder, objective (velocity, rectified flow), 
 learning rate is the best of --rates in a fifth of the steps. FLOPs are counted by torch.utils.flop_counter, forward
 and backward; the U-Net's width, and that of the local layers, is the multiple of 4 with the nearest count. The last
 clips are held out, and read at fixed noise levels with fixed noise. Writes scaling.json and scaling.svg after each
-model, and prints the exponent b of loss ~ FLOPs^-b over the final points of each family.
+model, and prints the exponent b of loss ~ FLOPs^-b over the final points of each family. Started again with the same
+options, it keeps the models that scaling.json has; --families may differ, so that they can be measured one by one.
 """
 
 import argparse
@@ -213,9 +214,11 @@ def main() -> None:
         sizes["DiT"].append((str(width), partial(dit, width, 0, channels)))
         sizes["U-Net"].append((str(of_unet), partial(unet, of_unet, channels)))
         sizes["DiT+local"].append((f"{width}, {local}", partial(dit, width, local, channels)))
-    rows: list[dict[str, Any]] = []
+    rows = measured_before(options)
     for family in options.families:
         for width, build in sizes[family]:
+            if any((row["family"], row["width"]) == (family, width) for row in rows):
+                continue
             started = time.perf_counter()
 
             def run(steps: int, rate: float, points: int) -> tuple[nn.Module, list[int], list[float]]:
@@ -235,6 +238,25 @@ def main() -> None:
             report(rows, options)
 
 
+def shown(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as scaling.json has them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def measured_before(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of an earlier start with the same options but for families and widths; none if there was none."""
+    path = options.out / "scaling.json"
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    free = ("families", "widths")
+    for name, value in shown(options).items():
+        if name not in free and before["options"][name] != value:
+            raise SystemExit(f"{path} was measured with --{name} {before['options'][name]}: choose another --out")
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows
+
+
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Prints the table and the exponents; writes JSON and plot."""
     table = Table("family", "width", "parameters", "GFLOP/step", "rate", "seconds", "held-out loss")
@@ -250,8 +272,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             fits[family] = exponent([r["train_flops"] for r in mine], [r["held_out_loss"] for r in mine])
             console.print(f"{family}: loss ~ FLOPs^-{fits[family]:.3f}")
     options.out.mkdir(parents=True, exist_ok=True)
-    facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    result = {"machine": machine_facts(), "options": facts, "exponents": fits, "rows": rows}
+    result = {"machine": machine_facts(), "options": shown(options), "exponents": fits, "rows": rows}
     (options.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, options.out / "scaling.svg")
 

@@ -1,17 +1,20 @@
 """The page: whole, closed to the network, safe against its contents, and true to its figures."""
 
 import base64
+import io
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from videodit.data.mp4 import encode_mp4
 from videodit.data.video_io import read_frames
 from videodit.evaluation.charts import Curve
 from videodit.evaluation.machine import machine_facts
 from videodit.evaluation.report import ClipCard, Reconstruction, RunReport, render_report, write_report
+from videodit.evaluation.report_page import video
 from videodit.evaluation.report_summary import verdict
 from videodit.evaluation.report_tables import confusion_table, duration, listed, measured_table, percent, stage_table
 
@@ -85,17 +88,27 @@ def test_the_page_is_well_formed_and_loads_nothing(report):
     page = render_report(report)
     structure = Structure(page)
     assert structure.open == []
-    assert structure.addresses and all(address.startswith("data:video/mp4;base64,") for address in structure.addresses)
+    own = ("data:video/mp4;base64,", "data:image/jpeg;base64,")
+    assert structure.addresses and all(address.startswith(own) for address in structure.addresses)
     assert not re.search(r"https?://|url\(|@import", page)
     assert "default-src 'none'" in page
     assert structure.tags.count("script") == 1
 
 
 def test_every_clip_is_in_the_page_and_decodes(report, frames):
-    addresses = Structure(render_report(report)).addresses
-    assert len(addresses) == 2 + 2 * 2
-    decoded = read_frames(base64.b64decode(addresses[0].split(",", 1)[1]))
+    contents = [base64.b64decode(address.split(",", 1)[1]) for address in Structure(render_report(report)).addresses]
+    videos, posters = contents[::2], contents[1::2]
+    assert len(videos) == len(posters) == 2 + 2 * 2
+    decoded = read_frames(videos[0])
     assert decoded.shape == frames.shape
+    poster = np.asarray(Image.open(io.BytesIO(posters[0])), np.int32)
+    assert (
+        np.abs(poster - decoded[0]).mean() < 30 < np.abs(poster - decoded[1]).mean()
+    )  # noise, of which JPEG loses some
+
+
+def test_a_clip_that_does_not_decode_has_no_poster_and_breaks_no_page():
+    assert "poster" not in video(b"no mp4", "a clip") and 'aria-label="a clip"' in video(b"no mp4", "a clip")
 
 
 def test_text_from_outside_stays_text(report):

@@ -1,14 +1,18 @@
 """What every page that we write has in common: one HTML file that holds all it shows and may load nothing."""
 
 import base64
+import io
 import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
+from videodit.data.video_io import VideoError, read_frames
 from videodit.evaluation.report_style import SCRIPT, STYLE
 
-POLICY = "default-src 'none'; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = "default-src 'none'; media-src data:; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 LOGO = '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 9h12v12H3zM6 6h12v12M9 3h12v12"/></svg>'
 
 
@@ -62,10 +66,30 @@ def tile_row(rows: Iterable[tuple[str, str, str]]) -> str:
 
 
 def video(mp4: bytes, label: str) -> str:
-    """A clip that plays silently over and over while it is in sight."""
-    data = base64.b64encode(mp4).decode("ascii")
+    """A clip that plays silently over and over while it is in sight.
+
+    Its first frame is the poster: builds of Chromium without H.264, and printers, show that.
+    """
     label = escape(label, quote=True)
-    return f'<video src="data:video/mp4;base64,{data}" aria-label="{label}" autoplay loop muted playsinline></video>'
+    poster = f' poster="{_data("image/jpeg", still)}"' if (still := _first_frame(mp4)) else ""
+    return (
+        f'<video src="{_data("video/mp4", mp4)}"{poster} aria-label="{label}" autoplay loop muted playsinline></video>'
+    )
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _first_frame(mp4: bytes) -> bytes:
+    """JPEG; empty if the clip does not decode, as one from elsewhere may not."""
+    try:
+        frame = read_frames(mp4, 0, 1)[0]
+    except VideoError:
+        return b""
+    jpeg = io.BytesIO()
+    Image.fromarray(frame).save(jpeg, "JPEG", quality=85)
+    return jpeg.getvalue()
 
 
 def write_page(path: str | Path, text: str) -> None:

@@ -123,7 +123,7 @@ table { border-collapse: collapse; width: 100%; }
 .measured td { min-width: 104px; }
 .scroll tbody th { position: sticky; left: 0; z-index: 1; background: var(--card); }
 .meter {
-  position: relative; display: block; height: 6px; margin-top: 7px; border-radius: 3px;
+  position: relative; display: block; height: 6px; margin: 7px 4px 3px; border-radius: 3px;
   background: var(--shade);
 }
 .meter::before {
