@@ -4,7 +4,7 @@ import atexit
 import datetime
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from videodit.errors import LostRanks, UserError
 from videodit.parallel.meeting import choose_interface, fresh_store
+from videodit.parallel.quiet import without_stdout
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ def init_process(device: str | None = None) -> World:
         else:
             # A store in memory needs no port, no file and no environment.
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+            _join(backend, store, 0, 1)
     return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
@@ -84,13 +85,26 @@ def _meet(backend: str, rank: int, size: int) -> None:
         choose_interface(address, port)
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         store = fresh_store(store, rank, size, TIMEOUT.total_seconds())
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        _join(backend, store, rank, size)
     except RuntimeError as error:
         why = str(error).strip().split("\n")[0]  # what follows is where in C++
         raise LostRanks(
             f"rank {rank} of {size} lost the others, or did not find them, at {address}:{port} before training: {why}; "
             "start the same command again"
         ) from error
+
+
+def _join(backend: str, store: dist.Store, rank: int, size: int) -> None:
+    with without_stdout():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def _new_group(
+    ranks: Iterable[int] | None = None, backend: str | None = None, timeout: datetime.timedelta = TIMEOUT
+) -> dist.ProcessGroup:
+    with without_stdout():
+        group: dist.ProcessGroup = dist.new_group(None if ranks is None else list(ranks), timeout, backend)
+    return group
 
 
 @contextmanager
@@ -136,7 +150,7 @@ def make_mesh(world: World, sequence_parallel: int) -> Mesh:
         return Mesh(world.rank, world.size)
     own = None
     for first in range(0, world.size, sequence_parallel):  # every rank has to make every group
-        group = dist.new_group(list(range(first, first + sequence_parallel)), timeout=TIMEOUT)
+        group = _new_group(range(first, first + sequence_parallel))
         if first <= world.rank < first + sequence_parallel:
             own = group
     return Mesh(world.rank // sequence_parallel, world.size // sequence_parallel, own)
@@ -212,7 +226,7 @@ def _cpu_group() -> dist.ProcessGroup | None:
     if dist.get_backend() == "gloo":
         return None
     if _gloo is None:
-        _gloo = dist.new_group(backend="gloo")
+        _gloo = _new_group(backend="gloo")
     return _gloo
 
 
@@ -226,7 +240,7 @@ def background_group() -> dist.ProcessGroup | None:
     """
     global _background
     if _background is None and dist.is_initialized() and dist.get_world_size() > 1:
-        _background = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        _background = _new_group(backend="gloo")
     return _background
 
 
@@ -240,7 +254,7 @@ def patient_group() -> dist.ProcessGroup | None:
     """
     global _patient
     if _patient is None and dist.is_initialized() and dist.get_world_size() > 1:
-        _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        _patient = _new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     return _patient
 
 

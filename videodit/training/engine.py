@@ -29,6 +29,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
 from videodit.device import has_bf16  # noqa: E402
 from videodit.models.initialise import gathering  # noqa: E402
 from videodit.parallel.mesh import World, all_reduce_sum, destroy_with  # noqa: E402
+from videodit.parallel.quiet import without_stdout  # noqa: E402
 from videodit.training.adamw8bit import AdamW8bit  # noqa: E402
 from videodit.training.batched_muon import BatchedMuon  # noqa: E402
 from videodit.training.flat_gradients import FlatGradients  # noqa: E402
@@ -364,7 +365,7 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # its sanity check wants it, torchrun or not
     destroy_with(_leave_deepspeed)
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with without_stdout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=None)
     return engine
