@@ -232,6 +232,16 @@ def test_imported_models_may_attend_to_padding() -> None:
         assert (difference < 1e-5) == mask_text
 
 
+def test_padding_is_zero_in_models_trained_so_also_where_the_text_comes_in_full_length() -> None:
+    """As an encoder with padding="max_length" gives it: its states behind the prompt are no zeros."""
+    latents, sigma, text, mask = inputs()
+    model = tiny_dit(text_length=L, mask_text=False, pooled_text=False)
+    zeros = torch.where(mask[..., None], text, 0.0)
+    torch.testing.assert_close(model(latents, sigma, text, mask), model(latents, sigma, zeros, mask))
+    short = slice(0, int(mask.sum(1).max()))
+    torch.testing.assert_close(model(latents, sigma, text, mask), model(latents, sigma, text[:, short], mask[:, short]))
+
+
 def test_rows_of_a_batch_do_not_touch() -> None:
     latents, sigma, text, mask = inputs()
     model = tiny_dit()

@@ -47,7 +47,7 @@ class DiTConfig:
     text_dim: int = 512
     """channels of the text encoder's output"""
     text_length: int = 0
-    """zeros are appended to shorter texts up to this many tokens, as imported models were trained; 0 for none"""
+    """padding is zeros, up to this many tokens for shorter texts, as imported models were trained; 0: as it comes"""
     pooled_text: bool = True
     """add the mean text embedding to the noise-level embedding, so that adaLN sees the prompt too"""
     mask_text: bool = True
@@ -242,8 +242,8 @@ class VideoDiT(nn.Module):
             text: (b, l, text_dim) from a text encoder.
             text_mask: (b, l) bool, true where there is text; at least one token each.
         """
-        missing = self.config.text_length - text.shape[1]
-        if missing > 0:
+        if self.config.text_length:
+            missing = max(self.config.text_length - text.shape[1], 0)
             text = nn.functional.pad(text * text_mask[..., None].to(text), (0, 0, 0, missing))
             text_mask = nn.functional.pad(text_mask, (0, missing))
         text = self.text_projection(text)  # b l d
