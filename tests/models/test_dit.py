@@ -260,6 +260,16 @@ def test_sizes_may_alternate() -> None:
     assert torch.equal(model(small, sigma, text, mask), first)
 
 
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use() -> None:
+    latents, sigma, text, mask = inputs()
+    model = tiny_dit()
+    with torch.inference_mode():
+        seen = model(latents, sigma, text, mask)
+    out = model(latents, sigma, text, mask)
+    out.square().sum().backward()
+    torch.testing.assert_close(out.detach(), seen)
+
+
 def test_computes_in_the_dtype_of_its_weights() -> None:
     latents, sigma, text, mask = inputs()
     exact = tiny_dit()(latents, sigma, text, mask)

@@ -333,7 +333,8 @@ class VideoDiT(nn.Module):
         table = self._rope.get((t, h, w))
         if table is None or table.device != device:
             head_dim = self.config.hidden_size // self.config.num_heads
-            table = rope_table(t, h, w, head_dim, self.config.rope_theta).to(device)
+            with torch.inference_mode(False):  # kept, and training cannot use what was made in inference mode
+                table = rope_table(t, h, w, head_dim, self.config.rope_theta).to(device)
             self._rope = {(t, h, w): table}
         return table
 
