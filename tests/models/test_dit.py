@@ -270,6 +270,16 @@ def test_inference_mode_leaves_nothing_behind_that_training_cannot_use() -> None
     torch.testing.assert_close(out.detach(), seen)
 
 
+@pytest.mark.parametrize("qk_norm", ["head", "all"])
+def test_computes_in_float64_on_a_cpu(qk_norm: str) -> None:
+    latents, sigma, text, mask = inputs()
+    model = tiny_dit(qk_norm=qk_norm)
+    rough = model(latents, sigma, text, mask)
+    exact = model.double()(latents.double(), sigma, text.double(), mask)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(rough.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_computes_in_the_dtype_of_its_weights() -> None:
     latents, sigma, text, mask = inputs()
     exact = tiny_dit()(latents, sigma, text, mask)
