@@ -87,7 +87,8 @@ def add_and_norm(
         gate = x.new_ones(x.shape[-1]) if gate is None else gate
         if isinstance(norm, Modulation):
             return residual_norm_modulate(x, branch, gate, norm.shift, norm.scale)
-        return residual_norm_modulate(x, branch, gate, norm.bias, norm.weight - 1.0, norm.eps)
+        scale = norm.weight.float() - 1.0  # in bf16 a small weight would be lost in the difference
+        return residual_norm_modulate(x, branch, gate, norm.bias, scale, norm.eps)
     x = x + branch if gate is None else torch.addcmul(x, gate, branch)
     return x, modulate(x, norm) if isinstance(norm, Modulation) else norm(x)
 
