@@ -101,6 +101,34 @@ def test_a_crop_s_place_is_seen_where_positions_are_absolute() -> None:
         assert torch.equal(there[1], here[1]) != absolute
 
 
+class ComputedOnCPU(TorchDispatchMode):
+    """Operations whose result lies on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.found += [str(func) for x in tree_leaves(out) if isinstance(x, Tensor) and x.device.type == "cpu"]
+        return out
+
+
+@pytest.mark.parametrize("local_width", [0, 8])
+@pytest.mark.parametrize("crops", [False, True])
+def test_a_step_is_computed_on_the_models_device_alone(local_width: int, crops: bool) -> None:
+    """What a CPU works out meanwhile, a GPU would wait for at every step; the first makes the table of angles."""
+    model = tiny_dit(absolute_position=True, local_width=local_width, micro_conditioning=True, pattern="stf", depth=3)
+    model.to("meta")
+    given = [x.to("meta") for x in (*inputs(), torch.zeros(2, 5))]
+    origin = torch.tensor([[0, 0], [2, 4]]) if crops else None  # on the CPU, as the loader gives it
+    options = {"origin": origin, "micro_conditions": given.pop()}
+    model(*given, **options)
+    with ComputedOnCPU() as computed:
+        model(*given, **options)
+    assert computed.found == []
+
+
 @pytest.mark.parametrize("pattern", ["st", "f"])
 @pytest.mark.parametrize("patch", [(1, 2, 2), (3, 1, 2), (1, 4, 4)])
 @pytest.mark.parametrize("local_width", [0, 8])

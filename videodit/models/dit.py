@@ -311,8 +311,11 @@ class VideoDiT(nn.Module):
             patches = patchify_last(features, self.config.patch_size)
         x = self.patch_in(patches)  # b t s d
         if self.config.absolute_position:
-            tokens = None if origin is None else torch.stack([origin[:, 0] // ph, origin[:, 1] // pw], dim=1)
-            x = x + layout.take(absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size, tokens)).to(x)
+            if origin is not None:
+                rows, columns = origin.to(x.device).unbind(1)
+                origin = torch.stack([rows // ph, columns // pw], dim=1)  # in tokens
+            size = (t // pt, h // ph, w // pw)
+            x = x + layout.take(absolute_embedding(*size, self.config.hidden_size, origin, x.device)).to(x)
         shared = self.modulation(condition).unflatten(-1, (6, -1))[:, :, None]  # b t 1 6 d
         rope = self._rope_table(t // pt, h // ph, w // pw, x.device)
         for block, keys_values in zip(cast("Iterable[DiTBlock]", self.blocks), text.keys_values):

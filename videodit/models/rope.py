@@ -40,18 +40,26 @@ def rope_table(num_frames: int, height: int, width: int, head_dim: int, theta: f
     return torch.cat([axis.expand(2, *sizes, -1) for axis in spread], dim=-1).flatten(2, 3)
 
 
-def absolute_embedding(num_frames: int, height: int, width: int, dim: int, origin: Tensor | None = None) -> Tensor:
+def absolute_embedding(
+    num_frames: int,
+    height: int,
+    width: int,
+    dim: int,
+    origin: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Sines and cosines of each token's own (t, h, w), the channels split over the axes as RoPE splits them.
 
     Args:
         num_frames: latent frames after patchify; likewise height and width, in tokens.
         dim: channels, even.
         origin: (b, 2) row and column, in tokens, of the first token of each clip, where clips are crops.
+        device: where to compute it; that of the origin if there is one.
     Returns:
-        (t, s, dim) float32 with s = height * width; with an origin (b, t, s, dim), on its device.
+        (t, s, dim) float32 with s = height * width; with an origin (b, t, s, dim).
     Source: Peebles & Xie (2022), DiT, arXiv:2212.09748, Sec. 3.2 (there over h and w).
     """
-    corner = torch.zeros(1, 2, dtype=torch.int64) if origin is None else origin
+    corner = torch.zeros(1, 2, dtype=torch.int64, device=device) if origin is None else origin
     t, h, w = (torch.arange(size, device=corner.device) for size in (num_frames, height, width))
     angles = [
         axis_angles(places.flatten(), axis_dim, 10_000.0).unflatten(0, places.shape)
