@@ -1,10 +1,12 @@
 """Samplers against flows whose solution is known."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from videodit.flow.noise_level import sampling_levels
 from videodit.flow.samplers import RENOISE_ABOVE, SAMPLERS, euler, heun, renoise
@@ -37,6 +39,25 @@ def test_a_constant_velocity_is_integrated_exactly(sampler, num_steps: int, shif
     x1, x0 = noise(), noise()
     sigmas = sampling_levels(num_steps, shift).double()
     torch.testing.assert_close(sampler(lambda x, sigma: x1 - x0, x1, sigmas, noise), x0)
+
+
+class Reads(TorchDispatchMode):
+    """How often Python asks a tensor for its value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@ALL
+def test_no_step_asks_for_a_value(sampler) -> None:
+    """Python would wait there until a GPU has done all that it was given, and the GPU then for Python."""
+    x1 = noise()
+    with Reads() as reads:
+        sampler(lambda x, sigma: x * broadcast(sigma), x1, sampling_levels(20, 3.0).double(), noise)
+    assert reads.count == 0
 
 
 def error(sampler, num_steps: int) -> float:

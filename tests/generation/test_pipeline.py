@@ -14,7 +14,7 @@ from tests.models.tiny import tiny_dit, tiny_text, tiny_vae
 from videodit.errors import UserError
 from videodit.flow.noise_level import sampling_levels
 from videodit.flow.path import Parameterization, coefficients
-from videodit.flow.samplers import SAMPLERS, heun
+from videodit.flow.samplers import SAMPLERS, euler, heun
 from videodit.generation.pipeline import RowNoise, SamplingDefaults, TextToVideo, latent_shape, velocity_function
 from videodit.models.dit import DiTConfig, TextContext
 from videodit.models.text_to_video import TextToVideoModel
@@ -171,6 +171,24 @@ def test_every_parameterization_flows_to_the_gaussian_of_the_data(path: str, pre
     out = heun(velocity, noise, sampling_levels(100, 1.0), source)
     torch.testing.assert_close(out, std * noise, rtol=0.02, atol=0.02)
     assert float(out.var()) == pytest.approx(std**2, rel=0.05)
+
+
+@pytest.mark.parametrize(("path", "prediction"), ALL)
+def test_a_small_error_of_the_prediction_stays_small(path: str, prediction: str) -> None:
+    """Also of noise predictions, which say nothing of the data at the level of pure noise, where sampling starts."""
+    parameterization = Parameterization(path, prediction)
+    exact = gaussian_oracle(parameterization, 1.0)
+
+    def wrong(x: Tensor, sigma: Tensor, text: TextContext) -> Tensor:
+        return exact(x, sigma, text) + 0.02 * torch.randn(x.shape)
+
+    source = RowNoise(range(4), (4, 5, 8, 8))
+    noise, levels = source(), sampling_levels(20, 3.0)
+    right, off = (
+        euler(velocity_function(predict, parameterization, NO_TEXT), noise, levels, source)
+        for predict in (exact, wrong)
+    )
+    assert float((off - right).square().mean().sqrt()) < 0.1
 
 
 def test_another_parameterization_runs_through_the_same_pipeline() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +20,7 @@ from videodit.kernels.norm_modulate import norm_modulate_reference, residual_nor
 from videodit.kernels.norm_rope import norm_rope_reference
 from videodit.kernels.temporal_attention import temporal_attention_reference
 from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.layers import add_and_norm
 from videodit.models.rope import rope_table
 from videodit.training.dit_model import compile_blocks
 
@@ -137,6 +138,19 @@ def test_shapes_and_gradients_are_registered_as_torch_wants_them() -> None:
     torch.library.opcheck(gpu_norm_modulate.residual_norm_modulate, residual)
     torch.library.opcheck(gpu_temporal.temporal_attention, (x, x, x, weight, weight, table, 1e-6))
     torch.library.opcheck(gpu_temporal.temporal_attention, (x, x, x, None, None, None, 1e-6))
+
+
+def test_small_weights_of_a_norm_keep_their_digits_in_bf16(triton_kernels: None) -> None:
+    """The kernel takes one less than the weight, which bf16 would round to a multiple of 1/256."""
+    norm = nn.LayerNorm(20).bfloat16()
+    with torch.no_grad():
+        norm.weight.copy_(0.01 * random(20))
+    x, branch = (random(2, 3, 4, 20, seed=index, dtype=torch.bfloat16) for index in range(2))
+    total, normed = add_and_norm(x, branch, None, norm)
+    expected = nn.functional.layer_norm(total.double(), (20,), norm.weight.double(), eps=norm.eps)
+    torch.testing.assert_close(normed.double(), expected, rtol=0.01, atol=1e-5)
+    normed.square().sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.bfloat16
 
 
 class CountedOps(TorchDispatchMode):

@@ -101,6 +101,34 @@ def test_a_crop_s_place_is_seen_where_positions_are_absolute() -> None:
         assert torch.equal(there[1], here[1]) != absolute
 
 
+class ComputedOnCPU(TorchDispatchMode):
+    """Operations whose result lies on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.found += [str(func) for x in tree_leaves(out) if isinstance(x, Tensor) and x.device.type == "cpu"]
+        return out
+
+
+@pytest.mark.parametrize("local_width", [0, 8])
+@pytest.mark.parametrize("crops", [False, True])
+def test_a_step_is_computed_on_the_models_device_alone(local_width: int, crops: bool) -> None:
+    """What a CPU works out meanwhile, a GPU would wait for at every step; the first makes the table of angles."""
+    model = tiny_dit(absolute_position=True, local_width=local_width, micro_conditioning=True, pattern="stf", depth=3)
+    model.to("meta")
+    given = [x.to("meta") for x in (*inputs(), torch.zeros(2, 5))]
+    origin = torch.tensor([[0, 0], [2, 4]]) if crops else None  # on the CPU, as the loader gives it
+    options = {"origin": origin, "micro_conditions": given.pop()}
+    model(*given, **options)
+    with ComputedOnCPU() as computed:
+        model(*given, **options)
+    assert computed.found == []
+
+
 @pytest.mark.parametrize("pattern", ["st", "f"])
 @pytest.mark.parametrize("patch", [(1, 2, 2), (3, 1, 2), (1, 4, 4)])
 @pytest.mark.parametrize("local_width", [0, 8])
@@ -232,6 +260,16 @@ def test_imported_models_may_attend_to_padding() -> None:
         assert (difference < 1e-5) == mask_text
 
 
+def test_padding_is_zero_in_models_trained_so_also_where_the_text_comes_in_full_length() -> None:
+    """As an encoder with padding="max_length" gives it: its states behind the prompt are no zeros."""
+    latents, sigma, text, mask = inputs()
+    model = tiny_dit(text_length=L, mask_text=False, pooled_text=False)
+    zeros = torch.where(mask[..., None], text, 0.0)
+    torch.testing.assert_close(model(latents, sigma, text, mask), model(latents, sigma, zeros, mask))
+    short = slice(0, int(mask.sum(1).max()))
+    torch.testing.assert_close(model(latents, sigma, text, mask), model(latents, sigma, text[:, short], mask[:, short]))
+
+
 def test_rows_of_a_batch_do_not_touch() -> None:
     latents, sigma, text, mask = inputs()
     model = tiny_dit()
@@ -248,6 +286,26 @@ def test_sizes_may_alternate() -> None:
     first = model(small, sigma, text, mask)
     model(large, sigma, text, mask)
     assert torch.equal(model(small, sigma, text, mask), first)
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use() -> None:
+    latents, sigma, text, mask = inputs()
+    model = tiny_dit()
+    with torch.inference_mode():
+        seen = model(latents, sigma, text, mask)
+    out = model(latents, sigma, text, mask)
+    out.square().sum().backward()
+    torch.testing.assert_close(out.detach(), seen)
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "all"])
+def test_computes_in_float64_on_a_cpu(qk_norm: str) -> None:
+    latents, sigma, text, mask = inputs()
+    model = tiny_dit(qk_norm=qk_norm)
+    rough = model(latents, sigma, text, mask)
+    exact = model.double()(latents.double(), sigma, text.double(), mask)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(rough.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_computes_in_the_dtype_of_its_weights() -> None:

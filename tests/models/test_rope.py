@@ -1,9 +1,12 @@
 """RoPE: the published form, and what it is for: scores that depend on relative positions only."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from videodit.models.rope import absolute_embedding, apply_rope, axis_dims, rope_table
 
@@ -63,6 +66,25 @@ def test_keeps_norms_and_the_first_token() -> None:
     turned = apply_rope(x, rope_table(3, 2, 3, 16))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[:, 0, 0], x[:, 0, 0])
+
+
+class Waves(TorchDispatchMode):
+    """How many cosines and sines are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.cos.default, torch.ops.aten.sin.default):
+            self.count += out.numel()
+        return out
+
+
+def test_cosines_and_sines_are_those_of_the_axes_not_of_every_token() -> None:
+    """Of a large clip they would take seconds on a CPU, again for every other size of clip."""
+    with Waves() as waves:
+        rope_table(4, 5, 6, 12)
+    assert waves.count == 2 * (4 + 5 + 6) * (4 // 2)  # 4 channels an axis, in pairs
 
 
 def test_a_larger_base_turns_slower() -> None:

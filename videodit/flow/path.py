@@ -17,6 +17,11 @@ from torch import Tensor
 Path = Literal["rectified", "variance_preserving"]
 Prediction = Literal["velocity", "x0", "noise", "v"]
 
+LEAST_ALPHA = 6.3e-3
+"""Just below DDPM's at its last step (6.35e-3; 6.31e-3 on the rectified path), beyond which it trains nothing. An error
+of a noise prediction is one over alpha times as large in x0, and sampling starts where alpha is 0."""
+LEAST_BETA = 1e-3
+
 
 @dataclass(frozen=True)
 class Parameterization:
@@ -80,16 +85,16 @@ def to_velocity(parameterization: Parameterization, prediction: Tensor, x: Tenso
         x: that point, alpha x0 + beta noise.
         sigma: noise level, broadcast against x.
     Returns:
-        x's shape. Where a noise prediction has lost x0 (alpha near 0), alpha is held at 1e-3; likewise beta where an
-        x0 prediction has lost the noise.
+        x's shape. Where a noise prediction has lost x0 (alpha near 0), alpha is held at LEAST_ALPHA; likewise beta
+        where an x0 prediction has lost the noise.
     """
     if parameterization.prediction == "velocity":
         return prediction
     alpha, beta = coefficients(parameterization.path, sigma)
     if parameterization.prediction == "x0":
-        return (x - alpha * prediction) / beta.clamp(min=1e-3) - prediction
+        return (x - alpha * prediction) / beta.clamp(min=LEAST_BETA) - prediction
     if parameterization.prediction == "noise":
-        return prediction - (x - beta * prediction) / alpha.clamp(min=1e-3)
+        return prediction - (x - beta * prediction) / alpha.clamp(min=LEAST_ALPHA)
     noise = beta * x + alpha * prediction  # alpha^2 + beta^2 = 1
     x0 = alpha * x - beta * prediction
     return noise - x0

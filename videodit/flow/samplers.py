@@ -34,9 +34,10 @@ def renoise(velocity: VelocityFn, x: Tensor, sigmas: Tensor, noise: NoiseFn) -> 
 
     Source: Song et al. (2020), DDIM, arXiv:2010.02502, Eq. 12 with the largest variance it admits.
     """
-    for now, after in zip(sigmas[:-1], sigmas[1:]):
+    anew = ((sigmas[:-1] > RENOISE_ABOVE) & (sigmas[1:] > 0)).tolist()  # asked once: Python waits for a GPU's answer
+    for now, after, renewed in zip(sigmas[:-1], sigmas[1:], anew):
         slope = velocity(x, now.expand(x.shape[0]))
-        if now > RENOISE_ABOVE and after > 0:
+        if renewed:
             x = (1 - after) * (x - now * slope) + after * noise()
         else:
             x = x + (after - now) * slope
@@ -48,10 +49,11 @@ def heun(velocity: VelocityFn, x: Tensor, sigmas: Tensor, noise: NoiseFn) -> Ten
 
     Source: Karras et al. (2022), EDM, arXiv:2206.00364, Algorithm 1.
     """
-    for now, after in zip(sigmas[:-1], sigmas[1:]):
+    noisy_after = (sigmas[1:] > 0).tolist()  # asked once: Python waits for a GPU's answer
+    for now, after, noisy in zip(sigmas[:-1], sigmas[1:], noisy_after):
         slope = velocity(x, now.expand(x.shape[0]))
         guess = x + (after - now) * slope
-        if after > 0:
+        if noisy:
             slope = 0.5 * (slope + velocity(guess, after.expand(x.shape[0])))
             guess = x + (after - now) * slope
         x = guess

@@ -47,7 +47,7 @@ class DiTConfig:
     text_dim: int = 512
     """channels of the text encoder's output"""
     text_length: int = 0
-    """zeros are appended to shorter texts up to this many tokens, as imported models were trained; 0 for none"""
+    """padding is zeros, up to this many tokens for shorter texts, as imported models were trained; 0: as it comes"""
     pooled_text: bool = True
     """add the mean text embedding to the noise-level embedding, so that adaLN sees the prompt too"""
     mask_text: bool = True
@@ -242,8 +242,8 @@ class VideoDiT(nn.Module):
             text: (b, l, text_dim) from a text encoder.
             text_mask: (b, l) bool, true where there is text; at least one token each.
         """
-        missing = self.config.text_length - text.shape[1]
-        if missing > 0:
+        if self.config.text_length:
+            missing = max(self.config.text_length - text.shape[1], 0)
             text = nn.functional.pad(text * text_mask[..., None].to(text), (0, 0, 0, missing))
             text_mask = nn.functional.pad(text_mask, (0, missing))
         text = self.text_projection(text)  # b l d
@@ -311,8 +311,11 @@ class VideoDiT(nn.Module):
             patches = patchify_last(features, self.config.patch_size)
         x = self.patch_in(patches)  # b t s d
         if self.config.absolute_position:
-            tokens = None if origin is None else torch.stack([origin[:, 0] // ph, origin[:, 1] // pw], dim=1)
-            x = x + layout.take(absolute_embedding(t // pt, h // ph, w // pw, self.config.hidden_size, tokens)).to(x)
+            if origin is not None:
+                rows, columns = origin.to(x.device).unbind(1)
+                origin = torch.stack([rows // ph, columns // pw], dim=1)  # in tokens
+            size = (t // pt, h // ph, w // pw)
+            x = x + layout.take(absolute_embedding(*size, self.config.hidden_size, origin, x.device)).to(x)
         shared = self.modulation(condition).unflatten(-1, (6, -1))[:, :, None]  # b t 1 6 d
         rope = self._rope_table(t // pt, h // ph, w // pw, x.device)
         for block, keys_values in zip(cast("Iterable[DiTBlock]", self.blocks), text.keys_values):
@@ -333,7 +336,8 @@ class VideoDiT(nn.Module):
         table = self._rope.get((t, h, w))
         if table is None or table.device != device:
             head_dim = self.config.hidden_size // self.config.num_heads
-            table = rope_table(t, h, w, head_dim, self.config.rope_theta).to(device)
+            with torch.inference_mode(False):  # kept, and training cannot use what was made in inference mode
+                table = rope_table(t, h, w, head_dim, self.config.rope_theta).to(device)
             self._rope = {(t, h, w): table}
         return table
 

@@ -38,7 +38,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":  # F.rms_norm is a chain of passes there, 1.6 times slower than this one
-            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
+            exact = torch.promote_types(x.dtype, torch.float32)
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.shape[-1]
             return x * torch.rsqrt(mean_square + self.eps).to(x.dtype) * self.weight
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -86,7 +87,8 @@ def add_and_norm(
         gate = x.new_ones(x.shape[-1]) if gate is None else gate
         if isinstance(norm, Modulation):
             return residual_norm_modulate(x, branch, gate, norm.shift, norm.scale)
-        return residual_norm_modulate(x, branch, gate, norm.bias, norm.weight - 1.0, norm.eps)
+        scale = norm.weight.float() - 1.0  # in bf16 a small weight would be lost in the difference
+        return residual_norm_modulate(x, branch, gate, norm.bias, scale, norm.eps)
     x = x + branch if gate is None else torch.addcmul(x, gate, branch)
     return x, modulate(x, norm) if isinstance(norm, Modulation) else norm(x)
 

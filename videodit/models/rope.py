@@ -32,26 +32,34 @@ def rope_table(num_frames: int, height: int, width: int, head_dim: int, theta: f
     Returns:
         (2, t, s, head_dim) float32 with s = height * width; [0] is cos, [1] is sin.
     """
-    dim_t, dim_h, dim_w = axis_dims(head_dim)
-    angles_t = axis_angles(torch.arange(num_frames), dim_t, theta)[:, None, None].expand(-1, height, width, -1)
-    angles_h = axis_angles(torch.arange(height), dim_h, theta)[None, :, None].expand(num_frames, -1, width, -1)
-    angles_w = axis_angles(torch.arange(width), dim_w, theta)[None, None, :].expand(num_frames, height, -1, -1)
-    angles = torch.cat([angles_t, angles_h, angles_w], dim=-1).repeat_interleave(2, dim=-1)
-    return torch.stack([angles.cos(), angles.sin()]).float().reshape(2, num_frames, height * width, head_dim)
+    sizes = (num_frames, height, width)
+    angles = [axis_angles(torch.arange(size), dim, theta) for size, dim in zip(sizes, axis_dims(head_dim))]
+    # Of each axis, and then spread over the tokens: a large clip's tokens would take a CPU seconds.
+    t, h, w = (torch.stack([axis.cos(), axis.sin()]).float().repeat_interleave(2, dim=-1) for axis in angles)  # 2 n e
+    spread = (t[:, :, None, None], h[:, None, :, None], w[:, None, None, :])
+    return torch.cat([axis.expand(2, *sizes, -1) for axis in spread], dim=-1).flatten(2, 3)
 
 
-def absolute_embedding(num_frames: int, height: int, width: int, dim: int, origin: Tensor | None = None) -> Tensor:
+def absolute_embedding(
+    num_frames: int,
+    height: int,
+    width: int,
+    dim: int,
+    origin: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Sines and cosines of each token's own (t, h, w), the channels split over the axes as RoPE splits them.
 
     Args:
         num_frames: latent frames after patchify; likewise height and width, in tokens.
         dim: channels, even.
         origin: (b, 2) row and column, in tokens, of the first token of each clip, where clips are crops.
+        device: where to compute it; that of the origin if there is one.
     Returns:
-        (t, s, dim) float32 with s = height * width; with an origin (b, t, s, dim), on its device.
+        (t, s, dim) float32 with s = height * width; with an origin (b, t, s, dim).
     Source: Peebles & Xie (2022), DiT, arXiv:2212.09748, Sec. 3.2 (there over h and w).
     """
-    corner = torch.zeros(1, 2, dtype=torch.int64) if origin is None else origin
+    corner = torch.zeros(1, 2, dtype=torch.int64, device=device) if origin is None else origin
     t, h, w = (torch.arange(size, device=corner.device) for size in (num_frames, height, width))
     angles = [
         axis_angles(places.flatten(), axis_dim, 10_000.0).unflatten(0, places.shape)
