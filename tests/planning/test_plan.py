@@ -115,6 +115,12 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--gpus", "64"], "global_batch_size 32 leaves 32 of 64 GPUs without a clip: use 64, or --gpus 32"),
         (["--gpus", "6", "--sequence_parallel", "4"], "sequence_parallel 4 does not divide 6 GPUs: .* --gpus 8"),
         (["--gpu", "h300"], "--gpu 'h300' is not known: use cpu or one of b200, h200"),
+        (["--model.depth", "100000"], "model.depth 100000 is more than a plan takes on: use 1000 or less"),
+        (
+            ["--model.hidden_size", "10000000"],
+            "model.hidden_size 10000000 at .* which 64 h100 do not hold: use at most ",
+        ),
+        (["--model.hidden_size", "1" + 200 * "0"], "has weights of more than 1e.30 GiB"),
         (["--mfu", "40"], "mfu 40.0 is no share"),
         (["--text_tokens", "65"], "text_tokens 65 is more than the 64 that the text encoder reads"),
         (["--buckets", "18x64x64"], "18x64x64.*the nearest that fits is 17x64x64"),
