@@ -20,7 +20,7 @@ from videodit.models.text import ByteTextEncoder
 from videodit.models.text_to_video import TextToVideoModel
 from videodit.planning.footprint import ParameterCount, step_flops
 from videodit.planning.machines import GIB, find_machine
-from videodit.planning.memory import rank_memory
+from videodit.planning.memory import BUCKET, rank_memory
 from videodit.planning.plan import Planner, choose_checkpointing, make_plan, plan_dtype, policy_of, room_of
 from videodit.planning.plan_config import DiTPlanConfig, VAEPlanConfig, config_class
 from videodit.planning.table import print_plan
@@ -277,6 +277,14 @@ def test_sharding_divides_what_it_shards(dtype: torch.dtype, optimizer: str) -> 
         assert (many.gradients < one.gradients) == (stage > 1)
     assert one.total > (10 if optimizer == "adamw8bit" else 16) * 10**9 and one.total / GIB < 30
     assert isinstance(VAEPlanConfig(), VAEPlanConfig)
+
+
+def test_a_gpu_reduces_one_bucket_while_the_next_one_fills() -> None:
+    count = ParameterCount(total=10**9, small=0)
+    options = {"ranks": 8, "dtype": torch.bfloat16, "optimizer": "adamw", "ema_profiles": 2}
+    for stage, more in ((1, 0), (2, 2 * BUCKET), (3, 0)):
+        one, two = (rank_memory(count, 0.0, zero_stage=stage, overlapped=way, **options) for way in (False, True))
+        assert two.gradients - one.gradients == more
 
 
 def test_offload_moves_optimizer_and_averages_to_the_host(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

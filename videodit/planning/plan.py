@@ -269,6 +269,7 @@ class Planner:
             optimizer=self.config.optim.name,
             ema_profiles=len(self.config.ema_profiles),
             offload=offload,
+            overlapped=not self._on_cpu,
         )
         return Choice(stage, policy, micro, offload, memory.in_one_place() if self._on_cpu else memory)
 
