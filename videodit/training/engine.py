@@ -40,9 +40,8 @@ from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReade
 
 _linear = torch.nn.functional.linear
 
-if not torch.cuda.is_available():
-    # Probing and building its shared-memory collective takes ninja and seconds; gloo does the work.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+# Probing and building its shared-memory collective for CPUs takes ninja and seconds; gloo does the work.
+vars(deepspeed.ops)["__compatible_ops__"] = {}
 
 # torch's own wrappers around collectives warn about each other's names on every call
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
