@@ -165,10 +165,14 @@ class Trial:
         _wait(self.latents.device)
         self.seconds[what].append(time.perf_counter() - start)
 
-    def flops(self) -> tuple[int, int]:
-        """(forward, training step)."""
-        forward = count_flops(self.contender.model, lambda _: self.forward())
-        return forward, count_flops(self.contender.model, self.train)
+    def flops(self) -> dict[str, Any]:
+        """Of both passes; nothing where a GPU has no room for the scores of attention as plain products."""
+        try:
+            forward = count_flops(self.contender.model, lambda _: self.forward())
+            return {"flops_forward": forward, "flops_train": count_flops(self.contender.model, self.train)}
+        except torch.cuda.OutOfMemoryError:
+            self.contender.model.zero_grad()
+            return {}
 
     def peak_bytes(self) -> int:
         """Most that a training step holds at once beside weights and gradients."""
@@ -190,8 +194,7 @@ def run(trials: list[Trial], repeats: int, what: list[str], compiled: bool) -> l
     """Measures all of them in turn; the first repetition warms up and does not count. FLOPs and memory are eager."""
     rows = []
     for trial in trials:
-        forward, train = trial.flops()
-        rows.append({"model": trial.contender.name, "flops_forward": forward, "flops_train": train})
+        rows.append({"model": trial.contender.name} | trial.flops())
         rows[-1]["peak_gib"] = trial.peak_bytes() / 2**30
         rows[-1]["parameters"] = sum(p.numel() for p in trial.contender.model.parameters())
     if compiled:
@@ -204,7 +207,7 @@ def run(trials: list[Trial], repeats: int, what: list[str], compiled: bool) -> l
     for row, trial in zip(rows, trials):
         for name in what:
             row[f"{name}_s"] = statistics.median(trial.seconds[name][1:])
-            if name != "sample":
+            if f"flops_{name}" in row:
                 row[f"{name}_gflops_per_s"] = row[f"flops_{name}"] / row[f"{name}_s"] / 1e9
     return rows
 
@@ -214,7 +217,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     result = Table("", *(row["model"] for row in rows), "ratio", title=title, title_justify="left")
     mine, peer = rows
     for name, label in FIGURES.items():
-        if name not in mine:
+        if name not in mine or name not in peer:
             continue
         ratio = mine[name] / peer[name] if name.endswith("per_s") else peer[name] / mine[name]
         result.add_row(label, *(f"{row[name] / UNITS.get(name, 1):.3f}" for row in rows), f"{ratio:.2f}x")
@@ -236,7 +239,8 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = choose_device(args.device), torch_dtype(args.dtype)
     shape = Shape(args.width, args.depth, args.heads, args.frames, args.side, args.text, args.batch)
-    results = []
+    old = json.loads(args.out.read_text())["results"] if args.out and args.out.exists() else []
+    results, machine = [], machine_facts()
     for peer in args.peers:
         torch.manual_seed(0)
         if peer == "latte":
@@ -248,9 +252,8 @@ def main() -> None:
         Console().print(table(f"{peer}, {args.dtype}{', compiled' if args.compile else ''}, {shape}", rows))
         facts = {"peer": peer, "dtype": args.dtype, "compiled": args.compile, "shape": vars(shape)}
         results.append({**facts, "rows": rows})
-    if args.out:
-        old = json.loads(args.out.read_text())["results"] if args.out.exists() else []
-        args.out.write_text(json.dumps({"machine": machine_facts(), "results": old + results}, indent=1) + "\n")
+        if args.out:  # after each: a machine that is lent may be taken back
+            args.out.write_text(json.dumps({"machine": machine, "results": old + results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,6 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "device", "dtype"),
     [
-        ("auto", "cuda", torch.bfloat16),
         ("fp32", "cuda", torch.float32),
         ("bf16", "cpu", torch.bfloat16),
     ],
@@ -40,6 +40,16 @@ def test_dtype(name: str, device: str, dtype: torch.dtype) -> None:
 def test_auto_on_a_cpu_is_bf16_where_it_multiplies_bf16(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     assert choose_dtype("auto", torch.device("cpu")) == ("bf16" if supported else "fp32")
+
+
+@pytest.mark.parametrize(("generation", "dtype"), [(7, "fp32"), (8, "bf16"), (9, "bf16")])
+def test_auto_on_a_gpu_is_bf16_where_it_multiplies_bf16(
+    generation: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=generation))
+    assert choose_dtype("auto", torch.device("cuda")) == dtype
 
 
 def test_unknown_names() -> None:

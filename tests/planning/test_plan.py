@@ -20,7 +20,7 @@ from videodit.models.text import ByteTextEncoder
 from videodit.models.text_to_video import TextToVideoModel
 from videodit.planning.footprint import ParameterCount, step_flops
 from videodit.planning.machines import GIB, find_machine
-from videodit.planning.memory import rank_memory
+from videodit.planning.memory import BUCKET, rank_memory
 from videodit.planning.plan import Planner, choose_checkpointing, make_plan, plan_dtype, policy_of, room_of
 from videodit.planning.plan_config import DiTPlanConfig, VAEPlanConfig, config_class
 from videodit.planning.table import print_plan
@@ -115,6 +115,12 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--gpus", "64"], "global_batch_size 32 leaves 32 of 64 GPUs without a clip: use 64, or --gpus 32"),
         (["--gpus", "6", "--sequence_parallel", "4"], "sequence_parallel 4 does not divide 6 GPUs: .* --gpus 8"),
         (["--gpu", "h300"], "--gpu 'h300' is not known: use cpu or one of b200, h200"),
+        (["--model.depth", "100000"], "model.depth 100000 is more than a plan takes on: use 1000 or less"),
+        (
+            ["--model.hidden_size", "10000000"],
+            "model.hidden_size 10000000 at .* which 64 h100 do not hold: use at most ",
+        ),
+        (["--model.hidden_size", "1" + 200 * "0"], "has weights of more than 1e.30 GiB"),
         (["--mfu", "40"], "mfu 40.0 is no share"),
         (["--text_tokens", "65"], "text_tokens 65 is more than the 64 that the text encoder reads"),
         (["--buckets", "18x64x64"], "18x64x64.*the nearest that fits is 17x64x64"),
@@ -271,6 +277,14 @@ def test_sharding_divides_what_it_shards(dtype: torch.dtype, optimizer: str) -> 
         assert (many.gradients < one.gradients) == (stage > 1)
     assert one.total > (10 if optimizer == "adamw8bit" else 16) * 10**9 and one.total / GIB < 30
     assert isinstance(VAEPlanConfig(), VAEPlanConfig)
+
+
+def test_a_gpu_reduces_one_bucket_while_the_next_one_fills() -> None:
+    count = ParameterCount(total=10**9, small=0)
+    options = {"ranks": 8, "dtype": torch.bfloat16, "optimizer": "adamw", "ema_profiles": 2}
+    for stage, more in ((1, 0), (2, 2 * BUCKET), (3, 0)):
+        one, two = (rank_memory(count, 0.0, zero_stage=stage, overlapped=way, **options) for way in (False, True))
+        assert two.gradients - one.gradients == more
 
 
 def test_offload_moves_optimizer_and_averages_to_the_host(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -58,6 +58,7 @@ def init_process(device: str | None = None) -> World:
         This process' place in the run. Gloo carries collectives on CPU, NCCL on GPU (gloo beside it for CPU tensors).
     Raises:
         LostRanks: if the others do not come, or are gone before all have met.
+        UserError: if there are more ranks on this machine than GPUs.
     """
     global _joined
     _joined = True
@@ -67,6 +68,7 @@ def init_process(device: str | None = None) -> World:
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
     local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
     if kind == "cuda":
+        _check_gpus(local_rank)
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -77,6 +79,19 @@ def init_process(device: str | None = None) -> World:
             store = dist.HashStore()  # type: ignore[attr-defined]
             _join(backend, store, 0, 1)
     return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def _check_gpus(local_rank: int) -> None:
+    """Refuses more ranks than GPUs, on every rank of the machine: the first of them is the one that speaks."""
+    # torchrun's and DeepSpeed's names for the same
+    said = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    ranks = max([local_rank + 1, *(int(number) for number in said if number.isdigit())])
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        raise UserError(
+            f"{ranks} ranks were started on a machine where torch sees {gpus} GPU{'' if gpus == 1 else 's'}: "
+            + (f"use --nproc_per_node {gpus}, or --device cpu" if gpus else "use --device cpu, or run videodit doctor")
+        )
 
 
 def _meet(backend: str, rank: int, size: int) -> None:

@@ -62,6 +62,7 @@ def rank_memory(
     optimizer: str,
     ema_profiles: int,
     offload: bool = False,
+    overlapped: bool = False,
 ) -> Memory:
     """Most that one rank holds in a step of several micro batches: in the last backward pass.
 
@@ -75,6 +76,7 @@ def rank_memory(
             as many bytes.
         ema_profiles: averages kept.
         offload: whether the optimizer is in host memory.
+        overlapped: whether one bucket is reduced at stage 2 while the next one fills, as the engine does on GPUs.
     """
     total = parameters.total
     bf16 = dtype == torch.bfloat16
@@ -84,7 +86,7 @@ def rank_memory(
     bucket = min(total, BUCKET)
     copies = float(_copies_while_reducing(zero_stage, alone=ranks == 1, bf16=bf16) * bucket)
     if zero_stage == 2 and ranks > 1:
-        copies += size * BUCKET  # of its own each time
+        copies += (2 if overlapped else 1) * size * BUCKET  # of its own each time
     # The first bucket is full, or all is in it, when backward has let go of as large a part of the activations.
     copies = max(0.0, copies - activations * bucket / total)
     moments = 12.0 if optimizer == "muon" and not bf16 and zero_stage == 1 else 8.0

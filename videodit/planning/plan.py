@@ -1,6 +1,7 @@
 """`videodit plan`: what a training run needs, before a GPU is touched."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ from videodit.training.stages import stages_of
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: the rest is for the context, libraries and fragmentation."""
+
+MOST_GPUS = 64
+"""As many times those that were asked for are looked at, where a run does not fit."""
 
 
 def sharing_of(config: RunConfig) -> int:
@@ -160,12 +164,35 @@ def make_plan(config: PlanConfig) -> Plan:
             f"use {config.gpus // sharing}, or --gpus {batch * sharing}"
         )
     dtype = plan_dtype(config)
-    planner = Planner(config, config.workload(), config.gpus, dtype, on_cpu=config.gpu == "cpu")
     machine = find_machine(config.gpu, dtype)
+    _refuse_the_absurd(config, machine)
+    planner = Planner(config, config.workload(), config.gpus, dtype, on_cpu=config.gpu == "cpu")
     plan = planner.plan(machine)
     if plan.chosen.memory.total > plan.room:
         raise UserError(_refusal(plan, planner))
     return plan
+
+
+def _refuse_the_absurd(config: PlanConfig, machine: Machine) -> None:
+    """Before the model is run: sizes of which no number of GPUs that a plan looks at holds a part of the weights.
+
+    Raises:
+        UserError: names the width, and about the largest that could fit.
+    """
+    if not isinstance(config, DiTPlanConfig):
+        return
+    model, gpus = config.model, MOST_GPUS * config.gpus
+    # Of a block's matrices these four at least; two bytes of each weight are the least that is on a device.
+    least = 2 * 4 * model.hidden_size**2 * model.depth
+    if least <= room_of(machine) * gpus:
+        return
+    width = math.isqrt(int(room_of(machine) * gpus) // (8 * model.depth))
+    step = 2 * model.num_heads
+    raise UserError(
+        f"model.hidden_size {model.hidden_size} at model.depth {model.depth} has weights of more than "
+        f"{float(min(least // GIB, 10**30)):.2g} GiB, which {gpus:,} {machine.name} do not hold: "
+        f"use at most {max(width // step, 1) * step}"
+    )
 
 
 def plan_dtype(config: PlanConfig) -> torch.dtype:
@@ -242,6 +269,7 @@ class Planner:
             optimizer=self.config.optim.name,
             ema_profiles=len(self.config.ema_profiles),
             offload=offload,
+            overlapped=not self._on_cpu,
         )
         return Choice(stage, policy, micro, offload, memory.in_one_place() if self._on_cpu else memory)
 
@@ -322,7 +350,7 @@ def _refusal(plan: Plan, planner: Planner) -> str:
 def _with_more(plan: Plan, planner: Planner) -> str:
     """The first that fits when each clip's tokens are shared by more ranks, or there are more of them."""
     config = plan.config
-    for times in (1, 2, 4, 8, 16, 32, 64):
+    for times in (1, 2, 4, 8, 16, 32, MOST_GPUS):
         gpus = config.gpus * times
         sharings = [planner.sharing]
         if isinstance(config, DiTRunConfig):

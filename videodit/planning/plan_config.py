@@ -10,6 +10,9 @@ from videodit.settings import group_types, leaf_types, read_yaml
 from videodit.training.dit_config import DiTRunConfig
 from videodit.training.vae_config import VAERunConfig
 
+MOST_BLOCKS = 1000
+"""Of a model that is planned. A plan runs all of it some dozen times: seconds for tens of blocks, hours for more."""
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -48,6 +51,10 @@ class DiTPlanConfig(PlanOptions, DiTRunConfig):
         most = self.text_max_length if self.text_encoder else self.text.max_words
         if 0 < most < self.text_tokens:
             raise ValueError(f"text_tokens {self.text_tokens} is more than the {most} that the text encoder reads")
+        depths = {"model.depth": self.model.depth, "model.local_depth": self.model.local_depth}
+        for name, depth in (depths | {"text.depth": self.text.depth}).items():
+            if depth > MOST_BLOCKS:
+                raise ValueError(f"{name} {depth} is more than a plan takes on: use {MOST_BLOCKS} or less")
 
     def workload(self) -> Workload:
         """What is trained."""

@@ -23,6 +23,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.runtime.zero.muon import original_muon
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
@@ -39,9 +41,8 @@ from videodit.training.sharded_state import ParamSlice, ShardedState, SliceReade
 
 _linear = torch.nn.functional.linear
 
-if not torch.cuda.is_available():
-    # Probing and building its shared-memory collective takes ninja and seconds; gloo does the work.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+# Probing and building its shared-memory collective for CPUs takes ninja and seconds; gloo does the work.
+vars(deepspeed.ops)["__compatible_ops__"] = {}
 
 # torch's own wrappers around collectives warn about each other's names on every call
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -109,6 +110,7 @@ class Engine:
         self.rank, self.world_size = world.rank, world.size
         self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         self._config, self._world, self._max_steps, self._offload = optim, world, max_steps, offload
+        _compute_on(world.device)
         module.to(world.device)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         for p in module.parameters():
@@ -304,6 +306,7 @@ def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
     if zero_stage != 3 or world.size == 1:
         yield
         return
+    _compute_on(world.device)
     config = {
         "train_batch_size": world.size,
         "train_micro_batch_size_per_gpu": 1,
@@ -318,6 +321,15 @@ def sharded_construction(zero_stage: int, world: World) -> Iterator[None]:
     init = deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False)
     with contextlib.redirect_stdout(io.StringIO()), init, gathering(gather):
         yield
+
+
+_found = get_accelerator()
+
+
+def _compute_on(device: torch.device) -> None:
+    """DeepSpeed takes a GPU wherever there is one: it would move the model of a run on the CPU there."""
+    if device.type != get_accelerator().device_name():
+        set_accelerator(_found if device.type == _found.device_name() else CPU_Accelerator())
 
 
 def gather_at_once(module: nn.Module, kept: Iterable[nn.Module] = ()) -> None:

@@ -94,7 +94,7 @@ def train_vae(config: VAERunConfig) -> Path:
         run.finish()
         newest = load_latest(config.run_dir)
         if world.is_main and newest is not None:
-            export_vae(config, newest, Path(config.run_dir) / "model")
+            export_vae(config, newest, Path(config.run_dir) / "model", device=world.device)
     return Path(config.run_dir) / "model"
 
 
@@ -121,7 +121,11 @@ def _measure_stage(
 
 
 def export_vae(
-    config: VAERunConfig, checkpoint: Checkpoint, out: Path, weights: Mapping[str, Tensor] | None = None
+    config: VAERunConfig,
+    checkpoint: Checkpoint,
+    out: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Writes the VAE folder of a run: averaged weights, and latent statistics measured with them.
 
@@ -130,11 +134,15 @@ def export_vae(
         checkpoint: of the run.
         out: folder to write.
         weights: an average by parameter name; None for the run's first.
+        device: where clips are encoded for the statistics.
     """
     vae = VideoVAE(config.model)
     load_average(VAEObjective(vae, config.loss), checkpoint, weights)
-    measure_latent_statistics(vae, stages_of(config)[-1].config.data)
-    vae.save_pretrained(out)
+    last = stages_of(config)[-1].config
+    # A micro batch of training fits a GPU, and so does one without gradients.
+    batch_size = 8 if torch.device(device).type == "cpu" else min(8, last.micro_batch_size)
+    measure_latent_statistics(vae.to(device), last.data, batch_size=batch_size)
+    vae.cpu().save_pretrained(out)
 
 
 @torch.no_grad()
