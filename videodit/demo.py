@@ -71,6 +71,8 @@ class DemoConfig:
         for name in ("num_clips", "num_eval_clips", "num_prompts", "num_held_out_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is negative or has more than 63 bits: use for example 0")
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
