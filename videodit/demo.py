@@ -147,7 +147,12 @@ def _recipes(config: DemoConfig) -> tuple[VAERunConfig, DiTRunConfig]:
     dit = load_yaml(
         DiTRunConfig,
         config.dit_config,
-        {"run_dir": str(out / "dit"), "seed": config.seed, "data.shards": str(out / "latents")},
+        {
+            "run_dir": str(out / "dit"),
+            "seed": config.seed,
+            "data.shards": str(out / "latents"),
+            "vae": str(out / "vae/model"),  # latents know where it was when they were made
+        },
     )
     if config.smoke:
         small = {"max_steps": 8, "save_every": 4, "sample_every": 4, "global_batch_size": 4, "micro_batch_size": 4}
@@ -158,7 +163,7 @@ def _recipes(config: DemoConfig) -> tuple[VAERunConfig, DiTRunConfig]:
 def _settings(config: DemoConfig, recipes: tuple[VAERunConfig, DiTRunConfig]) -> dict[str, dict[str, Any]]:
     """What each stage's result depends on, besides the stages before; where OUT lies does not count."""
     given = {f"--{name}": value for name, value in to_dict(config).items()}
-    folders = ("run_dir", "data.shards", "eval_shards")
+    folders = ("run_dir", "data.shards", "eval_shards", "vae")
     vae, dit = (
         {f"{key} of {option}": value for key, value in flatten(type(run), to_dict(run), "") if key not in folders}
         for run, option in zip(recipes, ("--vae_config", "--dit_config"))
