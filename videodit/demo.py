@@ -233,7 +233,7 @@ def _measure_and_report(
     if config.smoke:
         console.print(SMOKE_NOTE)
     _print_summary(console, result, clips)
-    console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True, markup=False)
     return result
 
 
