@@ -10,7 +10,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist loadfile
 .PHONY: demo test test-all lint types venv
 
 demo: $(STAMP)
-	$(BIN)/videodit demo --out $(OUT)
+	$(BIN)/videodit demo --out "$(OUT)"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)

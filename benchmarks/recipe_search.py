@@ -143,7 +143,8 @@ class Search:
             weights = window_weights(mean, size, patch, config.crop.contrast_power)
             origin = draw_windows(weights, patch, torch.rand(b, device=DEVICE))
             mean, std = crop(mean, origin, size), crop(std, origin, size)
-        x0, noise = mean + std * torch.randn_like(mean), torch.randn_like(mean)
+        x0 = mean + std * torch.randn_like(mean) if config.sample_posterior else mean
+        noise = torch.randn_like(mean)
         sigma = sigma_from_uniform(torch.rand(b, device=DEVICE), self.levels)
         sigma = frame_levels(sigma, t, torch.rand(b, device=DEVICE), torch.rand(b, device=DEVICE), self.levels)
         level = sigma[:, None, :, None, None]

@@ -11,6 +11,7 @@ are not. Prints a table and writes OUT/time_to_quality.json.
 import argparse
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def steps_in_time(name: str, latents: str, run_dir: Path, seconds: float) -> int
         if part > 0:
             shutil.rmtree(run_dir, ignore_errors=True)
             train_dit(recipe_config(name, latents, run_dir, max_steps=CALIBRATION_STEPS, **{"crop.share": cropped}))
-            times = sorted(line["perf/step_s"] for line in read_metrics(run_dir) if "perf/step_s" in line)[2:]
-            mean += part * times[len(times) // 2]
+            times = [line["perf/step_s"] for line in read_metrics(run_dir) if "perf/step_s" in line]
+            mean += part * statistics.median(times[2:])
     shutil.rmtree(run_dir)
     return max(int(seconds / mean), CALIBRATION_STEPS)
 

@@ -164,11 +164,14 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "evaluate: no such original": ("evaluate --videos {videos} --reference {gone}", ["no such folder: {gone}"]),
     "evaluate: out below a file": ("evaluate --model {model} --out {text}/x", ["{text}/x", "choose another"]),
     "evaluate: nothing matches": ("evaluate --videos {empty} --reference {videos}", ["{empty}", "{videos}"]),
+    "evaluate: seed": ("{evaluate} --seed -1", ["seed -1 is negative", "use for example 0"]),
+    "evaluate: batch size": ("{evaluate} --batch_size 0", ["batch_size 0 is below 1"]),
     "export: no run": ("export {gone} --out {new}", ["{gone} is not a run folder", "config.yaml"]),
     "export: no checkpoint": ("export {young_run} --out {new}", ["{young_run} has no checkpoint yet", "save_every"]),
     "demo: out below a file": ("demo --out {text}/demo", ["{text}/demo", "choose another"]),
     "demo: no recipe": ("demo --out {new} --vae_config {gone}.yaml", ["no recipe {gone}.yaml", "--vae_config"]),
     "demo: range": ("demo --out {new} --num_clips 0", ["num_clips 0"]),
+    "demo: seed": ("demo --out {new} --seed -1", ["seed -1 is negative", "use for example 0"]),
 }
 NO_GPU_CASES = {
     "vae: no GPU": ("{vae} --device cuda", ["'cuda'", "--device cpu"]),

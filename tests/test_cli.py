@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import re
 import signal
 import subprocess
@@ -164,6 +165,26 @@ def test_ctrl_c_while_the_command_ends_is_no_traceback() -> None:
     )
     done = python("-c", code)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_nobody_reads_is_no_traceback(buffered: bool) -> None:
+    code = "import sys; from videodit.cli import entry; sys.argv = ['videodit', '--help']; sys.stdin.read(); entry()"
+    command = [sys.executable, *([] if buffered else ["-u"]), "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": ""}, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+def test_what_an_encoding_lacks_is_written_out() -> None:
+    code = "import sys; from videodit.cli import entry; sys.argv = ['videodit', 'ingest', '--help']; entry()"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"s3://\u2026" in done.stdout
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -1,12 +1,14 @@
 """The demo's stages: what is done is not passed off as the result of other settings."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from videodit import demo_stages
 from videodit.demo_stages import Stages
 from videodit.errors import UserError
 
@@ -41,6 +43,19 @@ def test_settings_of_a_stage_that_was_interrupted_may_not(tmp_path: Path) -> Non
         f"depth of --dit_config is 3, but the dit stage in --out {tmp_path} was begun with 2: "
         f"set it back, choose another --out, or remove {tmp_path}"
     )
+
+
+def test_a_kill_loses_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_stages, "KEEP_EVERY_S", 0.01)
+    file, deadline = tmp_path / "stages.json", time.monotonic() + 60
+    with Stages(tmp_path, SETTINGS).stage("render", Console(quiet=True)):
+        while "render" not in json.loads(file.read_text())["seconds"]:
+            assert time.monotonic() < deadline
+        killed = Stages(tmp_path, SETTINGS)  # as the next start finds it
+    assert killed.done == [] and killed.seconds["render"] > 0
+    with killed.stage("render", Console(quiet=True)):
+        before = killed.seconds["render"]
+    assert killed.done == ["render"] and killed.seconds["render"] > before > 0
 
 
 def test_settings_that_nobody_noted(tmp_path: Path) -> None:

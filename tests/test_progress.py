@@ -1,5 +1,8 @@
 """Progress without a terminal: a plain line now and then, and at the end, on stderr."""
 
+import io
+import sys
+
 import pytest
 
 from videodit.progress import PLAIN_INTERVAL_S, Progress, duration, show_progress
@@ -19,6 +22,20 @@ def test_a_line_an_interval_and_one_at_the_end(capsys: pytest.CaptureFixture[str
         f"train dit: 9/10, {PLAIN_INTERVAL_S / 4:.0f} s left, loss 9",
         "train dit: 10/10 loss 10",
     ]
+
+
+@pytest.mark.parametrize(("is_a_terminal", "environment"), [(True, {"TERM": "dumb"}), (False, {"FORCE_COLOR": "1"})])
+def test_plain_lines_where_no_line_can_be_live(
+    is_a_terminal: bool, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: is_a_terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with Progress("train dit", 2) as progress:
+        progress.update(2, "loss 1")
+    assert screen.getvalue() == "train dit: 2/2 loss 1\n"
 
 
 def test_a_resumed_run_is_not_taken_for_a_fast_one(capsys: pytest.CaptureFixture[str]) -> None:

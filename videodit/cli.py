@@ -1,7 +1,9 @@
 """The verbs: parse, call, print; no logic. What a verb needs is imported inside it, so that --help answers at once."""
 
 import difflib
+import io
 import os
+import select
 import signal
 import sys
 import warnings
@@ -16,6 +18,7 @@ from videodit.errors import REFUSALS, LostRanks, UserError
 from videodit.progress import counted, show_progress
 
 EXIT_DONE, EXIT_LOST_RANKS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_NO_READER = 128 + signal.SIGPIPE  # as of a process that the signal ends
 
 
 @dataclass(frozen=True)
@@ -260,8 +263,18 @@ def entry() -> NoReturn:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.argv[1:2] == ["train"]:
         end_at_once()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name in another encoding ends no command
     try:
         code = main()
+        if sys.stdout is not None:  # as after >&-
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # What is left in the buffer would be tried again while Python ends, and fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_NO_READER
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
@@ -272,6 +285,13 @@ def entry() -> NoReturn:
     if mesh is not None:
         mesh.leave(code)
     sys.exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more, as in `videodit … | head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors are always told
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _speaks() -> bool:

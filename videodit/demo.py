@@ -71,6 +71,8 @@ class DemoConfig:
         for name in ("num_clips", "num_eval_clips", "num_prompts", "num_held_out_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is negative or has more than 63 bits: use for example 0")
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -145,7 +147,12 @@ def _recipes(config: DemoConfig) -> tuple[VAERunConfig, DiTRunConfig]:
     dit = load_yaml(
         DiTRunConfig,
         config.dit_config,
-        {"run_dir": str(out / "dit"), "seed": config.seed, "data.shards": str(out / "latents")},
+        {
+            "run_dir": str(out / "dit"),
+            "seed": config.seed,
+            "data.shards": str(out / "latents"),
+            "vae": str(out / "vae/model"),  # latents know where it was when they were made
+        },
     )
     if config.smoke:
         small = {"max_steps": 8, "save_every": 4, "sample_every": 4, "global_batch_size": 4, "micro_batch_size": 4}
@@ -156,7 +163,7 @@ def _recipes(config: DemoConfig) -> tuple[VAERunConfig, DiTRunConfig]:
 def _settings(config: DemoConfig, recipes: tuple[VAERunConfig, DiTRunConfig]) -> dict[str, dict[str, Any]]:
     """What each stage's result depends on, besides the stages before; where OUT lies does not count."""
     given = {f"--{name}": value for name, value in to_dict(config).items()}
-    folders = ("run_dir", "data.shards", "eval_shards")
+    folders = ("run_dir", "data.shards", "eval_shards", "vae")
     vae, dit = (
         {f"{key} of {option}": value for key, value in flatten(type(run), to_dict(run), "") if key not in folders}
         for run, option in zip(recipes, ("--vae_config", "--dit_config"))
@@ -226,7 +233,7 @@ def _measure_and_report(
     if config.smoke:
         console.print(SMOKE_NOTE)
     _print_summary(console, result, clips)
-    console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True, markup=False)
     return result
 
 

@@ -1,6 +1,8 @@
 """The demo's stages: how long each took, which are done, and the settings that each was begun with."""
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +13,9 @@ from rich.console import Console
 
 from videodit.errors import UserError, user_error
 from videodit.training.run_folder import differences
+
+KEEP_EVERY_S = 5.0
+"""How much of a stage's time a kill can lose."""
 
 
 class Stages:
@@ -41,14 +46,26 @@ class Stages:
             yield False
             return
         console.print(f"[bold]{name}[/bold]")
-        started = time.perf_counter()
+        started = time.perf_counter() - self.seconds.get(name, 0.0)
         self._begun[name] = self._settings[name]
         self._write()  # a kill leaves no time to
+        ended = threading.Event()
+
+        def keep_time() -> None:
+            while not ended.wait(KEEP_EVERY_S):
+                self.seconds[name] = time.perf_counter() - started
+                with contextlib.suppress(UserError):  # a full disk is for the stage to say
+                    self._write()
+
+        keeper = threading.Thread(target=keep_time, daemon=True)
+        keeper.start()
         try:
             yield True
             self.done.append(name)
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            ended.set()
+            keeper.join()
+            self.seconds[name] = time.perf_counter() - started
             self._write()
 
     def _check(self) -> None:

@@ -55,7 +55,8 @@ class Progress:
         self._done = 0
 
     def __enter__(self) -> "Progress":
-        if self.enabled and self._console.is_terminal:
+        # FORCE_COLOR makes no terminal of a log file, and TERM=dumb would be shown nothing before the end.
+        if self.enabled and self._console.is_interactive and self._console.file.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._live = RichProgress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
             self._task = self._live.add_task(self.label, total=self.total or None, text="")

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,13 @@ def test_the_page_says_what_there_is(shards: Path, capsys: pytest.CaptureFixture
     assert page.count('<svg class="chart"') == 7
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert len(ShardSet.open(shards)) == 4  # the page beside the shards is none of them
+
+
+def test_brackets_in_a_folders_name_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    lists: dict[str, Any] = dict.fromkeys(("entries", "buckets", "crops", "left_out", "rejects"), ())
+    counts = dict.fromkeys(("sources", "rejected", "too_short"), 0)
+    module._print(module.ShardsReport(name="runs/[old]", filters=FilterConfig(), stages={}, **lists, **counts))
+    assert "runs/[old]" in capsys.readouterr().out
 
 
 def test_shards_from_elsewhere_have_no_scores(shards: Path, tmp_path: Path) -> None:

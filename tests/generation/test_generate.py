@@ -107,6 +107,35 @@ def test_the_same_prompt_with_another_seed_is_another_clip(model: str, tmp_path:
     assert not np.array_equal(read_frames(paths[0]), read_frames(paths[3]))
 
 
+def test_another_clip_of_the_same_name_stays(model: str, tmp_path: Path) -> None:
+    (first,) = generate(config(model, tmp_path, prompt=["a star"], seed=1))
+    before = first.read_bytes()
+    (again,) = generate(config(model, tmp_path, prompt=["a star"], seed=1))
+    (second,) = generate(config(model, tmp_path, prompt=["a star"], seed=2))
+    (third,) = generate(config(model, tmp_path, prompt=["A star!"], seed=2))
+    assert [path.name for path in (again, second, third)] == [f"00000-a-star{end}.mp4" for end in ("", "-2", "-3")]
+    assert first.read_bytes() == before != second.read_bytes()
+    records = [json.loads(path.with_suffix(".json").read_text()) for path in (first, second, third)]
+    assert [(record["prompt"], record["seed"]) for record in records] == [("a star", 1), ("a star", 2), ("A star!", 2)]
+
+
+def test_clips_that_are_kept_do_not_hang_on_where_the_model_lies(model: str, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "elsewhere")
+    (made,) = generate(config(model, tmp_path / "out", prompt=["a star"]))
+    made.write_bytes(b"kept")
+
+    def is_kept() -> bool:
+        elsewhere = str(tmp_path / "elsewhere")
+        (path,) = generate(config(elsewhere, tmp_path / "out", prompt=["a star"], keep_existing=True))
+        assert path == made
+        return path.read_bytes() == b"kept"
+
+    assert is_kept()
+    dit = tmp_path / "elsewhere/dit/config.json"
+    dit.write_text(json.dumps(json.loads(dit.read_text()) | {"rope_theta": 500.0}))  # the same weights
+    assert not is_kept()
+
+
 def test_prompts_from_a_file(model: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\ufeff  a star \r\n\nein Kreis größer\n", encoding="utf-8")
     paths = generate(config(model, tmp_path, prompt=["first"], prompts=str(tmp_path / "prompts.txt")))

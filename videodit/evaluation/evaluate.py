@@ -48,8 +48,11 @@ class EvaluateConfig:
             raise ValueError("--videos is given without --reference: give the folder of the originals too")
         if self.split not in SPLITS:
             raise ValueError(f"split {self.split!r} is not one of {', '.join(SPLITS)}")
-        if self.num_prompts < 1:
-            raise ValueError(f"num_prompts {self.num_prompts} is below 1")
+        for name in ("num_prompts", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1: use for example 32")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is negative or has more than 63 bits: use for example 0")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

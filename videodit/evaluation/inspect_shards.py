@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from videodit.config import from_dict
@@ -166,7 +167,7 @@ def _left_out(shards: ShardSet, most: int) -> list[tuple[Entry, bytes]]:
 
 def _print(report: ShardsReport) -> None:
     console = Console()
-    table = Table("bucket", "clips", "share", "cut away", "enlarged", title=report.name)
+    table = Table("bucket", "clips", "share", "cut away", "enlarged", title=escape(report.name))
     for row in report.buckets:
         share = row.clips / max(1, report.used)
         table.add_row(row.name, f"{row.clips:,}", f"{share:.0%}", f"{row.cut_away:.0%}", f"{row.enlarged:,}")

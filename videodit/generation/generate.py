@@ -3,6 +3,7 @@ reproduces it.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from videodit.device import choose_device, choose_dtype, torch_dtype
 from videodit.errors import UserError, user_error
 from videodit.generation.pipeline import TextToVideo
 from videodit.kernels.choice import choose_kernels
-from videodit.models.folder import weights_sha256
+from videodit.models.folder import settings_sha256, weights_sha256
 from videodit.models.micro_conditioning import MICRO_CONDITIONS
 
 OPTIONS = ("num_frames", "height", "width", "num_steps", "guidance_scale", "sampler")  # the model's own where None
@@ -36,7 +37,7 @@ class GenerateConfig:
     prompts: str | None = None
     """text file with one prompt a line, besides or instead of --prompt"""
     out: str = "samples"
-    """folder for the clips"""
+    """folder for the clips; another clip that has a clip's name there stays, and the new one's name ends in -2"""
     seed: int = 0
     """of the first clip; clip i uses seed + i"""
     num_steps: int | None = None
@@ -64,7 +65,7 @@ class GenerateConfig:
     batch_size: int = 1
     """clips computed at once; more is faster, and then a clip made again alone may differ in the last bit of a pixel"""
     keep_existing: bool = False
-    """leave clips alone whose .json says that they were made just so, from these weights"""
+    """leave clips alone whose .json says that they were made just so, from these weights, and replace others"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: str = "auto"
@@ -116,6 +117,7 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
         conditions.pop("fps", None)  # then it is of the file alone
     fps = config.fps if config.fps is not None else pipe.defaults.fps
     made_by: dict[str, Any] = {"model": config.model, "weights_sha256": weights_sha256(Path(config.model))}
+    made_by["settings_sha256"] = settings_sha256(Path(config.model))
     made_by |= {"batch_size": config.batch_size, "dtype": dtype, "device": str(device), "torch": torch.__version__}
     suffix = "npy" if pipe.statistics else "mp4"
     paths = [out / f"{index:05d}-{_slug(prompt)}.{suffix}" for index, prompt in enumerate(prompts)]
@@ -123,6 +125,8 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
         {"prompt": prompt, "seed": config.seed + index, "fps": fps, **used, **made_by}
         for index, prompt in enumerate(prompts)
     ]
+    if not config.keep_existing:
+        paths = [_unused(path, record) for path, record in zip(paths, records)]
     for start in range(0, len(prompts), config.batch_size):
         rows = range(start, min(start + config.batch_size, len(prompts)))
         if not (config.keep_existing and all(_is_made(paths[row], records[row]) for row in rows)):
@@ -148,11 +152,22 @@ def _write_clip(path: Path, clip: np.ndarray, fps: float) -> None:
     write_mp4(path.with_suffix(".mp4"), preview(clip), fps)
 
 
+def _unused(path: Path, record: dict[str, Any]) -> Path:
+    """The first of NAME, NAME-2, NAME-3, … under which there is no other clip; the same one may be made again."""
+    names = (path.with_stem(f"{path.stem}-{number}") if number > 1 else path for number in itertools.count(1))
+    files = {".json", ".mp4", path.suffix}
+    return next(n for n in names if _is_made(n, record) or not any(n.with_suffix(suffix).exists() for suffix in files))
+
+
 def _is_made(path: Path, record: dict[str, Any]) -> bool:
-    """Whether the clip is there, and its .json, which is written after it, says the same."""
+    """Whether the clip is there, and its .json, which is written after it, says the same.
+
+    Where the model lay does not count: the hashes say which one it was.
+    """
     try:
-        return path.is_file() and json.loads(path.with_suffix(".json").read_text()) == record
-    except (OSError, ValueError):
+        found = json.loads(path.with_suffix(".json").read_text())
+        return path.is_file() and found | {"model": record["model"]} == record
+    except (OSError, ValueError, TypeError):
         return False
 
 

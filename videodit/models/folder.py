@@ -136,6 +136,14 @@ def weights_sha256(folder: Path, part: str = "*") -> str:
     return digest.hexdigest()
 
 
+def settings_sha256(folder: Path) -> str:
+    """Of what a model folder says beside its weights: equal weights may be models of different block patterns."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def write_readme(folder: str | Path, verb: str, facts: dict[str, Any]) -> None:
     """Writes the README.md of a model folder: which verb made it, and from what.
 
