@@ -3,12 +3,14 @@ U-Net, and a DiT of half the depth with local convolutional layers around it, as
 
     python benchmarks/scaling.py --latents runs/demo/latents --out runs/scaling
 
-Same latents, clips, noise, text encoder, objective (velocity, rectified flow), optimizer and steps; each model's
-learning rate is the best of --rates in a fifth of the steps. FLOPs are counted by torch.utils.flop_counter, forward
-and backward; the U-Net's width, and that of the local layers, is the multiple of 4 with the nearest count. The last
-clips are held out, and read at fixed noise levels with fixed noise. Writes scaling.json and scaling.svg after each
-model, and prints the exponent b of loss ~ FLOPs^-b over the final points of each family. Started again with the same
-options, it keeps the models that scaling.json has; --families may differ, so that they can be measured one by one.
+Same latents, clips, noise, text encoder, objective (rectified flow, --prediction), optimizer and steps; each model's
+learning rate is the best of --rates in a fifth of the steps. A velocity is mostly noise, which a model that is narrower
+than its input cannot hand on, so that `velocity` measures that as well; local layers have a gate past them. FLOPs are
+counted by torch.utils.flop_counter, forward and backward; the U-Net's width, and that of the local layers, is the
+multiple of 4 with the nearest count. The last clips are held out, and read at fixed noise levels with fixed noise.
+Writes scaling.json and scaling.svg after each model, and prints the exponent b of loss ~ FLOPs^-b over the final points
+of each family. Started again with the same options, it keeps the models that scaling.json has; --families and --widths
+may differ, so that they can be measured one by one.
 """
 
 import argparse
@@ -118,8 +120,13 @@ class Clips:
         return tuple(self.mean.shape[1:])
 
 
+def wanted(prediction: str, x0: Tensor, noise: Tensor) -> Tensor:
+    """What a model of this prediction should say."""
+    return x0 if prediction == "x0" else noise - x0
+
+
 def train(
-    model: Denoiser, clips: Clips, steps: int, batch: int, rate: float, points: int = 6
+    model: Denoiser, clips: Clips, steps: int, batch: int, rate: float, prediction: str, points: int = 6
 ) -> tuple[list[int], list[float]]:
     """AdamW with warm-up and linear decay; (steps, held-out loss) at `points` moments, the last after all steps."""
     device = clips.mean.device
@@ -137,20 +144,20 @@ def train(
         x0 = clips.mean[rows.to(device)]
         noisy = interpolate("rectified", x0, noise, sigma[:, None, None, None, None])
         weight = torch.ones(batch, clips.shape[1], device=device)
-        loss = flow_loss(frame_error(model(noisy, sigma, captions), noise - x0), weight).mean()
+        loss = flow_loss(frame_error(model(noisy, sigma, captions), wanted(prediction, x0, noise)), weight).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % max(1, steps // points) == 0 or step == steps:
             at.append(step)
-            losses.append(held_out_loss(model, clips))
+            losses.append(held_out_loss(model, clips, prediction))
     return at, losses
 
 
 @torch.no_grad()
-def held_out_loss(model: Denoiser, clips: Clips) -> float:
-    """Mean over LEVELS of the velocity's squared error, relative to that of predicting nothing."""
+def held_out_loss(model: Denoiser, clips: Clips, prediction: str) -> float:
+    """Mean over LEVELS of the prediction's squared error, relative to that of predicting nothing."""
     device, generator = clips.mean.device, torch.Generator().manual_seed(2)
     rows = range(clips.train, len(clips.captions))
     total = 0.0
@@ -162,8 +169,9 @@ def held_out_loss(model: Denoiser, clips: Clips) -> float:
             sigma = torch.full((len(x0),), level, device=device)
             noisy = interpolate("rectified", x0, noise, sigma[:, None, None, None, None])
             captions = [clips.captions[start + i][0] for i in range(len(x0))]
-            error += float((model(noisy, sigma, captions) - (noise - x0)).square().sum())
-            scale += float((noise - x0).square().sum())
+            right = wanted(prediction, x0, noise)
+            error += float((model(noisy, sigma, captions) - right).square().sum())
+            scale += float(right.square().sum())
         total += error / scale
     return total / len(LEVELS)
 
@@ -201,6 +209,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--prediction", choices=("velocity", "x0"), default="velocity")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = choose_device(options.device)
@@ -208,9 +217,9 @@ def main() -> None:
     channels = clips.shape[0]
     sizes: dict[str, list[tuple[str, Callable[[], nn.Module]]]] = {name: [] for name in FAMILIES}
     for width in options.widths:
-        wanted = flops(partial(dit, width, 0, channels), clips.shape)
-        of_unet = nearest(partial(unet, channels=channels), wanted, clips.shape)
-        local = nearest(partial(dit, width, channels=channels), wanted, clips.shape)
+        cost = flops(partial(dit, width, 0, channels), clips.shape)
+        of_unet = nearest(partial(unet, channels=channels), cost, clips.shape)
+        local = nearest(partial(dit, width, channels=channels), cost, clips.shape)
         sizes["DiT"].append((str(width), partial(dit, width, 0, channels)))
         sizes["U-Net"].append((str(of_unet), partial(unet, of_unet, channels)))
         sizes["DiT+local"].append((f"{width}, {local}", partial(dit, width, local, channels)))
@@ -224,7 +233,7 @@ def main() -> None:
             def run(steps: int, rate: float, points: int) -> tuple[nn.Module, list[int], list[float]]:
                 torch.manual_seed(0)
                 model = Denoiser(build()).to(device)  # noqa: B023
-                return model.model, *train(model, clips, steps, options.batch, rate, points)
+                return model.model, *train(model, clips, steps, options.batch, rate, options.prediction, points)
 
             trials = {rate: run(max(1, options.steps // 5), rate, 1)[2][-1] for rate in options.rates}
             rate = min(trials, key=lambda rate: trials[rate])
@@ -251,7 +260,7 @@ def measured_before(options: argparse.Namespace) -> list[dict[str, Any]]:
     before = json.loads(path.read_text())
     free = ("families", "widths")
     for name, value in shown(options).items():
-        if name not in free and before["options"][name] != value:
+        if name not in free and before["options"].get(name) != value:
             raise SystemExit(f"{path} was measured with --{name} {before['options'][name]}: choose another --out")
     rows: list[dict[str, Any]] = before["rows"]
     return rows

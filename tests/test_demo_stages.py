@@ -62,3 +62,10 @@ def test_settings_that_nobody_noted(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text(json.dumps({"seconds": {"render": 1.0}, "done": ["render"]}))
     with pytest.raises(UserError, match=r"did not note its settings: choose another --out, or remove"):
         Stages(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"done": []}'])
+def test_a_damaged_file_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "stages.json").write_text(text)
+    with pytest.raises(UserError, match=r"stages\.json is damaged \(.*\): remove"):
+        Stages(tmp_path, SETTINGS)

@@ -25,7 +25,8 @@ class Stages:
         out: the demo's folder.
         settings: stage -> what its result depends on besides the stages before, by the names that messages give.
     Raises:
-        UserError: if a stage that was begun has other settings now: its result would be passed off as theirs.
+        UserError: if a stage that was begun has other settings now: its result would be passed off as theirs. If the
+            file is damaged.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -34,8 +35,11 @@ class Stages:
         self.done: list[str] = []
         self._begun: dict[str, Any] = {}
         if self._path.is_file():
-            record = json.loads(self._path.read_text())
-            self.seconds, self.done, self._begun = record["seconds"], record["done"], record.get("settings", {})
+            try:
+                record = json.loads(self._path.read_text())
+                self.seconds, self.done, self._begun = record["seconds"], record["done"], record.get("settings", {})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self._path} is damaged ({error}): remove {out}, or choose another --out") from None
             self._check()
 
     @contextmanager

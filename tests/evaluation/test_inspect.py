@@ -64,6 +64,12 @@ def test_crops_are_the_loaders(shards: Path, monkeypatch: pytest.MonkeyPatch, tm
             assert np.abs(frames.astype(int) - pixels).mean() < 8  # H.264; one pixel beside it is 16
 
 
+@pytest.mark.parametrize("clips", [0, 1, 3])
+def test_few_clips_are_dealt_to_the_buckets(shards: Path, tmp_path: Path, clips: int) -> None:
+    page = inspect_shards(str(shards), InspectConfig(data=DATA, clips=clips, out=str(tmp_path / "page.html")))
+    assert page.read_text().count("<video") == clips
+
+
 def test_the_page_says_what_there_is(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = inspect_shards(str(shards), InspectConfig(data=DATA))
     page, printed = path.read_text(), capsys.readouterr().out

@@ -123,12 +123,12 @@ def _row(bucket: Bucket, members: list[int], reader: ClipReader) -> BucketRow:
 
 
 def _crops(reader: ClipReader, members: Mapping[Bucket, list[int]], config: InspectConfig) -> list[Crop]:
-    """A few clips of each bucket, drawn by the seed, as the loader cuts them in that epoch."""
+    """As many clips of each bucket, or one more, drawn by the seed, as the loader cuts them in that epoch."""
     filled = {bucket: clips for bucket, clips in members.items() if clips}
     entries, crops = reader.shards.entries, []
-    for bucket, clips in filled.items():
+    for place, (bucket, clips) in enumerate(filled.items()):
         drawn = sorted(clips, key=lambda i: sample_unit(config.seed, config.epoch, entries[i].key, "inspect"))
-        for index in drawn[: config.clips // len(filled)]:
+        for index in drawn[: (config.clips + len(filled) - 1 - place) // len(filled)]:
             rows = reader[Request(bucket, (config.epoch,), (index,))]
             if rows.failures:
                 crops.append(Crop(bucket.name, entries[index], b"", rows.failures[0]))
