@@ -192,7 +192,7 @@ def _wait(device: torch.device) -> None:
 
 def run(trials: list[Trial], repeats: int, what: list[str], compiled: bool) -> list[dict[str, Any]]:
     """Measures all of them in turn; the first repetition warms up and does not count. FLOPs and memory are eager."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for trial in trials:
         rows.append({"model": trial.contender.name} | trial.flops())
         rows[-1]["peak_gib"] = trial.peak_bytes() / 2**30

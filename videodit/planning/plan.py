@@ -15,7 +15,7 @@ from videodit.models.checkpointing import POLICIES
 from videodit.planning.footprint import ParameterCount
 from videodit.planning.machines import GIB, Machine, find_machine
 from videodit.planning.memory import Memory, rank_memory
-from videodit.planning.plan_config import DiTPlanConfig, PlanConfig, VAEPlanConfig
+from videodit.planning.plan_config import MOST_TOKENS, DiTPlanConfig, PlanConfig, VAEPlanConfig
 from videodit.planning.workload import DiTWorkload, Workload
 from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_folders
 from videodit.training.run_config import RunConfig
@@ -165,20 +165,28 @@ def make_plan(config: PlanConfig) -> Plan:
         )
     dtype = plan_dtype(config)
     machine = find_machine(config.gpu, dtype)
-    _refuse_the_absurd(config, machine)
-    planner = Planner(config, config.workload(), config.gpus, dtype, on_cpu=config.gpu == "cpu")
+    workload = config.workload()
+    _refuse_the_absurd(config, workload, machine)
+    planner = Planner(config, workload, config.gpus, dtype, on_cpu=config.gpu == "cpu")
     plan = planner.plan(machine)
     if plan.chosen.memory.total > plan.room:
         raise UserError(_refusal(plan, planner))
     return plan
 
 
-def _refuse_the_absurd(config: PlanConfig, machine: Machine) -> None:
-    """Before the model is run: sizes of which no number of GPUs that a plan looks at holds a part of the weights.
+def _refuse_the_absurd(config: PlanConfig, workload: Workload, machine: Machine) -> None:
+    """Before the model is run: clips that are too long, and widths of which no number of GPUs holds a part.
 
     Raises:
-        UserError: names the width, and about the largest that could fit.
+        UserError: names the bucket, or the width and about the largest that could fit.
     """
+    most = MOST_TOKENS["DiT" if isinstance(config, DiTPlanConfig) else "VAE"]
+    for bucket in workload.buckets:
+        if workload.tokens(bucket) > most:
+            raise UserError(
+                f"buckets {bucket.name} is {workload.tokens(bucket):,} tokens a clip, more than a plan takes on: "
+                f"use clips of {most:,} or less"
+            )
     if not isinstance(config, DiTPlanConfig):
         return
     model, gpus = config.model, MOST_GPUS * config.gpus
