@@ -190,11 +190,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         lines[family] = [points.get(x, math.nan) for x in xs]
     curve = Curve("held-out loss", "relative squared error", xs, lines, log=True, xlabel="log10 of training FLOPs")
     svg = line_chart(curve).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    svg = svg.replace('viewBox="0 0 460 270"', 'viewBox="0 0 460 294"', 1)  # room for the legend
     legend = ""
     for i, name in enumerate(lines):
-        y = 22 + 18 * i
-        legend += f'<circle class="dot s{i}" cx="340" cy="{y}" r="4"/>' + svg_text(
-            "tick", 350, y + 4, name, anchor="start"
+        x = 60 + 120 * i
+        legend += f'<circle class="dot s{i}" cx="{x}" cy="282" r="4"/>' + svg_text(
+            "tick", x + 10, 286, name, anchor="start"
         )
     svg = svg.replace("</svg>", f"{legend}</svg>")
     path.write_text(svg.replace(">", f"><style>{STYLE}</style>", 1))
