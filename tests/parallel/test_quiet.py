@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -26,6 +28,12 @@ def test_an_error_gives_the_output_back(capfd):
         raise ValueError
     print("after")
     assert capfd.readouterr().out == "after\n"
+
+
+def test_a_process_without_standard_output_goes_on():
+    code = "import videodit.parallel.quiet as q, sys\nwith q.without_stdout(): pass\nsys.exit(7)"
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == 7, done.stderr
 
 
 def test_a_group_is_made_without_a_word(capfd):

@@ -13,7 +13,8 @@ def without_stdout() -> Iterator[None]:
 
     In torch 2.8 and some that follow, gloo prints a line for every rank of every group (pytorch/gloo#462).
     """
-    sys.stdout.flush()
+    if sys.stdout is not None:  # as after >&-
+        sys.stdout.flush()
     try:
         saved = os.dup(1)
     except OSError:  # it is closed, and nobody reads it

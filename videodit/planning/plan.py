@@ -1,7 +1,6 @@
 """`videodit plan`: what a training run needs, before a GPU is touched."""
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,11 @@ from videodit.data.latents import read_manifests
 from videodit.device import has_bf16, torch_dtype
 from videodit.errors import UserError
 from videodit.models.checkpointing import POLICIES
+from videodit.planning.bounds import refuse_the_absurd
 from videodit.planning.footprint import ParameterCount
 from videodit.planning.machines import GIB, Machine, find_machine
 from videodit.planning.memory import Memory, rank_memory
-from videodit.planning.plan_config import MOST_TOKENS, DiTPlanConfig, PlanConfig, VAEPlanConfig
+from videodit.planning.plan_config import DiTPlanConfig, PlanConfig, VAEPlanConfig
 from videodit.planning.workload import DiTWorkload, Workload
 from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_folders
 from videodit.training.run_config import RunConfig
@@ -166,41 +166,12 @@ def make_plan(config: PlanConfig) -> Plan:
     dtype = plan_dtype(config)
     machine = find_machine(config.gpu, dtype)
     workload = config.workload()
-    _refuse_the_absurd(config, workload, machine)
+    refuse_the_absurd(config, workload, machine.name, room_of(machine), MOST_GPUS * config.gpus)
     planner = Planner(config, workload, config.gpus, dtype, on_cpu=config.gpu == "cpu")
     plan = planner.plan(machine)
     if plan.chosen.memory.total > plan.room:
         raise UserError(_refusal(plan, planner))
     return plan
-
-
-def _refuse_the_absurd(config: PlanConfig, workload: Workload, machine: Machine) -> None:
-    """Before the model is run: clips that are too long, and widths of which no number of GPUs holds a part.
-
-    Raises:
-        UserError: names the bucket, or the width and about the largest that could fit.
-    """
-    most = MOST_TOKENS["DiT" if isinstance(config, DiTPlanConfig) else "VAE"]
-    for bucket in workload.buckets:
-        if workload.tokens(bucket) > most:
-            raise UserError(
-                f"buckets {bucket.name} is {workload.tokens(bucket):,} tokens a clip, more than a plan takes on: "
-                f"use clips of {most:,} or less"
-            )
-    if not isinstance(config, DiTPlanConfig):
-        return
-    model, gpus = config.model, MOST_GPUS * config.gpus
-    # Of a block's matrices these four at least; two bytes of each weight are the least that is on a device.
-    least = 2 * 4 * model.hidden_size**2 * model.depth
-    if least <= room_of(machine) * gpus:
-        return
-    width = math.isqrt(int(room_of(machine) * gpus) // (8 * model.depth))
-    step = 2 * model.num_heads
-    raise UserError(
-        f"model.hidden_size {model.hidden_size} at model.depth {model.depth} has weights of more than "
-        f"{float(min(least // GIB, 10**30)):.2g} GiB, which {gpus:,} {machine.name} do not hold: "
-        f"use at most {max(width // step, 1) * step}"
-    )
 
 
 def plan_dtype(config: PlanConfig) -> torch.dtype:

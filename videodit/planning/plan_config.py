@@ -12,8 +12,6 @@ from videodit.training.vae_config import VAERunConfig
 
 MOST_BLOCKS = 256
 """Of a model that is planned. A plan runs all of it some dozen times, which takes seconds for each block."""
-MOST_TOKENS = {"DiT": 2_000_000, "VAE": 1_000_000_000}
-"""Of a clip that is planned: the DiT's tables of positions are computed."""
 
 
 @dataclass(frozen=True)
