@@ -136,8 +136,11 @@ def test_a_vae_run_has_its_reconstructions(shards: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "run/wandb/sent.json").read_text())["lines"] == len(sent)
 
 
-def test_online_takes_a_server_and_a_login() -> None:
-    """auto asks for no login, which may wait for the server, where nobody listens."""
+def test_online_takes_a_server_and_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto asks for no login, which may wait for the server, where nobody listens; a proxy listens for the server."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
 
@@ -150,5 +153,12 @@ def test_online_takes_a_server_and_a_login() -> None:
         assert online(f"http://127.0.0.1:{port}", True) == (True, 1)
         assert online(f"http://127.0.0.1:{port}/path", False) == (False, 1)
         assert online(f"http://127.0.0.1:{port}", None) == (False, 1)
+        for proxy in (f"http://127.0.0.1:{port}", f"127.0.0.1:{port}"):
+            monkeypatch.setenv("HTTPS_PROXY", proxy)
+            assert online("https://host.invalid", True) == (True, 1)
+        monkeypatch.setenv("NO_PROXY", "host.invalid")
+        assert online("https://host.invalid", True) == (False, 0)
+        assert online("http://host.invalid", True) == (False, 0)
+        monkeypatch.delenv("NO_PROXY")
     assert online(f"http://127.0.0.1:{port}", True) == (False, 0)
     assert online("https://host.invalid", True) == (False, 0)

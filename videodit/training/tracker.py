@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from videodit.training.sent import cut_sent, read_sent, write_sent
 
@@ -272,10 +273,13 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _can_be_online(wandb: Any) -> bool:
-    """A login is stored, and the server's port opens within three seconds."""
+    """A login is stored, and the port of the server, or of the proxy before it, opens within three seconds."""
     server = urlsplit(wandb.setup().settings.base_url)
+    proxy = None if proxy_bypass(server.hostname) else getproxies().get(server.scheme)
+    first = server if proxy is None else urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     try:
-        socket.create_connection((server.hostname, server.port or 443), timeout=3).close()
+        port = first.port or (80 if first.scheme == "http" else 443)
+        socket.create_connection((first.hostname, port), timeout=3).close()
     except OSError:
         return False
     return bool(wandb.login(prompt=False))
