@@ -118,8 +118,12 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--model.depth", "100000"], "model.depth 100000 is more than a plan takes on: use 256 or less"),
         (
             ["--model.hidden_size", "10000000"],
-            "model.hidden_size 10000000 at .* which 64 h100 do not hold: use at most ",
+            "model.hidden_size 10000000 has .* which 64 h100 do not hold: use at most [1-9]",
         ),
+        (["--model.mlp_ratio", "1e17"], "model.mlp_ratio 1.*0 has .* use at most [1-9]"),
+        (["--model.in_channels", "1" + 16 * "0"], "model.in_channels 1.*0 has .* use at most [1-9]"),
+        (["--model.local_width", "1" + 14 * "0"], "model.local_width 1.*0 has .* use at most [1-9]"),
+        (["--text.buckets", "1" + 18 * "0"], "text.buckets 1.*0 has .* use at most [1-9]"),
         (["--model.hidden_size", "1" + 200 * "0"], "has weights of more than 1e.30 GiB"),
         (["--buckets", "17x100000x100000"], "17x100000x100000 is .* tokens a clip, .* 2,000,000 or less"),
         (["--mfu", "40"], "mfu 40.0 is no share"),

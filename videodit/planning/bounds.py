@@ -21,7 +21,7 @@ def refuse_the_absurd(config: PlanConfig, workload: Workload, machine: str, room
         room: bytes that a plan may fill on one of them.
         gpus: most of them that a plan looks at.
     Raises:
-        UserError: names the bucket, or the width and about the largest that could fit.
+        UserError: names the bucket, or the width and the largest whose own matrices could fit.
     """
     most = MOST_TOKENS["DiT" if isinstance(config, DiTPlanConfig) else "VAE"]
     for bucket in workload.buckets:
@@ -32,15 +32,26 @@ def refuse_the_absurd(config: PlanConfig, workload: Workload, machine: str, room
             )
     if not isinstance(config, DiTPlanConfig):
         return
+    for name, value, weights, power in _widths(config):
+        # Two bytes of each weight are the least that is on a device.
+        least, most = 2 * weights * value**power, int(room * gpus) // (2 * weights)
+        if least > room * gpus:
+            largest = math.isqrt(most) if power == 2 else most
+            step = 2 * config.model.num_heads if name == "model.hidden_size" else 1
+            raise UserError(
+                f"{name} {value} has weights of more than {float(min(least // GIB, 10**30)):.2g} GiB, "
+                f"which {gpus:,} {machine} do not hold: use at most {max(largest // step, 1) * step}"
+            )
+
+
+def _widths(config: DiTPlanConfig) -> list[tuple[str, int, int, int]]:
+    """(setting, its value, n, power): at least n * value^power weights are in matrices of this width."""
     model = config.model
-    # Of a block's matrices these four at least; two bytes of each weight are the least that is on a device.
-    least = 2 * 4 * model.hidden_size**2 * model.depth
-    if least <= room * gpus:
-        return
-    width = math.isqrt(int(room * gpus) // (8 * model.depth))
-    step = 2 * model.num_heads
-    raise UserError(
-        f"model.hidden_size {model.hidden_size} at model.depth {model.depth} has weights of more than "
-        f"{float(min(least // GIB, 10**30)):.2g} GiB, which {gpus:,} {machine} do not hold: "
-        f"use at most {max(width // step, 1) * step}"
-    )
+    d, patch = model.hidden_size, math.prod(model.patch_size)
+    return [
+        ("model.hidden_size", d, 4 * model.depth, 2),
+        ("model.mlp_ratio", int(model.mlp_ratio), 2 * d * d * model.depth, 1),
+        ("model.in_channels", model.in_channels, d * patch, 1),
+        ("model.local_width", model.local_width, 2, 2),
+        ("text.buckets", config.text.buckets, config.text.dim, 1),
+    ]
