@@ -35,6 +35,8 @@ class Stopped:
         second.signal(signal.SIGTERM)
         assert [first.wait(), second.wait()] == [143, 143], first.stderr
         (at,) = steps_in(self._folder / "stopped")
+        assert f"stopped after step {at}, with a checkpoint: the same command goes on\n" in first.stderr
+        assert "stopped after" not in second.stderr
         self._steps = at + 2
         self._runs = {name: self._start(name, self._steps) for name in ("straight", "stopped")}
 

@@ -1,6 +1,7 @@
 """A training run without its model: processes, run folder, engine, averages, checkpoints, tracker, console."""
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from videodit.evaluation.machine import code_version
 from videodit.parallel.mesh import World, all_reduce_sum
 from videodit.parallel.watch import enter, phase, tick, watching
 from videodit.progress import Progress
-from videodit.training.checkpoint import load_latest
+from videodit.training.checkpoint import load_latest, steps_in
 from videodit.training.checkpoint_writer import CheckpointWriter
 from videodit.training.communication import Communication
 from videodit.training.ema import PowerEMA
@@ -380,6 +381,8 @@ class TrainingRun:
         if self.step:
             self.save()
         self._saves.wait(leaving=True)
+        if self.world.is_main and self.step in steps_in(self.folder.path):  # else it was said why there is none
+            print(f"stopped after step {self.step}, with a checkpoint: the same command goes on", file=sys.stderr)
         raise SystemExit(self._stop.exit_code)
 
 
