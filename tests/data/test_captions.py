@@ -78,6 +78,16 @@ def test_without_weights_the_choice_is_what_it_was() -> None:
     assert [choose_caption(captions, 1, 0, k, 0.2) for k in keys] == [choose_caption(equal, 1, 0, k, 0.2) for k in keys]
 
 
+def test_seed_epoch_and_key_draw_which_captions_are_dropped() -> None:
+    captions, keys = Captions(["a"]), [f"key-{number}" for number in range(1000)]
+
+    def dropped(seed: int, epoch: int, ending: str = "") -> np.ndarray:
+        return np.array([choose_caption(captions, seed, epoch, key + ending, 0.5) is None for key in keys])
+
+    for other in (dropped(1, 0), dropped(0, 1), dropped(0, 0, "b")):
+        assert abs((dropped(0, 0) == other).mean() - 0.5) < 0.07  # as two throws of a coin
+
+
 def test_from_a_sidecar_to_the_loader(tmp_path: Path) -> None:
     """Every epoch's caption of every clip is the one that its weights choose; heavy ones come nearly always."""
     (tmp_path / "videos").mkdir()

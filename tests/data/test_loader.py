@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from videodit.data.batches import read_all
+from videodit.data.batches import Request, read_all
 from videodit.data.buckets import Bucket
 from videodit.data.clip_reader import ClipReader, DataConfig
 from videodit.data.latent_crop import LatentCropConfig
@@ -136,6 +136,15 @@ def test_batches_hold_what_fit_clip_makes_and_epochs_differ(clips):
     assert len(seen) == NUM_CLIPS and all(len(epochs) == 2 for epochs in seen.values())
     assert any(not torch.equal(first[0], second[0]) for first, second in seen.values())
     assert any(first[1] != second[1] for first, second in seen.values())
+
+
+def test_another_seed_cuts_the_clips_otherwise(clips):
+    first, other = (
+        ClipReader(ShardSet.open(clips), DataConfig(shards=clips, buckets=["5x32x32"]), seed, random_crop=True)
+        for seed in (3, 4)
+    )
+    request = Request(Bucket(5, 32, 32), (0,) * NUM_CLIPS, tuple(range(NUM_CLIPS)))
+    assert first[request].cuts == first[request].cuts != other[request].cuts
 
 
 def test_without_random_crop_it_is_the_middle(clips):
@@ -283,10 +292,10 @@ def test_the_first_steps_read_windows_that_the_key_and_the_epoch_decide(tmp_path
             meta = {"bucket": f"5x{8 * mean.shape[2]}x{8 * mean.shape[3]}", "captions": [""]}
             write_latent_sample(writer, f"c{number}", mean, 2 * mean, meta)
 
-    def windows(rank=0, world=1, start=1, crop_steps=1000, **config):
+    def windows(rank=0, world=1, start=1, crop_steps=1000, seed=1, **config):
         loader = LatentLoader(
             LatentDataConfig(shards=str(tmp_path), **config),
-            seed=1,
+            seed=seed,
             global_batch_size=2,
             micro_batch_size=1,
             rank=rank,
@@ -310,6 +319,8 @@ def test_the_first_steps_read_windows_that_the_key_and_the_epoch_decide(tmp_path
         assert torch.equal(batch.mean[0], part.float()) and torch.equal(batch.logvar[0], (2 * part).float())
         assert batch.mean.shape[3:] == ((2, 4) if index < 5 else (2, 2))  # smaller ones stay whole
     assert len({origin for (_, index), (origin, _) in reference.items() if index == 0}) > 2  # of 6
+    others = windows(seed=2)
+    assert any(others[place][0] != origin for place, (origin, _) in reference.items() if place in others)
     ranks = [windows(rank=rank, world=2, start=21, cache_gib=cache_gib, num_workers=num_workers) for rank in (0, 1)]
     shared = [(place, origin) for part in ranks for place, (origin, _) in part.items() if place in reference]
     assert len(shared) > 40 and all(reference[place][0] == origin for place, origin in shared)

@@ -1,5 +1,6 @@
 """TextToVideo: a row is a function of its prompt and seed, whatever the batch, the folder or the parameterization."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -81,13 +82,15 @@ def test_the_same_call_gives_the_same_bytes_and_leaves_the_global_generator_alon
 
 
 def test_seed_prompt_and_options_matter() -> None:
-    base = PIPE.sample_latents(["red circle"])
+    base, shifted = PIPE.sample_latents(["red circle"]), tiny_pipeline()
+    shifted.defaults = dataclasses.replace(DEFAULTS, shift=1.0)
     for changed in (
         PIPE.sample_latents(["red circle"], seed=1),
         PIPE.sample_latents(["circle red"]),
         PIPE.sample_latents(["red circle"], num_steps=4),
         PIPE.sample_latents(["red circle"], guidance_scale=5.0),
         PIPE.sample_latents(["red circle"], sampler="heun"),
+        shifted.sample_latents(["red circle"]),
     ):
         assert (changed - base).abs().max() > 1e-3
 

@@ -8,7 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import randomize
 from videodit.models import attention
-from videodit.models.attention import CrossAttention, QKNorm, SelfAttention, attend, text_attention_mask
+from videodit.models.attention import (
+    SHORT_SEQUENCE,
+    CrossAttention,
+    QKNorm,
+    SelfAttention,
+    attend,
+    text_attention_mask,
+)
 from videodit.models.rope import apply_rope, rope_table
 
 B, T, S, H, E = 2, 3, 4, 2, 6
@@ -141,16 +148,19 @@ def cross(text: Tensor, mask: Tensor | None) -> Tensor:
     return layer(x, layer.keys_values(text), mask)
 
 
-def test_the_mask_hides_text() -> None:
-    text = torch.randn(B, 5, H * E)
-    mask = torch.arange(5) < torch.tensor([[2], [5]])
+@pytest.mark.parametrize("length", [5, SHORT_SEQUENCE + 1])  # by our products, and by torch's kernel as on a GPU
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mask_hides_text(length: int, training: bool) -> None:
+    text = torch.randn(B, length, H * E)
+    mask = torch.arange(length) < torch.tensor([[2], [length]])
     hidden = text.clone()
     hidden[0, 2:] = 1e3
-    masked = cross(text, text_attention_mask(mask))
-    torch.testing.assert_close(masked, cross(hidden, text_attention_mask(mask)))
-    torch.testing.assert_close(masked[:1], cross(text[:, :2], None)[:1])
-    torch.testing.assert_close(masked[1:], cross(text, None)[1:])
-    assert not torch.allclose(masked[0], cross(text, None)[0])
+    with torch.set_grad_enabled(training):
+        masked = cross(text, text_attention_mask(mask))
+        torch.testing.assert_close(masked, cross(hidden, text_attention_mask(mask)))
+        torch.testing.assert_close(masked[:1], cross(text[:, :2], None)[:1])
+        torch.testing.assert_close(masked[1:], cross(text, None)[1:])
+        assert not torch.allclose(masked[0], cross(text, None)[0])
 
 
 def test_one_text_token_is_what_every_token_gets() -> None:

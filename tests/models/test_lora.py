@@ -30,6 +30,10 @@ def test_a_layer_adds_the_scaled_product() -> None:
     assert torch.equal(merged.bias, base.bias) and merged.weight.requires_grad
 
 
+def test_alpha_is_the_rank_unless_it_is_given() -> None:
+    assert LoRAConfig(rank=8).scale == 1 and LoRAConfig(rank=8, alpha=4).scale == 0.5
+
+
 def test_the_update_has_the_rank_and_nothing_else_learns() -> None:
     base = nn.Linear(16, 16)
     before = base.weight.clone()

@@ -173,6 +173,15 @@ def test_samples_have_the_posteriors_mean_and_variance() -> None:
     assert torch.equal(posterior.sample(torch.zeros(1)), posterior.mean)
 
 
+def test_a_log_variance_that_runs_away_leaves_everything_finite() -> None:
+    vae, clip = tiny_vae(), torch.zeros(1, 3, 5, 16, 16)
+    for far, kept in ((1e4, 10.0), (-1e4, -20.0)):
+        torch.nn.init.constant_(vae.encoder.conv_out.bias[4:], far)
+        posterior = vae.posterior(clip)
+        assert (posterior.logvar == kept).all()
+        assert posterior.sample(torch.ones(1)).isfinite().all() and gaussian_kl(posterior.mean, posterior.logvar) > 0
+
+
 def test_statistics_normalise_the_latents_and_nothing_else() -> None:
     plain, normalised = tiny_vae(), tiny_vae()
     clip = clip_for(plain, 2, b=2)

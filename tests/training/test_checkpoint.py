@@ -201,6 +201,18 @@ def test_read_any_range(run: Path) -> None:
         read_full(found, "ema0")
 
 
+def test_buffers_come_back(tmp_path: Path, world: World) -> None:
+    module, measured = toy.make_toy(), torch.tensor([0.5, -2.0, 1e-3])
+    module.register_buffer("statistics", measured.clone())
+    engine = Engine(module, toy.optim_config(), zero_stage=1, dtype="fp32", world=world, max_steps=1)
+    assert not save(tmp_path, 1, engine)
+    module.statistics.zero_()
+    found = load_latest(tmp_path)
+    assert found is not None
+    found.restore(engine)
+    assert torch.equal(module.statistics, measured)
+
+
 def test_another_model_is_passed_over_and_named(run: Path, engine: Engine) -> None:
     with pytest.raises(UserError, match=r"up.weight of shape \(19, 5\), the model \(3, 3\)"), pytest.warns(UserWarning):
         load_latest(run, {**engine.shapes, "up.weight": (3, 3)})

@@ -327,6 +327,25 @@ def test_images_and_videos_are_judged_as_if_the_others_were_not_there(
     assert mixed.state.applied == videos.state.applied and mixed.state.image_applied == images.state.image_applied
 
 
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("watch_norm", [False, True])
+def test_a_spike_is_over_the_factor_times_an_average_that_forgets(images: bool, watch_norm: bool) -> None:
+    config = GuardConfig(spike_factor=3, spike_length=4, spike_warmup_steps=6)
+    guard, average = Guard(config, watch_norm=watch_norm), 0.0
+
+    def is_spike(value: float) -> bool:
+        if watch_norm:
+            return bool(guard.check_norm(value, images=images))
+        return bool(guard.check_losses({"mse": value}, images=images))
+
+    for number in range(20):
+        assert is_spike(3.01 * average) == (number >= 6) and not is_spike(2.99 * average)
+        value = 100.0 if number < 10 else 1.0
+        guard.applied({"mse": value}, value, images=images)
+        average += (value - average) / min(number + 1, 4)
+    assert 1 < average < 10  # of the last ten mostly: a mean of all would be over 50
+
+
 def test_a_checkpoint_from_before_images_had_their_own_average_loads() -> None:
     guard = Guard(GuardConfig(), watch_norm=True)
     guard.load({"average": 2.0, "applied": 500, "skipped": 1, "in_row": 0, "data_offset": 3, "failed_at": 9})

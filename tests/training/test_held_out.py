@@ -62,9 +62,11 @@ class Constant(nn.Module):
         super().__init__()
         self.value, self.captions = nn.Parameter(torch.tensor(value)), []  # type: ignore[var-annotated]
         self.levels: set[float] = set()
+        self.latents: list[torch.Tensor] = []
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, text: list[str], **_: object) -> torch.Tensor:
         self.captions += text
+        self.latents.append(latents)
         self.levels |= set(sigma.flatten().tolist())
         return self.value.expand_as(latents)
 
@@ -92,6 +94,22 @@ def test_a_constant_prediction_has_the_loss_of_the_closed_form(root: Path) -> No
     fewer = measure(replace(config, eval_clips=2), module)
     assert fewer["loss"] != losses["loss"]
     assert measure(replace(config, eval_clips=2), module) == fewer
+
+
+def test_the_levels_lie_on_one_line_from_each_clip_to_its_noise(root: Path) -> None:
+    """What the model sees is as noisy as the level says, and its target is the line's slope, the velocity."""
+    config = follow_latents(dit_config(root, micro_batch_size=5))
+    module = Constant(0.0)
+    losses = measure(config, module)
+    first, *others = module.latents  # of one micro batch, by level
+    low, *higher = sigma_from_uniform(torch.tensor(QUANTILES), config.noise)
+    slope = (others[-1] - first) / (higher[-1] - low)
+    for level, latents in zip(higher, others, strict=True):
+        torch.testing.assert_close(latents, first + (level - low) * slope)
+    noise, n = first + (1 - low) * slope, first.numel()
+    assert abs(noise.mean()) < 5 / n**0.5 and abs(noise.var() - 1) < 5 * (2 / n) ** 0.5
+    assert len({float(row.sum()) for row in noise}) == 5
+    assert losses["loss"] == pytest.approx(float(slope.square().mean()), rel=1e-4)
 
 
 def test_shares_of_ranks_and_micro_batches_add_up(root: Path) -> None:

@@ -66,6 +66,15 @@ def test_groups() -> None:
     assert {name for name, group in muon.items() if group["use_muon"]} == {"up.weight", "down.weight"}
 
 
+def test_each_group_has_its_optimizers_settings() -> None:
+    settings = {"lr": 2e-3, "muon_lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-5, "muon_momentum": 0.7}
+    config = OptimConfig(name="muon", weight_decay=0.1, **settings)
+    matrices, *adam = param_groups(Toy(), config)
+    assert (matrices["lr"], matrices["peak_lr"], matrices["momentum"]) == (0.03, 0.03, 0.7)
+    assert [(g["lr"], g["peak_lr"], g["betas"], g["eps"]) for g in adam] == [(2e-3, 2e-3, (0.8, 0.95), 1e-5)] * 2
+    assert [group["weight_decay"] for group in (matrices, *adam)] == [0.1, 0.1, 0.0]
+
+
 def test_exclusion_works_from_inside_a_submodule_and_frozen_parameters_are_left_out() -> None:
     outer = nn.ModuleDict({"a": Toy(), "b": nn.Linear(3, 3)})
     outer["b"].weight.requires_grad_(False)

@@ -40,10 +40,11 @@ from videodit.models.level_error import KNOTS
 from videodit.planning.workload import DiTWorkload
 from videodit.training import checkpoint_writer, vae_trainer
 from videodit.training import tracker as tracker_module
-from videodit.training.checkpoint import load_latest, read_full, steps_in
+from videodit.training.checkpoint import Checkpoint, folder_of, load_latest, read_full, steps_in
 from videodit.training.dit_config import DiTRunConfig, RunSampling, follow_latents
 from videodit.training.dit_model import build_model
 from videodit.training.dit_trainer import make_noisy, train_dit
+from videodit.training.ema import beta_of, gamma_of
 from videodit.training.export import export_run
 from videodit.training.meters import PEAK_FLOPS
 from videodit.training.optim import OptimConfig
@@ -52,7 +53,7 @@ from videodit.training.run_folder import read_metrics
 from videodit.training.tracker import TrackerConfig
 from videodit.training.vae_config import VAERunConfig
 from videodit.training.vae_objective import VAEObjective
-from videodit.training.vae_trainer import train_vae
+from videodit.training.vae_trainer import measure_latent_statistics, train_vae
 
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
@@ -589,6 +590,25 @@ def test_the_model_is_told_where_its_window_lies(latents: Path, tmp_path: Path) 
         replace(config, crop=LatentCropConfig((3, 2)))
 
 
+def test_the_first_steps_alone_train_on_windows_and_the_dit_is_told_of_each(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[torch.Tensor | None] = []
+    start = TrainingRun.start
+
+    def start_and_listen(run: TrainingRun, module: torch.nn.Module) -> None:
+        dit = module.get_submodule("dit")
+        dit.register_forward_pre_hook(lambda _, args, given: told.append(given["origin"]), with_kwargs=True)
+        start(run, module)
+
+    monkeypatch.setattr(TrainingRun, "start", start_and_listen)
+    windows = LatentCropConfig((2, 2), share=0.5)
+    train_dit(dit_config(tmp_path / "run", latents, crop=windows, max_steps=4, micro_batch_size=4))
+    assert [origin is None for origin in told] == [False, False, True, True]
+    places = {tuple(place) for origin in told if origin is not None for place in origin.tolist()}
+    assert len(places) > 1 and places <= set(itertools.product((0, 2), (0, 2)))  # of latents of 4x4
+
+
 def test_latents_of_another_vae_are_refused(shards: Path, latents: Path, tmp_path: Path) -> None:
     """Encoded anew into the same folder, say, after the VAE was trained on."""
     run = train_dit(dit_config(tmp_path / "run", latents, max_steps=1))
@@ -623,12 +643,15 @@ def test_the_last_share_of_the_steps_draws_late_noise(latents: Path, tmp_path: P
         replace(whole_run, late_share=1.5)
 
 
-def test_micro_batches_change_nothing_but_rounding(shards: Path, tmp_path: Path) -> None:
+def test_micro_batches_and_rows_of_padding_change_nothing_but_rounding(shards: Path, tmp_path: Path) -> None:
+    """Three clips a step in one micro batch of four rows, or in three of one; at an epoch's end there are two."""
     for name, micro in (("whole", 4), ("parts", 1)):
-        train_vae(vae_config(tmp_path / name, shards, max_steps=3, micro_batch_size=micro))
+        config = vae_config(tmp_path / name, shards, max_steps=3, global_batch_size=3, micro_batch_size=micro)
+        train_vae(config)
     for whole_line, parts_line in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert whole_line["data/digest"] == parts_line["data/digest"]
-        assert whole_line["train/loss"] == pytest.approx(parts_line["train/loss"], rel=1e-4)
+        for name in ("train/loss", "train/mse", "train/grad_norm"):
+            assert whole_line[name] == pytest.approx(parts_line[name], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -727,6 +750,12 @@ def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path
     axes = (0, 2, 3, 4)
     torch.testing.assert_close(codes.mean(axes), torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(codes.std(axes, correction=0), torch.ones(4), rtol=1e-3, atol=0)
+    fitted = VideoVAE(tiny.VAE)
+    fitted.fit_shortcut(batch.clip())  # on the eight clips, without the padding of a larger batch
+    torch.testing.assert_close(vae.code_center, fitted.code_center)
+    measured = vae.latent_mean.clone(), vae.latent_std.clone()
+    measure_latent_statistics(vae, vae_config(tmp_path, shards).data, batch_size=3)  # the last batch has a padded row
+    torch.testing.assert_close((vae.latent_mean, vae.latent_std), measured)
 
     config = dit_config(tmp_path / "dit", latents, max_steps=4)
     run = train_dit(config)
@@ -748,6 +777,35 @@ def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path
     grams = "text_encoder.gram_embedding.weight"
     assert (trained[grams] == started[grams]).all(1).any()  # those of n-grams that no caption has
     assert pipe(["a circle"]).shape == (1, tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
+
+
+def test_a_run_s_averages_are_of_the_weights_after_each_step(shards: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(lr=1e-2, warmup_steps=0)
+    config = vae_config(tmp_path / "run", shards, max_steps=4, save_every=1, keep_last=9, optim=optim)
+    train_vae(config)
+    states = [whole(Checkpoint.open(folder_of(config.run_dir, step))) for step in range(1, 5)]
+    for number, sigma_rel in enumerate(config.ema_profiles):
+        for name in [key.removeprefix("weight/") for key in states[0] if key.startswith("weight/")]:
+            average = torch.zeros(())
+            for step, state in enumerate(states, 1):
+                average = torch.lerp(state[f"weight/{name}"], average, beta_of(gamma_of(sigma_rel), step))
+                torch.testing.assert_close(state[f"ema{number}/{name}"], average, msg=name)
+
+
+def test_the_vae_trains_on_new_noise_for_each_clip_and_epoch(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    forward = VAEObjective.forward
+
+    def see(objective: VAEObjective, clip: torch.Tensor, noise: torch.Tensor) -> Any:
+        seen.append(noise.flatten(1))
+        return forward(objective, clip, noise)
+
+    monkeypatch.setattr(VAEObjective, "forward", see)
+    train_vae(vae_config(tmp_path / "run", shards, max_steps=4))  # two epochs of eight clips
+    noise = torch.cat(seen)
+    assert len(noise) == 16 and (torch.cdist(noise, noise) + 100 * torch.eye(16)).min() > 1
 
 
 @pytest.mark.parametrize(
