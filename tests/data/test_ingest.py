@@ -190,6 +190,18 @@ def test_what_a_finished_set_is_good_for(videos: Path, tmp_path: Path) -> None:
     assert len(ShardSet.open(out)) == 2
 
 
+def test_clips_of_other_videos_are_not_replaced(ingested: Path, tmp_path: Path) -> None:
+    """As a user does who wants to add a second folder."""
+    folder, out = tmp_path / "more", tmp_path / "out"
+    folder.mkdir()
+    write_mp4(folder / "new.mp4", scene(9, 17), 8)
+    shutil.copytree(ingested, out)
+    for config in (ONE, replace(ONE, dry_run=True)):
+        with pytest.raises(UserError, match=r"clips of other videos only, such as clip\.0\.mp4, .*another --out"):
+            ingest(folder, out, config)
+    assert contents(out) == contents(ingested)
+
+
 def test_shards_below_the_source_are_not_searched(tmp_path: Path) -> None:
     write_mp4(tmp_path / "0.mp4", scene(0, 17), 8)
     for _ in range(2):
