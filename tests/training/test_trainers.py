@@ -750,6 +750,17 @@ def test_exports_hold_the_average_and_the_statistics(shards: Path, latents: Path
     assert pipe(["a circle"]).shape == (1, tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
 
 
+def test_an_export_says_what_is_no_longer_where_the_run_had_it(latents: Path, tmp_path: Path) -> None:
+    """As from another folder, if the paths were relative ones, or on another machine."""
+    config = train_dit(dit_config(tmp_path / "run", latents, max_steps=1)) / "config.yaml"
+    lines = config.read_text().splitlines()
+    config.write_text("\n".join("vae: my/vae" if line.startswith("vae: ") else line for line in lines))
+    message = rf"vae my/vae of this run is not there, seen from {Path.cwd()}: .* or set vae in {config}"
+    with pytest.raises(UserError, match=message):
+        export_run(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("prediction", "weighting", "least", "most"),
     [("noise", "min_snr", 0.8, 1.2), ("v", "uniform", 0.0, 0.2)],
