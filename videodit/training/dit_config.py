@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from videodit.data.buckets import FRAMES_PER_LATENT, Bucket, nearest_size, parse_bucket
+from videodit.data.ingest_record import read_record
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest, read_manifests
@@ -180,7 +181,7 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
     manifest = read_manifests(roots)
     if manifest is None:
         name = next(name for name, root in roots.items() if read_manifest(root) is None)
-        raise UserError(f"data.shards {name} has no finished latents: run videodit encode --out {name}")
+        raise no_latents("data.shards", name, roots[name])
     frozen = manifest.get("text_encoder") or {}
     if config.text_encoder and not frozen:
         raise UserError(
@@ -227,6 +228,16 @@ def latent_encoders(config: DiTRunConfig) -> dict[str, Any]:
 def _rate(config: DiTRunConfig) -> float:
     """Frames a second of the last stage's latents."""
     return open_shards(stages_of(config)[-1].config.data).columns.usual_fps() or SamplingDefaults.fps
+
+
+def no_latents(setting: str, name: str, root: Path) -> UserError:
+    """What to say of a folder, given as this setting, that is no finished set of latents; root is where it lies."""
+    if read_record(root) is None:
+        return UserError(f"{setting} {name} has no finished latents: run videodit encode --out {name}")
+    return UserError(
+        f"{setting} {name} holds clips, no latents: run videodit encode --data.shards {name} --vae VAE --out LATENTS, "
+        f"and give {setting} LATENTS"
+    )
 
 
 def check_patch(patch_size: tuple[int, int, int], manifest: dict[str, Any], vae: str, folder: str) -> None:
