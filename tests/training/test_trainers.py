@@ -670,6 +670,14 @@ def test_held_out_clips_are_measured_and_shown(shards: Path, tmp_path: Path) -> 
     assert off[0][0] < off[0][1] / 1.5 and off[1][1] < off[1][0] / 1.5, off
 
 
+def test_a_file_given_as_a_prompt_is_no_prompt(tmp_path: Path) -> None:
+    """As `videodit generate --prompts FILE` takes one."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n")
+    with pytest.raises(UserError, match=f"prompts has {file}, which is a file: give what is in it"):
+        follow_latents(dit_config(tmp_path / "run", tmp_path / "latents", prompts=("a" * 300, str(file))))
+
+
 def test_prompts_are_sampled_without_touching_the_training(shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = VideoVAE(tiny.VAE)

@@ -1,6 +1,7 @@
 """What a DiT training run is made of, and what of it the latents and the model that it starts from decide."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,9 +174,12 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
     The samples' size is that of the last stage.
 
     Raises:
-        UserError: if a folder is no finished set of latents, the patch does not divide them, those of the stages were
-            made by different VAEs or text encoders, or a text encoder is given that made no embeddings.
+        UserError: if a prompt is a file's name, a folder is no finished set of latents, the patch does not divide them,
+            those of the stages were made by different VAEs or text encoders, or a text encoder is given that made no
+            embeddings.
     """
+    if file := next(filter(os.path.isfile, config.prompts), None):
+        raise UserError(f"prompts has {file}, which is a file: give what is in it, --prompts [PROMPT,PROMPT]")
     roots = latent_folders(config)
     names = ", ".join(roots)
     manifest = read_manifests(roots)
