@@ -208,6 +208,18 @@ def test_shards_below_the_source_are_not_searched(tmp_path: Path) -> None:
         assert ingest(tmp_path, tmp_path / "shards", ONE).clips == 1
 
 
+def test_an_earlier_set_of_the_same_videos_is_no_source(tmp_path: Path) -> None:
+    """As after "made with other settings: choose another --out"; else every clip would be there twice."""
+    (tmp_path / "videos/a").mkdir(parents=True)
+    write_mp4(tmp_path / "videos/a/0.mp4", scene(0, 17), 8)
+    assert ingest(tmp_path / "videos/a", tmp_path / "videos/a/shards", ONE).clips == 1
+    assert ingest(tmp_path / "videos", tmp_path / "videos/shards", ONE).clips == 1
+    assert ingest(tmp_path / "videos", tmp_path / "videos/other", replace(ONE, crf=30)).clips == 1
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "videos/shards").rename(tmp_path / "sets/shards")  # without the videos it is a source as any other
+    assert ingest(tmp_path / "sets", tmp_path / "merged", ONE).clips == 1
+
+
 def filtered(out: Path) -> dict[str, str]:
     """Reasons of clips that filters left out, by key, from rejects.jsonl; the index says the same."""
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
