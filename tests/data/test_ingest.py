@@ -190,10 +190,34 @@ def test_what_a_finished_set_is_good_for(videos: Path, tmp_path: Path) -> None:
     assert len(ShardSet.open(out)) == 2
 
 
+def test_clips_of_other_videos_are_not_replaced(ingested: Path, tmp_path: Path) -> None:
+    """As a user does who wants to add a second folder."""
+    folder, out = tmp_path / "more", tmp_path / "out"
+    folder.mkdir()
+    write_mp4(folder / "new.mp4", scene(9, 17), 8)
+    shutil.copytree(ingested, out)
+    for config in (ONE, replace(ONE, dry_run=True)):
+        with pytest.raises(UserError, match=r"clips of other videos only, such as clip\.0\.mp4, .*another --out"):
+            ingest(folder, out, config)
+    assert contents(out) == contents(ingested)
+
+
 def test_shards_below_the_source_are_not_searched(tmp_path: Path) -> None:
     write_mp4(tmp_path / "0.mp4", scene(0, 17), 8)
     for _ in range(2):
         assert ingest(tmp_path, tmp_path / "shards", ONE).clips == 1
+
+
+def test_an_earlier_set_of_the_same_videos_is_no_source(tmp_path: Path) -> None:
+    """As after "made with other settings: choose another --out"; else every clip would be there twice."""
+    (tmp_path / "videos/a").mkdir(parents=True)
+    write_mp4(tmp_path / "videos/a/0.mp4", scene(0, 17), 8)
+    assert ingest(tmp_path / "videos/a", tmp_path / "videos/a/shards", ONE).clips == 1
+    assert ingest(tmp_path / "videos", tmp_path / "videos/shards", ONE).clips == 1
+    assert ingest(tmp_path / "videos", tmp_path / "videos/other", replace(ONE, crf=30)).clips == 1
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "videos/shards").rename(tmp_path / "sets/shards")  # without the videos it is a source as any other
+    assert ingest(tmp_path / "sets", tmp_path / "merged", ONE).clips == 1
 
 
 def filtered(out: Path) -> dict[str, str]:

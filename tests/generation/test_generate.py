@@ -171,6 +171,13 @@ def test_mistakes_are_one_line_for_the_user(model: str, tmp_path: Path, changes:
     assert not list(tmp_path.rglob("*.mp4"))
 
 
+def test_a_file_given_as_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n")
+    with pytest.raises(UserError, match=f"--prompt {file} is a file: give --prompts {file}"):
+        generate(GenerateConfig("no model", prompt=["a" * 300, str(file)]))
+
+
 def test_a_file_of_prompts_that_is_no_text(model: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(UserError, match="prompts.txt is no UTF-8 text: save it as UTF-8"):

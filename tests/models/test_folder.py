@@ -36,6 +36,11 @@ def test_saving_again_gives_the_same_bytes(kind: type, tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_the_weights_are_as_readable_as_the_config(tmp_path: Path) -> None:
+    tiny_vae().save_pretrained(tmp_path)  # safetensors itself writes files that only their owner may read
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
 def test_weights_that_share_or_stride_memory_are_saved(tmp_path: Path) -> None:
     model = tiny_vae()
     with torch.no_grad():

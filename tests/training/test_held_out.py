@@ -145,8 +145,11 @@ def test_what_does_not_fit_is_one_line(root: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     tiny.VideoVAE(tiny.VAE).save_pretrained(tmp_path / "vae")
     tiny.make_latents(tmp_path / "other_vae", root / "other_clips", tmp_path / "vae")
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "ingest.json").write_text("{}")
     cases = {
         str(tmp_path / "gone"): "no finished latents: run videodit encode --out",
+        str(tmp_path / "clips"): r"holds clips, no latents: run videodit encode --data.shards .* --out LATENTS",
         str(root / "train"): "has the clips of data.shards",
         str(tmp_path / "other_vae"): "were encoded with different settings of VAE",
     }

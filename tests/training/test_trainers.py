@@ -693,6 +693,14 @@ def test_held_out_clips_are_measured_and_shown(shards: Path, tmp_path: Path) -> 
     assert off[0][0] < off[0][1] / 1.5 and off[1][1] < off[1][0] / 1.5, off
 
 
+def test_a_file_given_as_a_prompt_is_no_prompt(tmp_path: Path) -> None:
+    """As `videodit generate --prompts FILE` takes one."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n")
+    with pytest.raises(UserError, match=f"prompts has {file}, which is a file: give what is in it"):
+        follow_latents(dit_config(tmp_path / "run", tmp_path / "latents", prompts=("a" * 300, str(file))))
+
+
 def test_prompts_are_sampled_without_touching_the_training(shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = VideoVAE(tiny.VAE)
@@ -806,6 +814,17 @@ def test_the_vae_trains_on_new_noise_for_each_clip_and_epoch(
     train_vae(vae_config(tmp_path / "run", shards, max_steps=4))  # two epochs of eight clips
     noise = torch.cat(seen)
     assert len(noise) == 16 and (torch.cdist(noise, noise) + 100 * torch.eye(16)).min() > 1
+
+
+def test_an_export_says_what_is_no_longer_where_the_run_had_it(latents: Path, tmp_path: Path) -> None:
+    """As from another folder, if the paths were relative ones, or on another machine."""
+    config = train_dit(dit_config(tmp_path / "run", latents, max_steps=1)) / "config.yaml"
+    lines = config.read_text().splitlines()
+    config.write_text("\n".join("vae: my/vae" if line.startswith("vae: ") else line for line in lines))
+    message = rf"vae my/vae of this run is not there, seen from {Path.cwd()}: .* or set vae in {config}"
+    with pytest.raises(UserError, match=message):
+        export_run(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(

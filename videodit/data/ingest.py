@@ -179,11 +179,11 @@ def ingest(
     named = [] if not config.models.reads_captions else [s.name for s in sources if not (s.captioned or s.problem)]
     try:
         if config.dry_run:
-            counts, filtered, reasons = _rehearse(out, record, work, marked)
+            counts, filtered, reasons = _rehearse(out, record, sources, work, marked)
             return _result(counts, filtered, started, reasons, named)
         with FolderLock(out, "--out") as lock:
             lock.hold_alone()
-            earlier = earlier_run(out, record)
+            earlier = earlier_run(out, record, sources)
             up_to_date = earlier is not None and all(earlier.get(k) == marks.get(k) for k in ("filters", "models"))
             if not earlier:
                 if not (out / RECORD).exists():
@@ -234,10 +234,10 @@ def _result(
 
 
 def _rehearse(
-    out: Path, record: dict[str, Any], work: Callable[[Path], Outcome], marked: Marked
+    out: Path, record: dict[str, Any], sources: list[Source], work: Callable[[Path], Outcome], marked: Marked
 ) -> tuple[dict[str, Any], dict[str, Stage], dict[str, int]]:
     """What ingest would do: told from the scores where they are there already, else done and thrown away."""
-    earlier = earlier_run(out, record) if out.is_dir() else None
+    earlier = earlier_run(out, record, sources) if out.is_dir() else None
     if earlier:
         entries, filtered = marked(out)
         return earlier | {"clips": _used(entries)}, filtered, reject_reasons(out)

@@ -42,14 +42,15 @@ def source_version(source: Source) -> int | str:
     return os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0
 
 
-def earlier_run(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+def earlier_run(out: Path, record: dict[str, Any], sources: list[Source]) -> dict[str, Any] | None:
     """The record of an earlier run that cut the same clips and scored them alike; None if there is none.
 
     Args:
         out: the folder.
         record: what this run would be made of; filters may differ.
+        sources: what this run would cut.
     Raises:
-        UserError: if the folder holds something else.
+        UserError: if the folder holds something else, or clips of other sources only, which would be lost.
     """
     try:
         earlier = json.loads((out / RECORD).read_text(encoding="utf-8"))
@@ -69,7 +70,28 @@ def earlier_run(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
             f"{out} holds shards made with other settings ({'; '.join(changed)}): choose another --out or remove it"
         )
     same = all(earlier.get(name) == record[name] for name in ("sources_sha256", "scores"))
+    if earlier.get("sources_sha256") != record["sources_sha256"]:
+        _refuse_other_sources(out, {source.name for source in sources})
     return earlier if same and not earlier.get("not_fetched") else None
+
+
+def _refuse_other_sources(out: Path, names: set[str]) -> None:
+    """Raises UserError if none of a set's clips is of a source of these names: they would all be replaced."""
+    first = ""
+    with open(out / INDEX, encoding="utf-8") as lines:
+        for line in lines:  # of a set that has grown, the first one mostly
+            try:
+                source = json.loads(line)["meta"].get("source", "")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return  # a damaged index is written anew
+            if source in names:
+                return
+            first = first or source
+    if first:
+        raise UserError(
+            f"{out} holds clips of other videos only, such as {first}, which would be replaced: choose another --out, "
+            "for training reads several (--data.shards '[A,B]'), or remove it"
+        )
 
 
 def read_record(out: Path) -> dict[str, Any] | None:

@@ -2,18 +2,20 @@
 webdataset tars, one file.
 """
 
+import json
 import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from videodit.data.captions import CAPTION_NAMES, WEIGHT_NAMES, Captions, parse_captions
 from videodit.data.field_arrays import ZARR, folder_state, require_zarr
-from videodit.data.shards import MAX_READ_BYTES, tar_samples
+from videodit.data.shards import INDEX, MAX_READ_BYTES, tar_samples
 from videodit.data.storable import parse_json, printable, storable
 from videodit.data.storage import (
     FileState,
@@ -38,6 +40,7 @@ VIDEO_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
 FIELD_SUFFIXES = frozenset([".npy", ZARR])
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_CLIPS_LOOKED_AT = 100  # of a set of shards: some of its sources may be gone
 _SIDECAR_BYTES = 16 << 20  # of a caption
 _PATH_COLUMNS = ("path", "video", "file", "filename", "video_path")
 
@@ -181,12 +184,28 @@ def _local_problem(path: str) -> str:
 
 def _from_folder(root: str, exclude: set[Path], suffixes: frozenset[str]) -> Iterator[Source]:
     for files in walk(root, exclude, whole=(ZARR,)):
+        if _is_made_of(root, files):
+            continue
         names = [name for name in _unattached(files) if Path(name).suffix.lower() in suffixes]
         videos = [files[name] for name in names]
         yield from map_all(partial(_with_sidecar, files=files), videos, at_once=is_remote(root))
         for name in files:
             if name.lower().endswith(".tar"):
                 yield from _from_tar_in_folder(files[name], suffixes)
+
+
+def _is_made_of(root: str, files: Mapping[str, Found]) -> bool:
+    """Whether a folder below root is a set that ingest made of the videos around it, which else would come twice."""
+    if is_remote(root) or INDEX not in files:
+        return False
+    path = Path(files[INDEX].address)
+    try:
+        with open(path, encoding="utf-8") as lines:
+            names = [json.loads(line)["meta"]["source"] for line in islice(lines, _CLIPS_LOOKED_AT)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    around = [folder for folder in path.parent.parents if folder.is_relative_to(root)]
+    return any(os.path.lexists(folder / name) for folder in around for name in names)
 
 
 def _from_tar_in_folder(tar: Found, suffixes: frozenset[str]) -> list[Source]:

@@ -5,6 +5,7 @@ reproduces it.
 import dataclasses
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -173,6 +174,8 @@ def _is_made(path: Path, record: dict[str, Any]) -> bool:
 
 def _prompts(config: GenerateConfig) -> list[str]:
     prompts = list(config.prompt)
+    if file := next(filter(os.path.isfile, prompts), None):
+        raise UserError(f"--prompt {file} is a file: give --prompts {file} for the prompts in it")
     if config.prompts is not None:
         try:
             lines = Path(config.prompts).read_text(encoding="utf-8-sig").splitlines()

@@ -51,6 +51,9 @@ def save_model(model: nn.Module, config: Any, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         save_file(weights, part)
+        mode = (folder / "config.json").stat().st_mode
+        if part.stat().st_mode != mode:  # safetensors 0.8 writes files that only their owner may read
+            part.chmod(mode)
         os.replace(part, folder / WEIGHTS_NAME)
     except OSError as error:
         raise user_error(error, folder) from None

@@ -1,11 +1,13 @@
 """What a DiT training run is made of, and what of it the latents and the model that it starts from decide."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from videodit.data.buckets import FRAMES_PER_LATENT, Bucket, nearest_size, parse_bucket
+from videodit.data.ingest_record import read_record
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
 from videodit.data.latents import read_manifest, read_manifests
@@ -172,15 +174,18 @@ def follow_latents(config: DiTRunConfig) -> DiTRunConfig:
     The samples' size is that of the last stage.
 
     Raises:
-        UserError: if a folder is no finished set of latents, the patch does not divide them, those of the stages were
-            made by different VAEs or text encoders, or a text encoder is given that made no embeddings.
+        UserError: if a prompt is a file's name, a folder is no finished set of latents, the patch does not divide them,
+            those of the stages were made by different VAEs or text encoders, or a text encoder is given that made no
+            embeddings.
     """
+    if file := next(filter(os.path.isfile, config.prompts), None):
+        raise UserError(f"prompts has {file}, which is a file: give what is in it, --prompts [PROMPT,PROMPT]")
     roots = latent_folders(config)
     names = ", ".join(roots)
     manifest = read_manifests(roots)
     if manifest is None:
         name = next(name for name, root in roots.items() if read_manifest(root) is None)
-        raise UserError(f"data.shards {name} has no finished latents: run videodit encode --out {name}")
+        raise no_latents("data.shards", name, roots[name])
     frozen = manifest.get("text_encoder") or {}
     if config.text_encoder and not frozen:
         raise UserError(
@@ -227,6 +232,16 @@ def latent_encoders(config: DiTRunConfig) -> dict[str, Any]:
 def _rate(config: DiTRunConfig) -> float:
     """Frames a second of the last stage's latents."""
     return open_shards(stages_of(config)[-1].config.data).columns.usual_fps() or SamplingDefaults.fps
+
+
+def no_latents(setting: str, name: str, root: Path) -> UserError:
+    """What to say of a folder, given as this setting, that is no finished set of latents; root is where it lies."""
+    if read_record(root) is None:
+        return UserError(f"{setting} {name} has no finished latents: run videodit encode --out {name}")
+    return UserError(
+        f"{setting} {name} holds clips, no latents: run videodit encode --data.shards {name} --vae VAE --out LATENTS, "
+        f"and give {setting} LATENTS"
+    )
 
 
 def check_patch(patch_size: tuple[int, int, int], manifest: dict[str, Any], vae: str, folder: str) -> None:

@@ -52,7 +52,19 @@ def export_run(run_dir: str | Path, out: str | Path, ema_length: float | None = 
         facts |= {"kind": "video VAE", "clips": vae_config.data.name}
     else:
         dit_config = load_yaml(DiTRunConfig, path)
+        _check_places(dit_config, path)
         export_dit(dit_config, checkpoint, out, weights)
         facts |= {"kind": "text-to-video model", "latents": ", ".join(latent_names(dit_config)), "vae": dit_config.vae}
     write_readme(out, "export", facts)
     return str(facts["average"])
+
+
+def _check_places(config: DiTRunConfig, path: Path) -> None:
+    """Raises UserError if what a run refers to is not where its config says, as after a move to another machine."""
+    places = {"vae": config.vae, "init": config.init if config.lora.rank else None, "text_encoder": config.text_encoder}
+    for name, place in places.items():
+        if place and not Path(place).is_dir():
+            raise UserError(
+                f"{name} {place} of this run is not there, seen from {Path.cwd()}: export from the folder where it was "
+                f"trained, or set {name} in {path}"
+            )

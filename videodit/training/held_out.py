@@ -26,7 +26,7 @@ from videodit.flow.noise_level import sigma_from_uniform
 from videodit.flow.path import interpolate, target
 from videodit.models.token_layout import TokenLayout
 from videodit.parallel.mesh import Mesh, all_reduce_sum
-from videodit.training.dit_config import DiTRunConfig, check_patch, latent_folders
+from videodit.training.dit_config import DiTRunConfig, check_patch, latent_folders, no_latents
 from videodit.training.dit_model import read_text
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -119,7 +119,7 @@ def check_held_out(config: DiTRunConfig) -> None:
         return
     manifest = read_manifest(held_out)
     if manifest is None:
-        raise UserError(f"eval_shards {held_out} has no finished latents: run videodit encode --out {held_out}")
+        raise no_latents("eval_shards", held_out, Path(held_out))
     theirs = manifest["fingerprint"]
     for name, root in latent_folders(config).items():
         training = read_manifest(root)
