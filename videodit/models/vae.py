@@ -127,9 +127,15 @@ class VideoVAE(nn.Module):
         Args:
             clips: (b, c, t, h, w) in [-1, 1], a few dozen.
         """
-        blocks = rearrange(fold(clips, self.block), "b c t h w -> (b t h w) c").double()
-        center = blocks.mean(dim=0)
-        covariance = (blocks - center).T @ (blocks - center) / len(blocks)
+
+        def rows(clip: Tensor) -> Tensor:  # clip by clip: all blocks in float64 may be more than a machine has
+            return rearrange(fold(clip[None], self.block), "1 c t h w -> (t h w) c").double()
+
+        center = torch.stack([rows(clip).mean(dim=0) for clip in clips]).mean(dim=0)
+        covariance = torch.zeros(len(center), len(center), dtype=center.dtype)
+        for clip in clips:
+            centred = rows(clip) - center
+            covariance += centred.T @ centred / (len(centred) * len(clips))
         values, vectors = torch.linalg.eigh(covariance)  # ascending
         values, vectors = values[-self.config.latent_channels :], vectors[:, -self.config.latent_channels :]
         # The sign of an eigenvector is arbitrary: make it a function of the data, not of the LAPACK build.
