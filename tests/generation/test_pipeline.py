@@ -19,7 +19,8 @@ from videodit.flow.samplers import SAMPLERS, euler, heun
 from videodit.generation.pipeline import RowNoise, SamplingDefaults, TextToVideo, latent_shape, velocity_function
 from videodit.models.dit import DiTConfig, TextContext
 from videodit.models.text_to_video import TextToVideoModel
-from videodit.models.vae import VAEConfig
+from videodit.models.vae import VAEConfig, VideoVAE
+from videodit.planning.footprint import LiveBytes
 
 DEFAULTS = SamplingDefaults(num_frames=5, height=32, width=16, num_steps=3, guidance_scale=2.0, fps=8.0)
 PROMPTS = ["a small red circle moves left", "blue", "an extraordinarily large green star"]
@@ -40,6 +41,18 @@ def test_clips_are_uint8_in_the_models_own_size() -> None:
     assert clips.shape == (3, 5, 32, 16, 3) and clips.dtype == np.uint8 and clips.std() > 5
     assert PIPE(PROMPTS[:1], num_frames=1, height=16, width=48).shape == (1, 1, 16, 48, 3)
     assert PIPE.sample_latents(PROMPTS).shape == (3, 4, 2, 4, 2)
+
+
+def test_a_long_clip_is_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline(channels=(64, 64, 64))
+    clips, peaks = [], []
+    for positions in (1 << 14, 1):
+        monkeypatch.setattr(VideoVAE.decode_stream, "__defaults__", (positions,))
+        with LiveBytes() as live:
+            clips.append(pipe(PROMPTS[:1], num_frames=65, height=32, width=32, num_steps=1).astype(int))
+        peaks.append(live.peak)
+    assert abs(clips[1] - clips[0]).max() <= 1
+    assert peaks[1] < 0.2 * peaks[0]
 
 
 def test_keys_and_values_of_the_text_are_made_once_a_sampling() -> None:

@@ -107,7 +107,7 @@ def test_residual_norm_modulate(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
 @pytest.mark.parametrize("parts", ["norm and rotation", "rotation", "neither"])
-@pytest.mark.parametrize("shape", [(2, 5, 9, 2, 6), (1, 16, 5, 1, 36), (1, 33, 2, 2, 4), (2, 1, 3, 1, 8)])
+@pytest.mark.parametrize("shape", [(2, 5, 9, 2, 6), (1, 3, 9, 1, 72), (1, 33, 2, 2, 4), (2, 1, 3, 1, 8)])
 def test_temporal_attention(shape: tuple[int, ...], parts: str, dtype: torch.dtype, tolerance: float) -> None:
     b, t, s, h, e = shape
     table = None if parts == "neither" else rope_table(t, s, 1, e)
@@ -306,3 +306,24 @@ def test_every_program_is_on_the_grid_axis_that_has_no_limit(monkeypatch: pytest
     gpu_norm_modulate.norm_modulate(tokens, torch.zeros(2), torch.zeros(2), 1e-6)
     assert len(grids) == 4 and all(len(grid) == 1 for grid in grids)
     assert max(grid[0] for grid in grids) > 65_535
+
+
+def test_gradients_of_more_than_two_thousand_million_channels_are_written() -> None:
+    """The first program of a launch over so many tokens: what is beyond the last one is not counted in 32 bits."""
+    tokens, d, rows = 2**31 // 16 + 1, 16, gpu_norm_rope.ROWS
+    x, grad = random(1, 1, rows, 2, d // 2), random(1, 1, rows, 2, d // 2, seed=1)
+    weight, table = random(d // 2), rope_table(1, rows, 1, d // 2)
+    found, part = torch.full_like(x, torch.nan), torch.full((2, d // 2), torch.nan)
+    sizes = {"ROWS": rows, **gpu_norm_rope._sizes(x, weight)}
+    gpu_norm_rope._backward[(1,)](x, weight, table, grad, found, part, tokens, rows, 1e-6, **sizes)
+    wanted, dweight = gpu_norm_rope.norm_rope_backward(grad, x, weight, table, 1e-6)
+    torch.testing.assert_close((found, part.sum(dim=0)), (wanted, dweight))
+
+    x, grad, scale = x.view(1, 1, rows, d), grad.view(1, 1, rows, d), random(d)
+    found, part = torch.full_like(x, torch.nan), torch.full((3, d), torch.nan)
+    sizes = {"ROWS": rows, "BRANCH": False, **gpu_norm_modulate._sizes(d)}
+    gpu_norm_modulate._backward[(1,)](
+        x, x, x, scale, x, grad, found, found, part, tokens, tokens, tokens, tokens // rows + 1, 1e-6, **sizes
+    )
+    wanted, dshift, dscale = gpu_norm_modulate.norm_modulate_backward(grad, x, scale, scale, 1e-6)
+    torch.testing.assert_close((found, part[0], part[1]), (wanted, dshift, dscale))

@@ -1,12 +1,15 @@
 """Frozen `transformers` encoders: tiny ones with random weights and a tokenizer made here, behind our interface."""
 
 import json
+import math
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +30,7 @@ CLIP_SHAPE = {"vocab_size": 16, "hidden_size": 12, "intermediate_size": 16, "num
 CLIP_SHAPE |= {"num_attention_heads": 3, "max_position_embeddings": 6, "eos_token_id": 1, "pad_token_id": 0}
 
 
-def write_encoder(kind: str, folder: Path) -> Path:
+def write_encoder(kind: str, folder: Path, max_shard_size: str = "5GB") -> Path:
     torch.manual_seed(0)
     if kind == "t5":
         model = transformers.T5EncoderModel(transformers.T5Config(**T5_SHAPE))
@@ -35,7 +38,7 @@ def write_encoder(kind: str, folder: Path) -> Path:
         model = transformers.UMT5EncoderModel(transformers.UMT5Config(**T5_SHAPE))
     else:
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_SHAPE))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -166,14 +169,59 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("read_weights", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_damage_is_one_line_for_the_user(fault: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_damage_is_one_line_for_the_user(
+    fault: str, read_weights: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
     damage, message = FAULTS[fault]
     shutil.copytree(folders["t5"], tmp_path / "t5")
     damage(tmp_path / "t5")
     with pytest.raises(UserError, match=message) as caught:
-        TransformersTextEncoder(tmp_path / "t5")
+        TransformersTextEncoder(tmp_path / "t5", read_weights=read_weights)
     assert "\n" not in str(caught.value)
+
+
+@every_kind
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_encoder_is_checked_without_its_weights(
+    kind: str, sharded: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, folder = TransformersTextEncoder(folders[kind], 9), folders[kind]
+    if sharded:
+        folder = write_encoder(kind, tmp_path / "sharded", max_shard_size="1KB")
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    checked = TransformersTextEncoder(folder, 9, read_weights=False)
+    assert (checked.dim, checked.max_length) == (whole.dim, whole.max_length)
+    checked.save_pretrained(tmp_path / "reference")
+    assert json.loads((tmp_path / "reference" / "reference.json").read_text())["source"] == str(folder)
+    with pytest.raises(ValueError, match="without its weights"):
+        checked.encode(["a red circle"])
+    if sharded:
+        next(folder.glob("*-00002-*.safetensors")).unlink()
+        with pytest.raises(UserError, match="cannot be loaded: .*00002"):
+            TransformersTextEncoder(folder, 9, read_weights=False)
+
+
+def test_a_check_takes_no_memory_for_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The file is sparse: 768 MB of zeros that lie nowhere."""
+    folder = shutil.copytree(folders["t5"], tmp_path / "t5")
+    rewrite(vocab_size=1 << 25)(folder)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    shapes["shared.weight"][0] = 1 << 25
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    head = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.truncate(file.tell() + end)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert TransformersTextEncoder(folder, read_weights=False).dim == 12
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 200e6
 
 
 def test_pickled_weights_are_not_read(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from tests.models.tiny import tiny_vae
 from videodit.models.causal_conv import StreamCache, fold
 from videodit.models.vae import INITIAL_LOGVAR, Posterior, VAEConfig, VideoVAE, gaussian_kl
+from videodit.planning.footprint import LiveBytes
 
 SHAPES = {
     "4x8x8": {},
@@ -88,7 +89,8 @@ def test_streams(vae: VideoVAE) -> None:
     clip = clip_for(vae, 3, b=2)
     latents = vae.encode(clip)
     torch.testing.assert_close(vae.encode_stream(clip), latents, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(vae.decode_stream(latents), vae.decode(latents), rtol=1e-4, atol=1e-4)
+    for positions in (1, 24, 1 << 14):  # of which a frame of both clips has 12
+        torch.testing.assert_close(vae.decode_stream(latents, positions), vae.decode(latents), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -260,6 +262,13 @@ def test_the_fitted_shortcut_is_the_best_linear_code() -> None:
     # fold repeats the first frame, and its rebuilt copies need not agree: compare the later blocks.
     rebuilt, best = (x.view(16, 3, 2, 3, -1)[:, 1:] for x in (decoded_blocks(vae, latents), best))
     torch.testing.assert_close(rebuilt, best, rtol=1e-3, atol=1e-3)
+
+
+def test_fitting_the_shortcut_takes_less_memory_than_the_clips() -> None:
+    clips = torch.rand(96, 3, 17, 64, 64)
+    with LiveBytes() as live:
+        fresh_vae().fit_shortcut(clips)
+    assert live.peak < clips.nbytes
 
 
 def decoded_blocks(vae: VideoVAE, latents: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def import_wan(src: str | Path, out: str | Path, pattern: str = "f") -> Path:
         raise UserError(
             f"{src}: the VAE has {vae.config.latent_channels} latent channels, the transformer {dit.config.in_channels}"
         )
-    encoder = TransformersTextEncoder((src / "text_encoder").resolve(), TEXT_LENGTH)
+    encoder = TransformersTextEncoder((src / "text_encoder").resolve(), TEXT_LENGTH, read_weights=False)
     if encoder.dim != dit.config.text_dim:
         raise UserError(
             f"{src}: the text encoder gives {encoder.dim} channels, the transformer reads {dit.config.text_dim}"

@@ -300,7 +300,7 @@ class TextToVideo:
             sampler=sampler,
             conditions=conditions,
         )
-        clips = self.vae.decode(latents.float())
+        clips = self.vae.decode_stream(latents.float())
         for prompt, good in zip(prompts, clips.isfinite().flatten(1).all(1).tolist()):
             if not good:
                 warnings.warn(

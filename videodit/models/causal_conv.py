@@ -51,7 +51,7 @@ class CausalConv3d(nn.Module):
             else:
                 x = torch.cat([cache.frames[self], x], dim=2)
             if cache is not None:
-                cache.frames[self] = x[:, :, -(kt - 1) :]
+                cache.frames[self] = x[:, :, -(kt - 1) :].clone()  # a view would keep all of x
         if kt == 1 and kh > 1:
             frames = rearrange(x, "b c t h w -> (b t) c h w")
             frames = F.conv2d(frames, weight[:, :, 0], self.bias, padding=(kh // 2, kw // 2))

@@ -124,6 +124,25 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is truncated or damaged ({error}): copy it or export the run again") from None
 
 
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The weights of a model that another library wrote: the files that NAME.index.json lists, or NAME alone.
+
+    Args:
+        folder: of the model; the files need not be there.
+        name: of the file, where there is one.
+    Raises:
+        UserError: if the list is damaged.
+    """
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return [folder / name]
+    try:
+        listed = json.loads(index.read_text())["weight_map"].values()
+        return [folder / file for file in sorted({Path(file).name for file in listed})]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}): copy the folder again") from None
+
+
 def weights_sha256(folder: Path, part: str = "*") -> str:
     """Of the weight files of a model folder, in the order of their names.
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from videodit.errors import MissingExtra, UserError
+from videodit.models.folder import WEIGHTS_NAME, weight_files
 from videodit.models.text import TextFeatures
 
 REFERENCE_NAME = "reference.json"
@@ -35,6 +36,8 @@ class TransformersTextEncoder:
         max_length: tokens that are read of a caption, at most what the encoder has positions for; the rest is cut.
         device: where to compute.
         dtype: of the weights.
+        read_weights: False only looks whether they are all there, in a second: for those who only need to know where
+            the encoder lies. It cannot `encode` then.
     Raises:
         MissingExtra: if transformers is not installed.
         UserError: if the folder is no encoder that we know, or its tokenizer or weights are missing or damaged.
@@ -46,6 +49,8 @@ class TransformersTextEncoder:
         max_length: int = MAX_LENGTH,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        read_weights: bool = True,
     ) -> None:
         transformers, encoder_class = _find(source)
         self.source = str(source)
@@ -58,9 +63,14 @@ class TransformersTextEncoder:
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
             model: Any
+            given: dict[str, Any] = {"pretrained_model_name_or_path": source, "local_files_only": True}
+            if not read_weights:
+                config = encoder_class.config_class.from_pretrained(**given)
+                given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": _hollow_weights(source)}
+                dtype = torch.float32
             with no_progress_bar(transformers.utils.logging):
                 model, loaded = encoder_class.from_pretrained(
-                    source, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+                    **given, use_safetensors=True, dtype=dtype, output_loading_info=True
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"text encoder {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -70,18 +80,24 @@ class TransformersTextEncoder:
                 f"text encoder {source} lacks {len(missing)} weights, {missing[0]} for one: copy the folder again"
             )
         self.max_length = readable_length(model, max_length)
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._config = model.config
+        self._model = model.eval().requires_grad_(False).to(device) if read_weights else None
         self._device = torch.device(device)
 
     @property
     def dim(self) -> int:
         """Channels of the features."""
-        config = self._model.config
-        return int(getattr(config, "d_model", None) or config.hidden_size)
+        return int(getattr(self._config, "d_model", None) or self._config.hidden_size)
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> TextFeatures:
-        """Captions -> last hidden states (b, l, d), zero at padding, with their mask; l is the longest caption's."""
+        """Captions -> last hidden states (b, l, d), zero at padding, with their mask; l is the longest caption's.
+
+        Raises:
+            ValueError: if it was opened without its weights.
+        """
+        if self._model is None:
+            raise ValueError(f"text encoder {self.source} was opened without its weights: read_weights is False")
         tokens = self._tokenizer(
             captions, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self._device)
@@ -94,6 +110,15 @@ class TransformersTextEncoder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps({"source": self.source, "max_length": self.max_length}, indent=2)
         (Path(folder) / REFERENCE_NAME).write_text(text + "\n")
+
+
+def _hollow_weights(source: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a folder by name, each a single zero in the weight's shape: only the files' headers are read."""
+    whole, weights = Path(source) / WEIGHTS_NAME, {}
+    for path in [whole] if whole.is_file() else weight_files(Path(source), WEIGHTS_NAME):
+        with safe_open(path, framework="pt") as file:
+            weights |= {name: torch.zeros(()).expand(file.get_slice(name).get_shape()) for name in file.keys()}
+    return weights
 
 
 def _find(source: str | Path) -> tuple[Any, Any]:

@@ -28,6 +28,8 @@ from videodit.models.vae_config import VAEConfig
 from videodit.models.vae_layers import ConvBlock, Decoder, Encoder, PointwiseBlock
 
 INITIAL_LOGVAR = -6.0
+CHUNK = 1 << 14
+"""Positions of latents that are decoded at once: two frames of 832x480 pixels, or a hundred small clips' frames."""
 
 
 @dataclass
@@ -125,9 +127,15 @@ class VideoVAE(nn.Module):
         Args:
             clips: (b, c, t, h, w) in [-1, 1], a few dozen.
         """
-        blocks = rearrange(fold(clips, self.block), "b c t h w -> (b t h w) c").double()
-        center = blocks.mean(dim=0)
-        covariance = (blocks - center).T @ (blocks - center) / len(blocks)
+
+        def rows(clip: Tensor) -> Tensor:  # clip by clip: all blocks in float64 may be more than a machine has
+            return rearrange(fold(clip[None], self.block), "1 c t h w -> (t h w) c").double()
+
+        center = torch.stack([rows(clip).mean(dim=0) for clip in clips]).mean(dim=0)
+        covariance = torch.zeros(len(center), len(center), dtype=center.dtype)
+        for clip in clips:
+            centred = rows(clip) - center
+            covariance += centred.T @ centred / (len(centred) * len(clips))
         values, vectors = torch.linalg.eigh(covariance)  # ascending
         values, vectors = values[-self.config.latent_channels :], vectors[:, -self.config.latent_channels :]
         # The sign of an eigenvector is arbitrary: make it a function of the data, not of the LAPACK build.
@@ -200,12 +208,21 @@ class VideoVAE(nn.Module):
         coarse = self._synthesise(raw, cache is None or cache.first_chunk)
         return coarse + self.decoder(raw.to(self._weight_dtype), cache).to(coarse.dtype)
 
-    def decode_stream(self, latents: Tensor) -> Tensor:
-        """As `decode`, one latent frame at a time: the same result with the memory of one chunk's activations."""
+    def decode_stream(self, latents: Tensor, positions: int = CHUNK) -> Tensor:
+        """As `decode`, a few latent frames at a time: the same result with the memory of one chunk's activations.
+
+        Args:
+            latents: as for `decode`.
+            positions: of latents that are decoded at once, over all rows of the batch; a frame at least.
+        """
+        b, _, t, h, w = latents.shape
+        frames = max(1, positions // (b * h * w))
+        if frames >= t:
+            return self.decode(latents)
         cache = StreamCache()
         chunks = []
-        for frame in latents.split(1, dim=2):
-            chunks.append(self.decode(frame, cache))
+        for part in latents.split(frames, dim=2):
+            chunks.append(self.decode(part, cache))
             cache.first_chunk = False
         return torch.cat(chunks, dim=2)
 

@@ -52,6 +52,9 @@ class VideoAutoencoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """The clip."""
 
+    def decode_stream(self, latents: Tensor) -> Tensor:
+        """The clip, without the memory of all frames' activations at once."""
+
     def to(self, device: Any) -> "VideoAutoencoder":
         """Itself, moved."""
 

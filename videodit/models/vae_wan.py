@@ -71,6 +71,10 @@ class WanVAE(nn.Module):
         decoded: Tensor = self.model.decode(latents.float() * self.std + self.mean).sample
         return decoded
 
+    def decode_stream(self, latents: Tensor) -> Tensor:
+        """As `decode`, which is frame by frame in diffusers."""
+        return self.decode(latents)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and weights as diffusers does."""
         try:

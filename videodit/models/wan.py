@@ -18,10 +18,11 @@ from torch import Tensor
 
 from videodit.errors import UserError
 from videodit.models.dit import DiTConfig, VideoDiT
+from videodit.models.folder import weight_files
 
 TEXT_LENGTH = 512
 """tokens of a prompt, padded with zeros, in Wan's training"""
-_WEIGHTS, _INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What a text-to-video model of Wan 2.1 has; anything else is another architecture.
 _FIXED = {
     "_class_name": "WanTransformer3DModel",
@@ -146,16 +147,9 @@ def _reorder(name: str, value: Tensor, config: DiTConfig) -> Tensor:
 
 def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) of every weight, file after file."""
-    names = [_WEIGHTS]
-    if (folder / _INDEX).is_file():
-        listed = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(listed, dict):
-            raise UserError(f"{folder / _INDEX} has no weight_map: copy the folder again")
-        names = sorted({Path(name).name for name in listed.values()})
-    for name in names:
-        path = folder / name
+    for path in weight_files(folder, _WEIGHTS):
         if not path.is_file():
-            raise UserError(f"{folder} has no weights: {name} is missing; copy it there")
+            raise UserError(f"{folder} has no weights: {path.name} is missing; copy it there")
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():

@@ -130,17 +130,22 @@ def export_dit(
     merge_lora(model.dit)
     assert config.vae is not None  # a run's own config has it
     vae = load_vae(config.vae)
-    text_encoder = model.text_encoder or frozen_text_encoder(config)
+    text_encoder = model.text_encoder or frozen_text_encoder(config, read_weights=False)
     TextToVideo(model, vae, text_encoder, config.flow, config.sampling).save_pretrained(out)
 
 
 def frozen_text_encoder(
-    config: DiTRunConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: DiTRunConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    read_weights: bool = True,
 ) -> TransformersTextEncoder:
-    """The encoder that made the latents' embeddings, for prompts.
+    """The encoder that made the latents' embeddings: for prompts, or, without its weights, for a reference to it.
 
     Raises:
         UserError: if its folder is gone.
     """
     assert config.text_encoder is not None  # a run without one has its own in the model
-    return TransformersTextEncoder(config.text_encoder, config.text_max_length, device, dtype)
+    source, length = config.text_encoder, config.text_max_length
+    return TransformersTextEncoder(source, length, device, dtype, read_weights=read_weights)

@@ -89,8 +89,8 @@ def _backward(
     dgate = tl.zeros([D_PAD], tl.float32)
     for row in range(ROWS):
         token = start + first + row
-        valid = inside & ((first + row) * D + channel < unit * D)
         places = token * D + channel
+        valid = inside & (places < (start + unit) * D)  # start has 64 bits
         x = tl.load(sum_ptr + places, mask=valid, other=0.0).to(tl.float32)
         g = tl.load(dout_ptr + places, mask=valid, other=0.0).to(tl.float32)
         centred = tl.where(inside, x - tl.sum(x, axis=0) / D, 0.0)

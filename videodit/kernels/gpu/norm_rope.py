@@ -110,10 +110,11 @@ def _backward(
     places, channel = _places(HEADS, PAIRS, HEADS_PAD, PAIRS_PAD)
     weight = _weights(weight_ptr, ALL_HEADS, HEADS, PAIRS, HEADS_PAD, PAIRS_PAD)
     dweight = tl.zeros([HEADS_PAD, PAIRS_PAD, 2], tl.float32)
+    left = (tokens - program * ROWS) * (2 * HEADS * PAIRS)  # channels from here on, in 64 bits
     for row in range(ROWS):
         token = program * ROWS + row
         start = token * (2 * HEADS * PAIRS)
-        inside = channel & (start + places < tokens * (2 * HEADS * PAIRS))
+        inside = channel & (row * (2 * HEADS * PAIRS) + places < left)
         cos, sin = _angles(table_ptr, token, frame_tokens, PAIRS, PAIRS_PAD)
         x = tl.load(x_ptr + start + places, mask=inside, other=0.0).to(tl.float32)
         even, odd = tl.split(tl.load(grad_ptr + start + places, mask=inside, other=0.0).to(tl.float32))

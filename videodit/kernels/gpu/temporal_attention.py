@@ -1,7 +1,7 @@
 """Attention over the frames of every position, with QK norm and rotary embedding inside, in Triton.
 
 `videodit.kernels.temporal_attention` says what is computed. A sequence is t frames long, which is too short for a
-kernel that takes one sequence at a time: a program takes as many positions as fill ROWS rows and keeps each to its own
+kernel that takes one sequence at a time: a program takes as many positions as fill its tile and keeps each to its own
 frames with a mask. Queries, keys and values are read where they lie, (b, t, s, h, e), once; forward writes one buffer,
 backward reads four and writes three and keeps nothing but its inputs: rows are so short that scores are computed again.
 
@@ -21,14 +21,19 @@ from videodit.kernels.gpu.temporal_programs import forward as _forward
 from videodit.kernels.temporal_attention import LONGEST
 
 ROWS = 64
-"""Rows of a program's tile: positions x frames."""
+"""Most rows of a program's tile, positions x frames, but for sequences that are longer."""
+TILE = 2048
+"""Rows x pairs of channels that four warps keep in registers in the backward pass: of twice as many, ptxas spills 1 to
+2 kB a thread, of these at most 24 bytes (tests/kernels/test_gpu_code.py)."""
 
 
 def _sizes(query: Tensor, norm: bool, rotate: bool) -> tuple[int, dict[str, Any]]:
     """How many programs, and their constants."""
     b, t, s, h, e = query.shape
     t_pad = triton.next_power_of_2(t)
-    positions = max(1, ROWS // t_pad)
+    pad = max(16, triton.next_power_of_2(e // 2))  # a matrix product wants at least 16 channels, and 16 rows
+    rows = max(16, t_pad, min(ROWS, TILE // pad))
+    positions = rows // t_pad
     constants = {
         "NORM": norm,
         "ROTATE": rotate,
@@ -38,9 +43,8 @@ def _sizes(query: Tensor, norm: bool, rotate: bool) -> tuple[int, dict[str, Any]
         "POSITIONS": positions,
         "S": s,
     }
-    # A matrix product wants at least 16 channels.
-    constants |= {"HEADS": h, "PAIRS": e // 2, "PAD": max(16, triton.next_power_of_2(e // 2))}
-    return b * triton.cdiv(s, positions) * h, {**constants, "num_warps": 4}
+    constants |= {"HEADS": h, "PAIRS": e // 2, "PAD": pad, "num_warps": 4 if rows * pad <= TILE else 8}
+    return b * triton.cdiv(s, positions) * h, constants
 
 
 def _check(
