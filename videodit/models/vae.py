@@ -132,7 +132,7 @@ class VideoVAE(nn.Module):
             return rearrange(fold(clip[None], self.block), "1 c t h w -> (t h w) c").double()
 
         center = torch.stack([rows(clip).mean(dim=0) for clip in clips]).mean(dim=0)
-        covariance = torch.zeros(len(center), len(center), dtype=center.dtype)
+        covariance = torch.zeros(len(center), len(center), dtype=center.dtype, device=center.device)
         for clip in clips:
             centred = rows(clip) - center
             covariance += centred.T @ centred / (len(centred) * len(clips))
