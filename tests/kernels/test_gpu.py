@@ -1,6 +1,7 @@
 """Triton's kernels, in its interpreter on a CPU: values, gradients, bytes moved, the whole DiT with them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -286,14 +287,25 @@ def test_elements_moved_are_those_of_the_buffers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_program_is_on_the_grid_axis_that_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA allows 65,535 programs on a grid's second and third axis, and some two thousand million on the first."""
+    """CUDA allows 65,535 programs on a grid's second and third axis, and some two thousand million on the first.
+
+    Triton launches on the current device, which has to be that of the tensors.
+    """
     grids: list[tuple[int, ...]] = []
+    devices, current = [0], []
 
     class Recorded:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             grids.append(grid)
-            return lambda *args, **kwargs: None
+            return lambda *args, **kwargs: current.append(devices[-1])
 
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        devices.append(tensor.shape[0])
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     for module in (gpu_norm_rope, gpu_norm_modulate, gpu_temporal):
         monkeypatch.setattr(module, "_forward", Recorded())
         monkeypatch.setattr(module, "_backward", Recorded())
@@ -306,6 +318,7 @@ def test_every_program_is_on_the_grid_axis_that_has_no_limit(monkeypatch: pytest
     gpu_norm_modulate.norm_modulate(tokens, torch.zeros(2), torch.zeros(2), 1e-6)
     assert len(grids) == 4 and all(len(grid) == 1 for grid in grids)
     assert max(grid[0] for grid in grids) > 65_535
+    assert current == 4 * [70_000]
 
 
 def test_gradients_of_more_than_two_thousand_million_channels_are_written() -> None:

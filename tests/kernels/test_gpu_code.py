@@ -32,7 +32,9 @@ def bytes_on_the_stack(fn: str, types: dict[str, str], constants: dict[str, obje
     made = triton.compile(source, target=GPUTarget("cuda", H200, 32), options={"num_warps": warps})
     cubin.write_bytes(made.asm["cubin"])
     usage = subprocess.run([BIN / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True)
-    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+    found = re.search(r"STACK:(\d+)", usage.stdout)
+    assert found is not None, usage.stderr
+    return int(found[1])
 
 
 @pytest.mark.slow
@@ -53,4 +55,5 @@ def test_temporal_attention_stays_in_registers(fn: str, head_dim: int, tmp_path:
 
 
 if __name__ == "__main__":
-    print(bytes_on_the_stack(*json.loads(sys.argv[1]), Path(sys.argv[2])))
+    name, types, constants = json.loads(sys.argv[1])
+    print(bytes_on_the_stack(name, types, constants, Path(sys.argv[2])))

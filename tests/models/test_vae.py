@@ -264,11 +264,11 @@ def test_the_fitted_shortcut_is_the_best_linear_code() -> None:
     torch.testing.assert_close(rebuilt, best, rtol=1e-3, atol=1e-3)
 
 
-def test_fitting_the_shortcut_takes_less_memory_than_the_clips() -> None:
+def test_fitting_the_shortcut_takes_little_memory_beside_the_clips() -> None:
     clips = torch.rand(96, 3, 17, 64, 64)
     with LiveBytes() as live:
         fresh_vae().fit_shortcut(clips)
-    assert live.peak < clips.nbytes
+    assert live.peak < 1.5 * clips.nbytes  # the clips count once
 
 
 def decoded_blocks(vae: VideoVAE, latents: Tensor) -> Tensor:

@@ -114,7 +114,8 @@ class TransformersTextEncoder:
 
 def _hollow_weights(source: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a folder by name, each a single zero in the weight's shape: only the files' headers are read."""
-    whole, weights = Path(source) / WEIGHTS_NAME, dict[str, torch.Tensor]()
+    whole = Path(source) / WEIGHTS_NAME
+    weights: dict[str, torch.Tensor] = {}
     for path in [whole] if whole.is_file() else weight_files(Path(source), WEIGHTS_NAME):
         with safe_open(path, framework="pt") as file:
             weights |= {name: torch.zeros(()).expand(file.get_slice(name).get_shape()) for name in file.keys()}

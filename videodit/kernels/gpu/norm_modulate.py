@@ -144,20 +144,21 @@ def _launch_forward(
     if _span(x, shift) != _span(x, scale):
         raise ValueError(f"norm_modulate: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} differ in shape")
     b, t, s, d = x.shape
-    _forward[(b * t * s,)](
-        x,
-        x if branch is None else branch.contiguous(),
-        x if gate is None else gate.contiguous(),
-        shift,
-        scale,
-        total,
-        out,
-        gate_span,
-        _span(x, shift),
-        eps,
-        BRANCH=branch is not None,
-        **_sizes(d),
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _forward[(b * t * s,)](
+            x,
+            x if branch is None else branch.contiguous(),
+            x if gate is None else gate.contiguous(),
+            shift,
+            scale,
+            total,
+            out,
+            gate_span,
+            _span(x, shift),
+            eps,
+            BRANCH=branch is not None,
+            **_sizes(d),
+        )
     return total, out
 
 
@@ -180,25 +181,26 @@ def _launch_backward(
     parts = total.new_zeros((units, chunks, 3, d), dtype=torch.float32)
     dx = torch.empty_like(total)
     dbranch = torch.empty_like(total) if branch is not None else dx
-    _backward[(units * chunks,)](
-        total,
-        total if branch is None else branch.contiguous(),
-        total if gate is None else gate.contiguous(),
-        scale.contiguous(),
-        total if dsum is None else dsum.contiguous(),
-        dout.contiguous(),
-        dx,
-        dbranch,
-        parts,
-        unit,
-        gate_span,
-        span,
-        chunks,
-        eps,
-        ROWS=ROWS,
-        BRANCH=branch is not None,
-        **_sizes(d),
-    )
+    with torch.cuda.device_of(total):  # Triton launches on the current one
+        _backward[(units * chunks,)](
+            total,
+            total if branch is None else branch.contiguous(),
+            total if gate is None else gate.contiguous(),
+            scale.contiguous(),
+            total if dsum is None else dsum.contiguous(),
+            dout.contiguous(),
+            dx,
+            dbranch,
+            parts,
+            unit,
+            gate_span,
+            span,
+            chunks,
+            eps,
+            ROWS=ROWS,
+            BRANCH=branch is not None,
+            **_sizes(d),
+        )
     sums = parts.sum(dim=1)  # units, 3, d
 
     def collect(index: int, modulation: Tensor) -> Tensor:

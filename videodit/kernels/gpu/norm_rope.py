@@ -147,7 +147,8 @@ def norm_rope(x: Tensor, weight: Tensor, table: Tensor, eps: float) -> Tensor:
     _check(x, weight, table)
     out = torch.empty_like(x)
     frame_tokens = x.shape[1] * x.shape[2]
-    _forward[(x.shape[0] * frame_tokens,)](x, weight, table, out, frame_tokens, eps, **_sizes(x, weight))
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _forward[(x.shape[0] * frame_tokens,)](x, weight, table, out, frame_tokens, eps, **_sizes(x, weight))
     return out
 
 
@@ -164,7 +165,10 @@ def norm_rope_backward(grad: Tensor, x: Tensor, weight: Tensor, table: Tensor, e
     programs = triton.cdiv(tokens, ROWS)
     dx = torch.empty_like(x)
     parts = x.new_empty((programs, *x.shape[-2:]), dtype=torch.float32)
-    _backward[(programs,)](x, weight, table, grad, dx, parts, tokens, frame_tokens, eps, ROWS=ROWS, **_sizes(x, weight))
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _backward[(programs,)](
+            x, weight, table, grad, dx, parts, tokens, frame_tokens, eps, ROWS=ROWS, **_sizes(x, weight)
+        )
     dweight = parts.sum(dim=0).view(-1, weight.numel()).sum(dim=0)
     return dx, dweight.to(weight.dtype)
 

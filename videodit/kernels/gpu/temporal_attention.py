@@ -87,18 +87,19 @@ def temporal_attention(
     out = torch.empty_like(query)
     programs, constants = _sizes(query, query_weight is not None, table is not None)
     absent = query  # stands for a pointer that is not read
-    _forward[(programs,)](
-        query,
-        key,
-        value,
-        absent if query_weight is None else query_weight,
-        absent if key_weight is None else key_weight,
-        absent if table is None else table,
-        out,
-        query.shape[-1] ** -0.5,
-        eps,
-        **constants,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        _forward[(programs,)](
+            query,
+            key,
+            value,
+            absent if query_weight is None else query_weight,
+            absent if key_weight is None else key_weight,
+            absent if table is None else table,
+            out,
+            query.shape[-1] ** -0.5,
+            eps,
+            **constants,
+        )
     return out
 
 
@@ -132,22 +133,23 @@ def temporal_attention_backward(
     e = query.shape[-1]
     parts = query.new_zeros((programs if query_weight is not None else 1, 2, e), dtype=torch.float32)
     absent = query
-    _backward[(programs,)](
-        query,
-        key,
-        value,
-        absent if query_weight is None else query_weight,
-        absent if key_weight is None else key_weight,
-        absent if table is None else table,
-        grad.contiguous(),
-        dquery,
-        dkey,
-        dvalue,
-        parts,
-        e**-0.5,
-        eps,
-        **constants,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        _backward[(programs,)](
+            query,
+            key,
+            value,
+            absent if query_weight is None else query_weight,
+            absent if key_weight is None else key_weight,
+            absent if table is None else table,
+            grad.contiguous(),
+            dquery,
+            dkey,
+            dvalue,
+            parts,
+            e**-0.5,
+            eps,
+            **constants,
+        )
     return dquery, dkey, dvalue, parts.sum(dim=0)
 
 
