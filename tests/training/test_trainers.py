@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -691,6 +693,24 @@ def test_held_out_clips_are_measured_and_shown(shards: Path, tmp_path: Path) -> 
     # H.264 is off by less than the reconstruction is.
     off = [[np.abs(one - other).mean() for other in halves] for one in shown]
     assert off[0][0] < off[0][1] / 1.5 and off[1][1] < off[1][0] / 1.5, off
+
+
+def test_another_vae_than_that_of_the_latents_is_told(shards: Path, tmp_path: Path) -> None:
+    """As after more training of it; a copy elsewhere is the same."""
+    torch.manual_seed(0)
+    vae = VideoVAE(tiny.VAE)
+    vae.save_pretrained(tmp_path / "vae")
+    tiny.make_latents(tmp_path / "latents", shards, tmp_path / "vae")
+    shutil.move(tmp_path / "vae", tmp_path / "copy")
+    vae.latent_mean += 1
+    vae.save_pretrained(tmp_path / "vae")
+    for name in ("copy", "vae"):
+        config = dit_config(tmp_path / f"run_{name}", tmp_path / "latents", max_steps=1, vae=str(tmp_path / name))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_dit(config)
+        told = [str(each.message) for each in caught if "the one that encoded" in str(each.message)]
+        assert [str(tmp_path / "vae") in text for text in told] == ([True] if name == "vae" else [])
 
 
 def test_a_file_given_as_a_prompt_is_no_prompt(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from videodit.errors import user_error
 
+VAE_FILES = ("config.json", "*.safetensors")
+
 
 def files_fingerprint(folder: str | Path, patterns: Sequence[str], beat: Callable[[], None] = lambda: None) -> str:
     """A sha256 over names, sizes and contents of a folder's files.

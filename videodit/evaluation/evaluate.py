@@ -73,6 +73,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         low, high = wilson_interval(float(value), n) if name != "n" else (0.0, 0.0)
         rows[name] = str(n) if name == "n" else f"{value:.3f}  (95%: {low:.3f} to {high:.3f})"
     _print(rows)
+    Console().print("(prompts of the built-in shapes world, read by its oracle: for models trained on it)", style="dim")
     return figures
 
 

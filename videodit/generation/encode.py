@@ -17,7 +17,7 @@ import torch
 from videodit.data.batches import Request
 from videodit.data.channel_statistics import ChannelStatistics
 from videodit.data.clip_reader import ClipReader, DataConfig
-from videodit.data.files_fingerprint import files_fingerprint
+from videodit.data.files_fingerprint import VAE_FILES, files_fingerprint
 from videodit.data.folder_lock import FolderLock
 from videodit.data.latent_parts import (
     Part,
@@ -201,7 +201,7 @@ class _Job:
             files = "".join(files_fingerprint(folder, TEXT_FILES, tick) for folder in folders if folder)
             text_encoder = {"files": files, "max_length": config.text_max_length}
         return {
-            "vae": files_fingerprint(config.vae, ("config.json", "*.safetensors"), tick),
+            "vae": files_fingerprint(config.vae, VAE_FILES, tick),
             "buckets": config.data.buckets,
             "fps": config.data.fps,
             "pixels": "yuv" if config.data.in_yuv else "rgb",

@@ -2,11 +2,14 @@
 
 import dataclasses
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from videodit.data.buckets import FRAMES_PER_LATENT, Bucket, nearest_size, parse_bucket
+from videodit.data.files_fingerprint import VAE_FILES, files_fingerprint
 from videodit.data.ingest_record import read_record
 from videodit.data.latent_crop import LatentCropConfig
 from videodit.data.latent_reader import LatentDataConfig
@@ -227,6 +230,24 @@ def latent_encoders(config: DiTRunConfig) -> dict[str, Any]:
     assert manifest is not None  # `follow_latents` has looked at it
     made = manifest["fingerprint"]
     return {"VAE of data.shards": made.get("vae"), "text encoder of data.shards": made.get("text_encoder")}
+
+
+def warn_of_another_vae(config: DiTRunConfig, encoders: Mapping[str, Any]) -> None:
+    """Warns if `vae`, which decodes the samples and is exported, is not what made the latents.
+
+    It may be meant: a VAE whose decoder alone was trained further decodes the same latents.
+
+    Args:
+        config: of the run, from `follow_latents`.
+        encoders: its `latent_encoders`.
+    """
+    assert config.vae is not None
+    if files_fingerprint(config.vae, VAE_FILES) != encoders["VAE of data.shards"]:
+        warnings.warn(
+            f"vae {config.vae} is not, or no longer, the one that encoded data.shards: samples and the export will be "
+            "decoded by it; if more than its decoder was trained since, run videodit encode again",
+            stacklevel=2,
+        )
 
 
 def _rate(config: DiTRunConfig) -> float:

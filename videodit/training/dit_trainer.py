@@ -32,7 +32,7 @@ from videodit.planning.machines import device_memory
 from videodit.planning.plan import choose_checkpointing
 from videodit.planning.workload import DiTWorkload
 from videodit.training.clip_seconds import ClipSeconds
-from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_encoders
+from videodit.training.dit_config import DiTRunConfig, follow_latents, latent_encoders, warn_of_another_vae
 from videodit.training.dit_model import (
     build_model,
     compile_blocks,
@@ -80,6 +80,8 @@ def train_dit(config: DiTRunConfig) -> Path:
         run.start(model)
         encoders = latent_encoders(config) if world.is_main else {}
         run.folder.freeze("encoders.json", encoders, fix="give it the latents that it began with")
+        if world.is_main:
+            warn_of_another_vae(config, encoders)
         if config.lora.rank:
             facts = frozen_facts(config) if world.is_main else {}
             run.folder.freeze("frozen.json", facts)
