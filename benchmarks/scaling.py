@@ -225,6 +225,8 @@ def main() -> None:
         sizes["U-Net"].append((str(of_unet), partial(unet, of_unet, channels)))
         sizes["DiT+local"].append((f"{width}, {local}", partial(dit, width, local, channels)))
     rows = measured_before(options)
+    if rows:
+        report(rows, options)
     for family in options.families:
         for width, build in sizes[family]:
             if any((row["family"], row["width"]) == (family, width) for row in rows):
