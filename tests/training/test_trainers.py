@@ -695,6 +695,19 @@ def test_held_out_clips_are_measured_and_shown(shards: Path, tmp_path: Path) -> 
     assert off[0][0] < off[0][1] / 1.5 and off[1][1] < off[1][0] / 1.5, off
 
 
+def test_clips_that_came_since_the_last_start_are_told(tmp_path: Path) -> None:
+    sets = {count: tiny.make_shards(tmp_path / f"clips{count}", count) for count in (8, 9)}
+    for steps, (count, told) in enumerate([(8, False), (8, False), (9, True), (9, False)], 1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_vae(vae_config(tmp_path / "run", sets[count], max_steps=steps))
+        said = [str(each.message) for each in caught if "clips" in str(each.message)]
+        assert [text.startswith(f"{tiny.BUCKET} has 9 clips, 8 when") for text in said] == [True] * told
+    (tmp_path / "run/clips.json").write_text("{")  # a damaged note is no reason to stop
+    train_vae(vae_config(tmp_path / "run", sets[9], max_steps=5))
+    assert json.loads((tmp_path / "run/clips.json").read_text()) == {tiny.BUCKET: 9}
+
+
 def test_another_vae_than_that_of_the_latents_is_told(shards: Path, tmp_path: Path) -> None:
     """As after more training of it; a copy elsewhere is the same."""
     torch.manual_seed(0)

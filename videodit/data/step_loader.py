@@ -45,6 +45,7 @@ class StepLoader(Generic[BatchT]):
     """Micro batches of this rank, step by step, from any step on.
 
     Attributes:
+        clip_counts: how many clips there are, by bucket.
         order_settings: by name, those that a run must keep for its order to go on.
         batch_sizes: of each bucket that has clips.
         needs_seconds: whether they are by time and wait for `use_seconds`; until then tokens stand for time.
@@ -95,7 +96,8 @@ class StepLoader(Generic[BatchT]):
         self.order_settings = {"data.streams": config.streams, "data.weights": list(places.weights)}
         self._num_workers, self._prefetch = num_workers, config.prefetch
         self._guard = FailureGuard(keys)
-        self.num_clips = sum(map(len, self._clips.values()))
+        self.clip_counts = {name: len(clips) for name, clips in self._clips.items()}
+        self.num_clips = sum(self.clip_counts.values())
         counts = {bucket.name: tokens[bucket] for bucket, clips in members.items() if len(clips)}
         self.needs_seconds = batch_by == "time" and len(counts) > 1
         self._size_batches = partial(batch_sizes, counts, global_batch_size, micro_batch_size, batch_by, world=world)

@@ -140,21 +140,30 @@ class TrainingRun:
         elif again:
             self._progress.say(f"no checkpoint was written yet, so it starts from step 0; {again} steps are made again")
 
-    def accept(self, sizes: Mapping[str, BatchSize], order: Mapping[str, Any], *, free: tuple[str, ...] = ()) -> None:
+    def accept(
+        self,
+        sizes: Mapping[str, BatchSize],
+        order: Mapping[str, Any],
+        clips: Mapping[str, int],
+        *,
+        free: tuple[str, ...] = (),
+    ) -> None:
         """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
 
         Args:
             sizes: of batches, by bucket; a run that goes on must see the same ones.
             order: settings that the order of clips follows, by their names; as above.
+            clips: how many there are, by bucket; a change is told.
             free: endings of the names of those that may still change.
         Raises:
             UserError: on every rank, if the batches are not those that the run began with.
             SystemExit: if a rank was told to stop.
         """
-        clips = {name: size.total for name, size in sizes.items()}
+        totals = {name: size.total for name, size in sizes.items()}
         self._several, self._mixed = len(sizes) > 1, len(set(map(is_image, sizes))) > 1
-        self.folder.freeze("batches.json", clips, "clips a step", "set batch sizes and data back", free=free)
+        self.folder.freeze("batches.json", totals, "clips a step", "set batch sizes and data back", free=free)
         self.folder.freeze("order.json", order, free=free)
+        self.folder.note_clips(clips)
         self.folder.accept_config()
         if self._stop.on_any_rank():  # before the wait for data
             self._leave()

@@ -152,6 +152,27 @@ class RunFolder:
             raise UserError(problem)
         return values
 
+    def note_clips(self, clips: Mapping[str, int]) -> None:
+        """Warns of clips that came or went since the run was started last. A full disk costs the note.
+
+        Args:
+            clips: how many there are, by bucket and stage.
+        """
+        if not self._is_main:
+            return
+        file, before = self.path / "clips.json", dict(clips)
+        if file.exists() and steps_in(self.path):
+            with contextlib.suppress(UserError):  # of a damaged file: other ranks would wait
+                before = _read_kept(file, json.loads)
+        for name, was, now in differences("", before, dict(clips)):
+            warnings.warn(
+                f"{name.lstrip('.')} has {now or 0} clips, {was or 0} when this run was started last: they come in "
+                "another order from here on, in this epoch some of them twice or not at all",
+                stacklevel=2,
+            )
+        with contextlib.suppress(OSError):
+            write_durably(file, json.dumps(clips, indent=1) + "\n")
+
     def evaluated_step(self) -> int:
         """The last step whose samples and held-out figures are complete; 0 if none was noted. Call on every rank."""
         file = self.path / EVALUATED

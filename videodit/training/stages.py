@@ -108,6 +108,7 @@ class StagedLoader(Generic[ConfigT, BatchT]):
     Attributes:
         sizes: of batches, by bucket and stage.
         settings: what a run must keep for its order to go on, likewise.
+        clips: how many there are, by bucket and stage.
 
     Args:
         stages: of the run.
@@ -126,6 +127,7 @@ class StagedLoader(Generic[ConfigT, BatchT]):
         self.stages, self._open = list(stages), open_loader
         self.sizes: dict[str, BatchSize] = {}
         self.settings: dict[str, Any] = {}
+        self.clips: dict[str, int] = {}
         self._seconds: dict[int, Mapping[str, float]] = {}  # by stage
         self._current: Stage[ConfigT] | None = None
         self._loader: StepLoader[BatchT]
@@ -135,6 +137,7 @@ class StagedLoader(Generic[ConfigT, BatchT]):
             loader = open_loader(stage.config)
             self.sizes |= {f"{name}{stage.ending}": size for name, size in loader.batch_sizes.items()}
             self.settings |= {f"{name}{stage.ending}": value for name, value in loader.order_settings.items()}
+            self.clips |= {f"{name}{stage.ending}": count for name, count in loader.clip_counts.items()}
             if stage.number > 1:
                 self.settings[f"steps before{stage.ending}"] = stage.steps_before
             seen(stage, loader)
