@@ -87,7 +87,7 @@ def train_dit(config: DiTRunConfig) -> Path:
             run.folder.freeze("frozen.json", facts)
         times = ClipSeconds(run)
         loader.use_seconds(functools.partial(_measure_stage, run, model, times, policies, layout_of))
-        run.accept(loader.sizes, loader.settings, loader.clips, free=loader.endings_after(run.step))
+        run.accept(loader)
         times.freeze(free=loader.endings_after(run.step))
         held_out = HeldOutLoss(config, mesh, layout_of) if config.eval_shards else None
         evaluate = functools.partial(_evaluate, run, config, held_out, text_encoder)

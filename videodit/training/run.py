@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from videodit.config import to_dict
-from videodit.data.batch_sizes import BatchSize
 from videodit.data.batches import Batch
 from videodit.data.buckets import is_image
 from videodit.data.randomness import batch_digest
@@ -33,6 +32,7 @@ from videodit.training.run_config import RunConfig, run_dtype
 from videodit.training.run_folder import RunFolder
 from videodit.training.run_log import RunLog
 from videodit.training.saves import Saves
+from videodit.training.stages import StagedLoader
 from videodit.training.stop import StopRequest
 from videodit.training.tracker import Tracker
 
@@ -140,30 +140,22 @@ class TrainingRun:
         elif again:
             self._progress.say(f"no checkpoint was written yet, so it starts from step 0; {again} steps are made again")
 
-    def accept(
-        self,
-        sizes: Mapping[str, BatchSize],
-        order: Mapping[str, Any],
-        clips: Mapping[str, int],
-        *,
-        free: tuple[str, ...] = (),
-    ) -> None:
+    def accept(self, loader: StagedLoader[Any, Any]) -> None:
         """Writes down what the run goes on with, once its checkpoint has taken it: config, clips of a step, order.
 
-        Args:
-            sizes: of batches, by bucket; a run that goes on must see the same ones.
-            order: settings that the order of clips follows, by their names; as above.
-            clips: how many there are, by bucket; a change is told.
-            free: endings of the names of those that may still change.
+        What belongs to stages that have not begun may still change.
+
         Raises:
-            UserError: on every rank, if the batches are not those that the run began with.
+            UserError: on every rank, if clips of a step or settings of their order are not those that the run began
+                with; other numbers of clips are told.
             SystemExit: if a rank was told to stop.
         """
+        sizes, free = loader.sizes, loader.endings_after(self.step)
         totals = {name: size.total for name, size in sizes.items()}
         self._several, self._mixed = len(sizes) > 1, len(set(map(is_image, sizes))) > 1
         self.folder.freeze("batches.json", totals, "clips a step", "set batch sizes and data back", free=free)
-        self.folder.freeze("order.json", order, free=free)
-        self.folder.note_clips(clips)
+        self.folder.freeze("order.json", loader.settings, free=free)
+        self.folder.note_clips(loader.clips)
         self.folder.accept_config()
         if self._stop.on_any_rank():  # before the wait for data
             self._leave()

@@ -64,7 +64,7 @@ def train_vae(config: VAERunConfig) -> Path:
         run.start(VAEObjective(vae, config.loss))
         times = ClipSeconds(run)
         loader.use_seconds(functools.partial(_measure_stage, run, times))
-        run.accept(loader.sizes, loader.settings, loader.clips, free=loader.endings_after(run.step))
+        run.accept(loader)
         times.freeze(free=loader.endings_after(run.step))
         held_out, fps = None, 8.0
         if config.eval_shards is not None:
